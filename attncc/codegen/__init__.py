@@ -1,0 +1,1 @@
+"""Tile programs become source text, and source text an importable package."""

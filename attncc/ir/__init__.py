@@ -1,0 +1,1 @@
+"""The two frozen IR levels: `attention` says what, `tile` says how."""

@@ -1,0 +1,153 @@
+"""The lower IR level: *how* a variant is computed, as kernels over tiles of values.
+
+A kernel is a list of statements over `Expr`s with shapes. Dims are ints or names of knobs (`BM`). Names may
+be rebound (a loop carries what it rebinds); `ir.interp` is the living definition.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from attncc.ir.expr import Dtype, Expr
+
+Role = Literal["operand", "buffer", "scalar", "constexpr"]
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """A comment for whoever reads the emitted kernel; says why."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Let:
+    """Binds or rebinds a name."""
+
+    var: Expr
+    value: Expr
+    note: str = ""
+    """A trailing comment, by custom the shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """Writes `value` at `index` (one expression per axis, broadcast together) where `mask`."""
+
+    buffer: str
+    index: tuple[Expr, ...]
+    value: Expr
+    mask: Expr | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StoreTile:
+    """Writes a [rows, columns] tile of an operand; rows and columns past its end are clipped."""
+
+    operand: str
+    index: tuple[Expr, Expr, Expr, Expr]
+    """b, h, first row, first column."""
+    value: Expr
+
+
+@dataclass(frozen=True, slots=True)
+class For:
+    """`var` runs from lo to hi (exclusive) by step."""
+
+    var: Expr
+    lo: Expr
+    hi: Expr
+    step: Expr
+    body: tuple[Statement, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class If:
+    """A branch on a scalar; on a constexpr it is resolved when the kernel is compiled."""
+
+    condition: Expr
+    body: tuple[Statement, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CallFn:
+    """Binds the results of a device function of this kernel's program."""
+
+    targets: tuple[Expr, ...]
+    function: str
+    args: tuple[Expr, ...]
+
+
+Statement = Note | Let | Store | StoreTile | For | If | CallFn
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """A kernel or function parameter.
+
+    operand: [b, h, row, column] tensor read or written by tiles (by descriptor or pointer);
+    buffer: any other tensor; scalar: a run-time number; constexpr: fixed when the kernel is compiled.
+    """
+
+    name: str
+    role: Role
+    dtype: Dtype = "f32"
+    rank: int = 0
+    doc: str = ""
+    tiles: tuple[tuple[str | int, int], ...] = ()
+    """operand: the (rows, columns) of each tile shape in which it is read or written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """A device function: typed parameters, a body, and the names it returns."""
+
+    name: str
+    params: tuple[Param, ...]
+    body: tuple[Statement, ...]
+    results: tuple[Expr, ...]
+    doc: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Knob:
+    """A tunable constant: its legal values, the first being the safe default."""
+
+    name: str
+    choices: tuple[int, ...]
+    doc: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One launch: programs are numbered along axis 0; `grid` counts them, over sizes and knobs."""
+
+    name: str
+    params: tuple[Param, ...]
+    body: tuple[Statement, ...]
+    functions: tuple[Function, ...]
+    grid: Expr
+    doc: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Scratch:
+    """A temporary the launcher allocates: shape over sizes and knobs, filled by an earlier kernel."""
+
+    name: str
+    shape: tuple[Expr, ...]
+    dtype: Dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """Kernels in launch order with their scratch buffers; knobs stay symbols until a config binds them."""
+
+    name: str
+    kernels: tuple[Kernel, ...]
+    knobs: tuple[Knob, ...]
+    scratch: tuple[Scratch, ...] = ()
+    skeleton: str = ""
+    why: str = ""
+    """The rule that chose the skeleton, in words."""

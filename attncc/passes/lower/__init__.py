@@ -1,0 +1,1 @@
+"""Skeletons and the fragments they share: attention variants become tile programs."""
