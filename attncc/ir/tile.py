@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from attncc.ir.expr import Dtype, Expr
+from attncc.ir.expr import Dim, Dtype, Expr, Shape
 
-Role = Literal["operand", "buffer", "scalar", "constexpr"]
+Role = Literal["operand", "buffer", "scalar", "value", "constexpr"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,24 +84,33 @@ Statement = Note | Let | Store | StoreTile | For | If | CallFn
 
 @dataclass(frozen=True, slots=True)
 class Param:
-    """A kernel or function parameter.
+    """A parameter of a kernel or device function; an argument for it is a `name` expression or a value.
 
-    operand: [b, h, row, column] tensor read or written by tiles (by descriptor or pointer);
-    buffer: any other tensor; scalar: a run-time number; constexpr: fixed when the kernel is compiled.
+    operand: a [b, h, row, column] tensor read or written by tiles (by descriptor or pointer); buffer: any
+    other
+    tensor; scalar: a run-time number; value: a tile (functions only); constexpr: fixed when compiled (knobs and flags).
     """
 
     name: str
     role: Role
     dtype: Dtype = "f32"
     rank: int = 0
-    doc: str = ""
-    tiles: tuple[tuple[str | int, int], ...] = ()
+    """buffer: its number of axes."""
+    shape: Shape = ()
+    """value: its dims."""
+    tiles: tuple[tuple[Dim, int], ...] = ()
     """operand: the (rows, columns) of each tile shape in which it is read or written."""
+    extent: tuple[Expr, int] | None = None
+    """operand: its number of rows and columns; what lies beyond reads as 0 and is not written."""
+    doc: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Function:
-    """A device function: typed parameters, a body, and the names it returns."""
+    """A device function: typed parameters, a body, and the names it returns.
+
+    It sees its parameters alone: operands and buffers are passed by name, like everything else.
+    """
 
     name: str
     params: tuple[Param, ...]

@@ -1,0 +1,226 @@
+"""The builder that skeletons write tile IR with: statements in order, loops and branches as `with` blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from attncc.ir.expr import Dim, Dtype, Expr, Shape, Value, broadcast, const, lift, name
+from attncc.ir.rewrite import buffers, names
+from attncc.ir.tile import CallFn, For, Function, If, Let, Note, Param, Statement, Store, StoreTile
+
+
+def program(axis: int = 0) -> Expr:
+    """The number of this program along a launch axis."""
+    return Expr("program", attr=axis, dtype="i32")
+
+
+def iota(dim: Dim) -> Expr:
+    """0, 1, … dim - 1."""
+    return Expr("iota", attr=dim, dtype="i32", shape=(dim,))
+
+
+def full(shape: Shape, value: float, dtype: Dtype = "f32") -> Expr:
+    return Expr("full", (const(value, dtype),), None, dtype, shape)
+
+
+def expand(x: Expr, axis: int) -> Expr:
+    """`x` with a new axis of size 1."""
+    return Expr("expand", (x,), axis, x.dtype, (*x.shape[:axis], 1, *x.shape[axis:]))
+
+
+def column(x: Expr) -> Expr:
+    """[M] -> [M, 1]."""
+    return expand(x, 1)
+
+
+def row(x: Expr) -> Expr:
+    """[N] -> [1, N]."""
+    return expand(x, 0)
+
+
+def reshape(x: Expr, shape: Shape) -> Expr:
+    return Expr("reshape", (x,), None, x.dtype, shape)
+
+
+def trans(x: Expr) -> Expr:
+    return Expr("trans", (x,), None, x.dtype, x.shape[::-1])
+
+
+def dot(a: Expr, b: Expr, acc: Expr | None = None) -> Expr:
+    """a [M, K] @ b [K, N] (+ acc), accumulated in fp32."""
+    args = (a, b) if acc is None else (a, b, acc)
+    return Expr("dot", args, None, "f32", (a.shape[0], b.shape[1]))
+
+
+def reduce(op: str, x: Expr, axis: int) -> Expr:
+    """max, min or sum over one axis."""
+    return Expr("reduce", (x,), (op, axis), x.dtype, (*x.shape[:axis], *x.shape[axis + 1 :]))
+
+
+def read(buffer: Param, *index: Value, mask: Expr | None = None) -> Expr:
+    """Elements of a buffer, one index per axis; 0 where the mask is false."""
+    at = tuple(map(lift, index))
+    shape = broadcast(*(i.shape for i in at), *(() if mask is None else (mask.shape,)))
+    return Expr("load", at if mask is None else (*at, mask), buffer.name, buffer.dtype, shape)
+
+
+def tile(operand: Param, b: Value, h: Value, row0: Value, column0: int, shape: tuple[Dim, int]) -> Expr:
+    """A [rows, columns] tile of an operand, zero beyond its extent."""
+    args = (lift(b), lift(h), lift(row0), const(column0))
+    return Expr("tile", args, operand.name, operand.dtype, shape)
+
+
+@dataclass
+class Builder:
+    """Collects statements; knows the parameters that names of tensors stand for."""
+
+    params: Mapping[str, Param] = field(default_factory=dict)
+    stack: list[list[Statement]] = field(default_factory=lambda: [[]])
+
+    @property
+    def body(self) -> tuple[Statement, ...]:
+        (top,) = self.stack
+        return tuple(top)
+
+    def note(self, text: str) -> None:
+        self.stack[-1].append(Note(text))
+
+    def let(self, text: str, value: Value, note: str = "") -> Expr:
+        """Binds (or rebinds) a name and returns it."""
+        value = lift(value)
+        var = name(text, value.dtype, value.shape)
+        self.stack[-1].append(Let(var, value, note))
+        return var
+
+    def store(self, buffer: Param, index: Sequence[Value], value: Expr, mask: Expr | None = None) -> None:
+        self.stack[-1].append(Store(buffer.name, tuple(map(lift, index)), value, mask))
+
+    def store_tile(self, operand: Param, b: Value, h: Value, row0: Value, column0: int, value: Expr) -> None:
+        index = (lift(b), lift(h), lift(row0), const(column0))
+        self.stack[-1].append(StoreTile(operand.name, index, value))
+
+    @contextmanager
+    def loop(self, text: str, lo: Value, hi: Value, step: Value = 1) -> Iterator[Expr]:
+        var = name(text)
+        self.stack.append([])
+        yield var
+        body = tuple(self.stack.pop())
+        self.stack[-1].append(For(var, lift(lo), lift(hi), lift(step), body))
+
+    @contextmanager
+    def when(self, condition: Expr) -> Iterator[None]:
+        self.stack.append([])
+        yield
+        body = tuple(self.stack.pop())
+        self.stack[-1].append(If(condition, body))
+
+    def call(self, function: Function, targets: Iterable[Expr], **given: Value) -> None:
+        """Calls a device function: an argument is `given`, or has the parameter's own name."""
+        args = tuple(
+            lift(given[p.name]) if p.name in given else name(p.name, p.dtype, p.shape)
+            for p in function.params
+        )
+        self.stack[-1].append(CallFn(tuple(targets), function.name, args))
+
+
+def function(
+    text: str, body: Builder, results: Sequence[Expr], constexprs: Sequence[str] = (), doc: str = ""
+) -> Function:
+    """A device function around `body`; its parameters are the names the body reads and does not bind.
+
+    Args:
+        constexprs: which of them are fixed at compile time (knobs and flags), in the order they take.
+    """
+    free: dict[str, Expr] = {}
+    tensors: dict[str, None] = {}
+    _scan(body.body, set(), free, tensors)
+    for e in results:
+        if str(e.attr) not in free and not _binds(body.body, str(e.attr)):
+            free[str(e.attr)] = e
+    for tensor in tensors:  # a tile of an operand is bounded by its extent
+        extent = body.params[tensor].extent
+        for text_ in sorted(names(extent[0])) if extent else ():
+            free.setdefault(text_, name(text_))
+    first = [r for r in results if str(r.attr) in free]
+    rest = [e for key, e in free.items() if e not in first and key not in constexprs]
+    params = [
+        *(Param(str(e.attr), "value", e.dtype, shape=e.shape) for e in first),
+        *(body.params[t] for t in tensors),
+        *(_value_param(e) for e in rest),
+        *(Param(c, "constexpr", "i32") for c in constexprs),
+    ]
+    return Function(text, tuple(params), body.body, tuple(results), doc)
+
+
+def _value_param(e: Expr) -> Param:
+    role = "value" if e.shape else "scalar"
+    return Param(str(e.attr), role, e.dtype, shape=e.shape)
+
+
+def _binds(body: Iterable[Statement], text: str) -> bool:
+    for s in body:
+        match s:
+            case Let(var):
+                if var.attr == text:
+                    return True
+            case CallFn(targets):
+                if any(t.attr == text for t in targets):
+                    return True
+            case For() | If():
+                if _binds(s.body, text):
+                    return True
+            case _:
+                pass
+    return False
+
+
+def _scan(
+    body: Iterable[Statement], bound: set[str], free: dict[str, Expr], tensors: dict[str, None]
+) -> None:
+    """Collects, in order of first use, the names read before they are bound, and the tensors touched."""
+
+    def use(e: Expr | None) -> None:
+        if e is None:
+            return
+        for node in _reads(e):
+            if str(node.attr) not in bound:
+                free.setdefault(str(node.attr), node)
+        tensors.update(dict.fromkeys(sorted(buffers(e))))
+
+    for s in body:
+        match s:
+            case Let(var, value):
+                use(value)
+                bound.add(str(var.attr))
+            case Store(buffer, index, value, mask):
+                for e in (*index, value, mask):
+                    use(e)
+                tensors[buffer] = None
+            case StoreTile(operand, index, value):
+                for e in (*index, value):
+                    use(e)
+                tensors[operand] = None
+            case For(var, lo, hi, step, inner):
+                for e in (lo, hi, step):
+                    use(e)
+                bound.add(str(var.attr))
+                _scan(inner, bound, free, tensors)
+            case If(condition, inner):
+                use(condition)
+                _scan(inner, bound, free, tensors)
+            case CallFn(targets, _, args):
+                for e in args:
+                    use(e)
+                bound.update(str(t.attr) for t in targets)
+            case Note():
+                pass
+
+
+def _reads(e: Expr) -> Iterator[Expr]:
+    """Name nodes of `e`, in reading order."""
+    if e.op == "name":
+        yield e
+    for a in e.args:
+        yield from _reads(a)
