@@ -8,7 +8,22 @@ from dataclasses import dataclass, field
 
 from attncc.ir.expr import Dim, Dtype, Expr, Shape, Value, broadcast, const, lift, name
 from attncc.ir.rewrite import buffers, names
-from attncc.ir.tile import CallFn, For, Function, If, Let, Note, Param, Statement, Store, StoreTile
+from attncc.ir.tile import (
+    CallFn,
+    For,
+    Function,
+    If,
+    Let,
+    Note,
+    Param,
+    Statement,
+    Store,
+    StoreTile,
+    binds,
+    block,
+    reads,
+    writes,
+)
 
 
 def program(axis: int = 0) -> Expr:
@@ -160,67 +175,27 @@ def _value_param(e: Expr) -> Param:
 
 
 def _binds(body: Iterable[Statement], text: str) -> bool:
-    for s in body:
-        match s:
-            case Let(var):
-                if var.attr == text:
-                    return True
-            case CallFn(targets):
-                if any(t.attr == text for t in targets):
-                    return True
-            case For() | If():
-                if _binds(s.body, text):
-                    return True
-            case _:
-                pass
-    return False
+    return any(any(e.attr == text for e in binds(s)) or _binds(block(s), text) for s in body)
 
 
 def _scan(
     body: Iterable[Statement], bound: set[str], free: dict[str, Expr], tensors: dict[str, None]
 ) -> None:
     """Collects, in order of first use, the names read before they are bound, and the tensors touched."""
-
-    def use(e: Expr | None) -> None:
-        if e is None:
-            return
-        for node in _reads(e):
-            if str(node.attr) not in bound:
-                free.setdefault(str(node.attr), node)
-        tensors.update(dict.fromkeys(sorted(buffers(e))))
-
     for s in body:
-        match s:
-            case Let(var, value):
-                use(value)
-                bound.add(str(var.attr))
-            case Store(buffer, index, value, mask):
-                for e in (*index, value, mask):
-                    use(e)
-                tensors[buffer] = None
-            case StoreTile(operand, index, value):
-                for e in (*index, value):
-                    use(e)
-                tensors[operand] = None
-            case For(var, lo, hi, step, inner):
-                for e in (lo, hi, step):
-                    use(e)
-                bound.add(str(var.attr))
-                _scan(inner, bound, free, tensors)
-            case If(condition, inner):
-                use(condition)
-                _scan(inner, bound, free, tensors)
-            case CallFn(targets, _, args):
-                for e in args:
-                    use(e)
-                bound.update(str(t.attr) for t in targets)
-            case Note():
-                pass
+        for e in reads(s):
+            for node in _names(e):
+                if str(node.attr) not in bound:
+                    free.setdefault(str(node.attr), node)
+            tensors.update(dict.fromkeys(sorted(buffers(e))))
+        tensors.update(dict.fromkeys(writes(s)))
+        bound.update(str(e.attr) for e in binds(s))
+        _scan(block(s), bound, free, tensors)
 
 
-def _reads(e: Expr) -> Iterator[Expr]:
+def _names(e: Expr) -> Iterator[Expr]:
     """Name nodes of `e`, in reading order."""
     if e.op == "name":
         yield e
     for a in e.args:
-        yield from _reads(a)
+        yield from _names(a)

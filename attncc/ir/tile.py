@@ -82,13 +82,61 @@ class CallFn:
 Statement = Note | Let | Store | StoreTile | For | If | CallFn
 
 
+def reads(s: Statement) -> tuple[Expr, ...]:
+    """The expressions a statement evaluates itself (those of its block aside)."""
+    match s:
+        case Note():
+            return ()
+        case Let(_, value):
+            return (value,)
+        case Store(_, index, value, mask):
+            return (*index, value) if mask is None else (*index, value, mask)
+        case StoreTile(_, index, value):
+            return (*index, value)
+        case For(_, lo, hi, step):
+            return (lo, hi, step)
+        case If(condition):
+            return (condition,)
+        case CallFn(_, _, args):
+            return args
+
+
+def binds(s: Statement) -> tuple[Expr, ...]:
+    """The names a statement binds."""
+    match s:
+        case Let(var) | For(var):
+            return (var,)
+        case CallFn(targets):
+            return targets
+        case _:
+            return ()
+
+
+def writes(s: Statement) -> tuple[str, ...]:
+    """The tensors a statement writes itself."""
+    match s:
+        case Store(tensor) | StoreTile(tensor):
+            return (tensor,)
+        case _:
+            return ()
+
+
+def block(s: Statement) -> tuple[Statement, ...]:
+    """The statements inside a loop or branch."""
+    match s:
+        case For() | If():
+            return s.body
+        case _:
+            return ()
+
+
 @dataclass(frozen=True, slots=True)
 class Param:
     """A parameter of a kernel or device function; an argument for it is a `name` expression or a value.
 
     operand: a [b, h, row, column] tensor read or written by tiles (by descriptor or pointer); buffer: any
-    other
-    tensor; scalar: a run-time number; value: a tile (functions only); constexpr: fixed when compiled (knobs and flags).
+    other tensor; scalar: a run-time number; value: a tile (functions only); constexpr: fixed when compiled
+    (knobs and flags).
     """
 
     name: str
