@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -91,7 +91,7 @@ def tile(operand: Param, b: Value, h: Value, row0: Value, column0: int, shape: t
 class Builder:
     """Collects statements; knows the parameters that names of tensors stand for."""
 
-    params: Mapping[str, Param] = field(default_factory=dict)
+    params: Mapping[str, Param]
     stack: list[list[Statement]] = field(default_factory=lambda: [[]])
 
     @property
@@ -117,7 +117,7 @@ class Builder:
         self.stack[-1].append(StoreTile(operand.name, index, value))
 
     @contextmanager
-    def loop(self, text: str, lo: Value, hi: Value, step: Value = 1) -> Iterator[Expr]:
+    def loop(self, text: str, lo: Value, hi: Value, step: Value = 1) -> Generator[Expr]:
         var = name(text)
         self.stack.append([])
         yield var
@@ -125,7 +125,7 @@ class Builder:
         self.stack[-1].append(For(var, lift(lo), lift(hi), lift(step), body))
 
     @contextmanager
-    def when(self, condition: Expr) -> Iterator[None]:
+    def when(self, condition: Expr) -> Generator[None]:
         self.stack.append([])
         yield
         body = tuple(self.stack.pop())

@@ -1,17 +1,27 @@
 """The lower IR level: *how* a variant is computed, as kernels over tiles of values.
 
-A kernel is a list of statements over `Expr`s with shapes. Dims are ints or names of knobs (`BM`). Names may
-be rebound (a loop carries what it rebinds); `ir.interp` is the living definition.
+A kernel is a list of statements over `Expr`s with shapes. Dims are ints, names of knobs (`BM`), or a knob
+divided by a number (`BN/8`). Names may be rebound (a loop carries what it rebinds); `ir.interp` is the
+living definition.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from attncc.ir.expr import Dim, Dtype, Expr, Shape
 
 Role = Literal["operand", "buffer", "scalar", "value", "constexpr"]
+
+
+def extent_of(dim: Dim, config: Mapping[str, int]) -> int:
+    """The number a dim stands for under a config."""
+    if isinstance(dim, int):
+        return dim
+    knob, _, divisor = dim.partition("/")
+    return config[knob] // int(divisor or 1)
 
 
 @dataclass(frozen=True, slots=True)
