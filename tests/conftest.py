@@ -1,0 +1,37 @@
+"""What all tests share: the `golden` fixture, and GPU tests only where a GPU is."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from golden import TESTS, Golden
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-golden", action="store_true", help="take what the tests produce as the new goldens"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are run where there is one, and are not counted elsewhere."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and not _has_gpu():
+        config.hook.pytest_deselected(items=marked)
+        items[:] = [item for item in items if item not in marked]
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """Named after the test: codegen/test_triton.py::test_dense[causal] -> goldens/codegen/triton/dense-causal.*"""
+    test = request.node.path.relative_to(TESTS)
+    name = re.sub(r"[^\w]+", "-", request.node.name.removeprefix("test_")).strip("-")
+    stem = TESTS / "goldens" / test.parent / test.stem.removeprefix("test_") / name
+    return Golden(stem, request.config.getoption("--update-golden"))
