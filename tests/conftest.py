@@ -30,7 +30,7 @@ def _has_gpu() -> bool:
 
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Golden:
-    """Named after the test: codegen/test_triton.py::test_dense[causal] -> goldens/codegen/triton/dense-causal.*"""
+    """codegen/test_triton.py::test_dense[causal] has its goldens at goldens/codegen/triton/dense-causal.*"""
     test = request.node.path.relative_to(TESTS)
     name = re.sub(r"[^\w]+", "-", request.node.name.removeprefix("test_")).strip("-")
     stem = TESTS / "goldens" / test.parent / test.stem.removeprefix("test_") / name
