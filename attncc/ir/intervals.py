@@ -2,7 +2,8 @@
 
 An interval is a pair of expressions (least, greatest), None where nothing is known; that of a boolean is
 (true everywhere, true somewhere). Bounds are expressions themselves, so what comes out is a formula that a
-kernel can evaluate.
+kernel can evaluate. Integer rules are exact up to correlation of the arguments; float rules suppose that no
+argument is NaN.
 """
 
 from __future__ import annotations
@@ -10,13 +11,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from attncc.ir.expr import FALSE, TRUE, Expr, const, eq, ew, maximum, minimum, where
+from attncc.ir.expr import FALSE, INTS, TRUE, Expr, cast_to, const, eq, ew, maximum, minimum, where
 from attncc.ir.rewrite import names
 
 Bound = Expr | None
 Interval = tuple[Bound, Bound]
 
 UNKNOWN: Final[Interval] = (None, None)
+
+
+def _each(f: Callable[[Expr], Expr], a: Interval) -> Interval:
+    """A rising function of one argument."""
+    return (None if a[0] is None else f(a[0])), (None if a[1] is None else f(a[1]))
 
 
 def _both(f: Callable[[Expr, Expr], Expr], a: Bound, b: Bound) -> Bound:
@@ -36,19 +42,18 @@ def _add(a: Interval, b: Interval) -> Interval:
     return _both(Expr.__add__, a[0], b[0]), _both(Expr.__add__, a[1], b[1])
 
 
-def _neg(a: Interval) -> Interval:
-    return (None if a[1] is None else -a[1]), (None if a[0] is None else -a[0])
-
-
 def _sub(a: Interval, b: Interval) -> Interval:
-    return _add(a, _neg(b))
+    return _both(Expr.__sub__, a[0], b[1]), _both(Expr.__sub__, a[1], b[0])
+
+
+def _neg(a: Interval) -> Interval:
+    return _each(Expr.__neg__, (a[1], a[0]))
 
 
 def _mul(a: Interval, b: Interval) -> Interval:
     for x, y in ((a, b), (b, a)):
         if x[0] is not None and x[0] == x[1] and is_positive(x[0]):
-            c = x[0]
-            return tuple(None if bound is None else bound * c for bound in y)  # type: ignore[return-value]
+            return _both(Expr.__mul__, y[0], x[0]), _both(Expr.__mul__, y[1], x[0])
     return _hull([_both(Expr.__mul__, x, y) for x in a for y in b])
 
 
@@ -94,11 +99,13 @@ def _abs(a: Interval) -> Interval:
 
 
 def _where(c: Interval, a: Interval, b: Interval) -> Interval:
-    if c[0] == TRUE:
-        return a
-    if c[1] == FALSE:
-        return b
-    return _both(minimum, a[0], b[0]), _both(maximum, a[1], b[1])
+    """The hull of both branches, less a branch that the condition rules out."""
+    every, some = c[0] or FALSE, c[1] or TRUE
+    low, high = _both(minimum, a[0], b[0]), _both(maximum, a[1], b[1])
+    return (
+        _both(lambda x, y: where(every, x, y), a[0], _both(lambda x, y: where(some, x, y), low, b[0])),
+        _both(lambda x, y: where(every, x, y), a[1], _both(lambda x, y: where(some, x, y), high, b[1])),
+    )
 
 
 def _compare(op: str) -> Callable[[Interval, Interval], Interval]:
@@ -116,10 +123,8 @@ def _compare(op: str) -> Callable[[Interval, Interval], Interval]:
 
 
 def _eq(a: Interval, b: Interval) -> Interval:
-    known = None not in (*a, *b)
-    every = eq(a[0], a[1]) & eq(b[0], b[1]) & eq(a[0], b[0]) if known else FALSE  # type: ignore[arg-type]
-    low, high = _compare("le")(a, b)[1], _compare("ge")(a, b)[1]
-    return every, (low or TRUE) & (high or TRUE)
+    low, high = _compare("le")(a, b), _compare("ge")(a, b)
+    return _logical("and")(low, high)
 
 
 def _not(a: Interval) -> Interval:
@@ -138,14 +143,16 @@ def _logical(op: str) -> Callable[[Interval, Interval], Interval]:
 
 
 def _rising(op: str) -> Callable[[Interval], Interval]:
-    def rule(a: Interval) -> Interval:
-        return (None if a[0] is None else ew(op, a[0])), (None if a[1] is None else ew(op, a[1]))
-
-    return rule
+    return lambda a: _each(lambda x: ew(op, x), a)
 
 
-def _falling(op: str) -> Callable[[Interval], Interval]:
-    return lambda a: _rising(op)((a[1], a[0]))
+def _rising_from(op: str, least: float) -> Callable[[Interval], Interval]:
+    """A rising function that is a number from `least` on: known only where the argument surely is."""
+    return lambda a: _rising(op)(a) if is_at_least(a[0], least) else UNKNOWN
+
+
+def _rsqrt(a: Interval) -> Interval:
+    return _rising("rsqrt")((a[1], a[0])) if is_at_least(a[0], 0) else UNKNOWN
 
 
 def _wave(_: Interval) -> Interval:
@@ -163,7 +170,28 @@ def is_positive(e: Expr) -> bool:
     return e.op == "name" and e.attr not in INDEX_NAMES
 
 
-INDEX_NAMES: Final = frozenset({"b", "h", "hk", "i", "j", "row", "i0", "i1", "j0", "j1", "qk", "scale"})
+def is_at_least(e: Bound, least: float) -> bool:
+    """Whether `e` is certainly >= `least`, which is not above 0."""
+    match e:
+        case None:
+            return False
+        case Expr("const"):
+            return e.value is not None and e.value >= least
+        case Expr("max", (a, b)):
+            return is_at_least(a, least) or is_at_least(b, least)
+        case Expr("add" | "mul" | "min", (a, b)):
+            return is_at_least(a, 0) and is_at_least(b, 0)
+        case Expr("cast" | "abs" | "sqrt", (a,)):
+            return e.op != "cast" or is_at_least(a, 0)
+        case Expr("div" | "floordiv", (a, b)):
+            return is_at_least(a, 0) and is_positive(b)
+        case _:
+            return is_positive(e)
+
+
+INDEX_NAMES: Final = frozenset(
+    {"b", "h", "hk", "i", "j", "row", "i0", "i1", "j0", "j1", "row0", "row1", "qk", "scale"}
+)
 
 INTERVALS: Final[dict[str, Callable[..., Interval]]] = {
     "add": _add,
@@ -189,11 +217,11 @@ INTERVALS: Final[dict[str, Callable[..., Interval]]] = {
     "not": _not,
     "exp": _rising("exp"),
     "exp2": _rising("exp2"),
-    "log": _rising("log"),
-    "log2": _rising("log2"),
-    "log1p": _rising("log1p"),
-    "sqrt": _rising("sqrt"),
-    "rsqrt": _falling("rsqrt"),
+    "log": _rising_from("log", 0),
+    "log2": _rising_from("log2", 0),
+    "log1p": _rising_from("log1p", -1),
+    "sqrt": _rising_from("sqrt", 0),
+    "rsqrt": _rsqrt,
     "sigmoid": _rising("sigmoid"),
     "tanh": _rising("tanh"),
     "sin": _wave,
@@ -203,25 +231,43 @@ INTERVALS: Final[dict[str, Callable[..., Interval]]] = {
 }
 
 
-def interval(e: Expr, env: Mapping[str, Interval]) -> Interval:
+def interval(e: Expr, env: Mapping[str, Interval], rising: frozenset[str] = frozenset()) -> Interval:
     """The least and greatest value of `e` while the names of `env` run over their intervals.
 
-    Other names stand for themselves. A tensor read is known where its index does not move, or moves
-    with the query row alone (then it is a minimum or maximum over the tile's rows).
+    Other names stand for themselves. `rising` are the sorted inputs. A tensor read is known where its index
+    does not move, is sorted along the axis that moves, or moves with the query row alone (then it is a
+    minimum or maximum over the tile's rows).
     """
     if e.op == "const" or e.op == "name":
         found = env.get(str(e.attr)) if e.op == "name" else None
         return found or (e, e)
-    args = [interval(a, env) for a in e.args]
+    args = [interval(a, env, rising) for a in e.args]
     if e.op in INTERVALS:
         return INTERVALS[e.op](*args)
     if e.op == "cast":
-        return tuple(None if a is None else Expr("cast", (a,), None, e.dtype) for a in args[0])  # type: ignore[return-value]
+        return _ne(args[0], ZERO) if e.dtype == "bool" else _each(lambda x: cast_to(x, e.dtype), args[0])
     if e.op in ("load", "bucket"):
-        low = tuple(a[0] for a in args)
-        if None not in low and low == tuple(a[1] for a in args):
-            same = Expr(e.op, low, e.attr, e.dtype)  # type: ignore[arg-type]
-            return same, same
-        if not names(e) & {"j", "j0", "j1"}:
-            return Expr("rows_min", (e,), None, e.dtype), Expr("rows_max", (e,), None, e.dtype)
+        return _read(e, args, e.op == "bucket" or e.attr in rising)
     return UNKNOWN
+
+
+ZERO: Final[Interval] = (const(0), const(0))
+
+
+def _read(e: Expr, args: list[Interval], rises: bool) -> Interval:
+    """A tensor read whose index runs over `args`; with `rises` it does not fall as its last index rises."""
+    low = [a for a, _ in args if a is not None]
+    high = [a for _, a in args if a is not None]
+    known = len(low) == len(high) == len(args)
+    if known and low[:-1] == high[:-1] and (low == high or rises):
+        return Expr(e.op, tuple(low), e.attr, e.dtype), Expr(e.op, tuple(high), e.attr, e.dtype)
+    if names(e) & {"j", "j0", "j1"}:
+        return UNKNOWN
+    if e.dtype == "bool":
+        return _ne(_rows(where(e, 1, 0)), ZERO)
+    return _rows(e)
+
+
+def _rows(e: Expr) -> Interval:
+    dtype = e.dtype if e.dtype in INTS else "f32"
+    return Expr("rows_min", (e,), None, dtype), Expr("rows_max", (e,), None, dtype)
