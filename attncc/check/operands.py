@@ -1,0 +1,144 @@
+"""q, k, v and the rest of a call: drawn sequence by sequence, packed in the variant's layout, placed in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from attncc.check.cases import Case, Trait
+from attncc.check.inputs import draw_inputs
+from attncc.ir.attention import Attention
+
+LARGE_GAIN: Final = 64.0
+
+
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """The tensors of one call."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    inputs: Mapping[str, Tensor]
+    offsets: Mapping[str, Tensor]
+    """varlen: cu_seqlens_q and cu_seqlens_k."""
+    compared: int
+    """How many sequences' results are to be compared, or packed rows of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """One sequence: q [Sq, Hq, Dqk], k [Sk, Hk, Dqk], v [Sk, Hv, Dv]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+def draw(attn: Attention, case: Case, dtype: torch.dtype, generator: torch.Generator) -> Operands:
+    """The operands of `case`, on the generator's device."""
+    packed = attn.layout == "varlen"
+    lengths = case.lengths if packed else ((case.Sq, case.Sk),) * case.B
+    sequences = [_sequence(attn, case.trait, pair, generator) for pair in lengths]
+    if case.trait == "nan_neighbour" and len(sequences) > 1:
+        last = sequences[-1]
+        sequences[-1] = Sequence(last.q, torch.full_like(last.k, torch.nan), torch.full_like(last.v, torch.nan))
+    if case.trait == "expanded":
+        sequences = sequences[:1] * len(sequences)
+    compared = len(sequences) - (case.trait == "nan_neighbour" and len(sequences) > 1)
+    heads = {"q": (attn.heads.q, attn.dims.qk), "k": (attn.heads.kv, attn.dims.qk), "v": (attn.heads.v, attn.dims.v)}
+    place = PLACEMENTS.get(case.trait, _as_is)
+    q, k, v = (
+        place(_pack([getattr(s, x) for s in sequences], attn.layout, heads[x], generator.device).to(dtype))
+        for x in ("q", "k", "v")
+    )
+    sizes = {"B": case.B, "Sq": case.Sq, "Sk": case.Sk, "Hq": attn.heads.q, "Hk": attn.heads.kv}
+    sizes |= {"Hv": attn.heads.v, "Dqk": attn.dims.qk, "Dv": attn.dims.v}
+    offsets: dict[str, Tensor] = {}
+    if packed:
+        starts = [_starts([len(getattr(s, x)) for s in sequences], generator.device) for x in ("q", "k")]
+        offsets = {"cu_seqlens_q": starts[0], "cu_seqlens_k": starts[1]}
+        compared = int(starts[0][compared])
+    return Operands(q, k, v, draw_inputs(attn, sizes, generator), offsets, compared)
+
+
+def _starts(lengths: list[int], device: torch.device) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+# -- values of one sequence ----------------------------------------------------------------------
+
+
+def _sequence(attn: Attention, trait: Trait, lengths: tuple[int, int], generator: torch.Generator) -> Sequence:
+    queries, keys = lengths
+    heads, dims = attn.heads, attn.dims
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=generator.device)
+
+    q, k, v = normal(queries, heads.q, dims.qk), normal(keys, heads.kv, dims.qk), normal(keys, heads.v, dims.v)
+    if trait == "large_logits":
+        q = q * LARGE_GAIN
+    if trait == "uniform":
+        k = k[:1].expand_as(k)
+    if trait == "one_hot" and keys:
+        k = k.sign()
+        q = 4 * k[torch.arange(queries, device=k.device) % keys][:, _serving(attn)]
+    return Sequence(q, k, v)
+
+
+def _serving(attn: Attention) -> list[int]:
+    """The key head of each query head."""
+    q, kv = attn.heads.q, attn.heads.kv
+    return [h % kv if attn.heads.map == "tile" else h // (q // kv) for h in range(q)]
+
+
+# -- layouts and memory --------------------------------------------------------------------------
+
+
+def _pack(sequences: list[Tensor], layout: str, heads: tuple[int, int], device: torch.device) -> Tensor:
+    if layout == "varlen":
+        return torch.cat(sequences) if sequences else torch.zeros((0, *heads), device=device)
+    if not sequences:
+        axes = (0, 1, heads[0], heads[1]) if layout == "bshd" else (0, heads[0], 1, heads[1])
+        return torch.zeros(axes, device=device)
+    rows = torch.stack(sequences)
+    return rows if layout == "bshd" else rows.transpose(1, 2).contiguous()
+
+
+def _as_is(x: Tensor) -> Tensor:
+    return x
+
+
+def _nan_around(x: Tensor) -> Tensor:
+    """In the middle of NaN along every axis; rows still start on 16 bytes."""
+    room = torch.full([n + 16 for n in x.shape], torch.nan, dtype=x.dtype, device=x.device)
+    view = room[tuple(slice(8, 8 + n) for n in x.shape)]
+    return view.copy_(x)
+
+
+def _unaligned(x: Tensor) -> Tensor:
+    room = torch.zeros((*x.shape[:-1], x.shape[-1] + 3), dtype=x.dtype, device=x.device)
+    return room[..., 1 : 1 + x.shape[-1]].copy_(x)
+
+
+def _last_axis_strided(x: Tensor) -> Tensor:
+    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def _expanded(x: Tensor) -> Tensor:
+    """The first sequence at all places; packed rows have no axis for it."""
+    return x[:1].expand_as(x) if x.ndim == 4 and len(x) > 1 else x
+
+
+PLACEMENTS: Final[Mapping[Trait, Callable[[Tensor], Tensor]]] = {
+    "nan_around": _nan_around,
+    "unaligned": _unaligned,
+    "last_axis_strided": _last_axis_strided,
+    "expanded": _expanded,
+}
