@@ -1,0 +1,107 @@
+"""The acceptance rule: a result may be at most twice as far from float64 as eager torch is at its dtype."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from attncc.ir.attention import Attention
+from attncc.reference.forward import Outputs, outputs
+
+ATOL: Final[dict[torch.dtype, float]] = {
+    torch.float64: 1e-12,
+    torch.float32: 4e-6,
+    torch.float16: 2e-4,
+    torch.bfloat16: 1e-3,
+}
+"""What is added to the limit, times the greatest finite magnitude of the output (at least 1)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deviation:
+    """One output's greatest distance from float64, that of eager torch, and what is allowed."""
+
+    output: str
+    error: float
+    eager: float
+    limit: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.limit
+
+    def __str__(self) -> str:
+        verdict = "ok" if self.ok else "WRONG"
+        return f"{self.output}: error {self.error:.2e}, eager {self.eager:.2e}, limit {self.limit:.2e}, {verdict}"
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How far each output is from the oracle; `ok` when all are near enough."""
+
+    deviations: tuple[Deviation, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(d.ok for d in self.deviations)
+
+    def __str__(self) -> str:
+        return "; ".join(map(str, self.deviations))
+
+
+def acceptance(
+    out: Tensor | tuple[Tensor, Tensor | None],
+    attn: Attention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None = None,
+    *,
+    atol: float | None = None,
+    **arguments: Any,
+) -> Agreement:
+    """Judges `o` or (`o`, `lse`) of a kernel: err(kernel) <= 2 * err(eager) + atol, for each output.
+
+    `arguments` are those of `outputs`, but dtype. `atol` replaces the table's value of q's dtype.
+    """
+    o, lse = out if isinstance(out, tuple) else (out, None)
+    with torch.no_grad():
+        exact = outputs(attn, q, k, v, **arguments, dtype=torch.float64)
+        eager = _eager(attn, q, k, v, arguments)
+    pairs = [("o", o, exact.o, eager.o, q.dtype)]
+    if lse is not None and exact.lse is not None and eager.lse is not None:
+        pairs.append(("lse", lse, exact.lse, eager.lse, eager.lse.dtype))
+    return Agreement(tuple(judge(*pair, atol=atol) for pair in pairs))
+
+
+def _eager(attn: Attention, q: Tensor, k: Tensor, v: Tensor | None, arguments: dict[str, Any]) -> Outputs:
+    """The variant in q's dtype; where that overflows, in float32 and rounded, so that the rule keeps teeth."""
+    eager = outputs(attn, q, k, v, **arguments, dtype=None)
+    if bool(eager.o.isfinite().all()):
+        return eager
+    wide = outputs(attn, q, k, v, **arguments, dtype=torch.float32)
+    return Outputs(wide.o.to(q.dtype), wide.lse, wide.max_score)
+
+
+def judge(
+    output: str, got: Tensor, exact: Tensor, eager: Tensor, dtype: torch.dtype, atol: float | None = None
+) -> Deviation:
+    """The rule for one tensor: an output, or a gradient."""
+    if got.shape != exact.shape:
+        raise ValueError(f"{output}: expected shape {list(exact.shape)}, got {list(got.shape)}")
+    finite = exact[exact.isfinite()]
+    magnitude = max(1.0, float(finite.abs().max())) if finite.numel() else 1.0
+    allowance = ATOL[dtype] * magnitude if atol is None else atol
+    eager_error = distance(eager, exact)
+    return Deviation(output, distance(got, exact), eager_error, 2 * eager_error + allowance)
+
+
+def distance(got: Tensor, exact: Tensor) -> float:
+    """The greatest absolute difference; equal infinities are 0 apart, NaN is infinitely far from a number."""
+    got, exact = got.double(), exact.double()
+    same = (got == exact) | (got.isnan() & exact.isnan())
+    apart = torch.where(same, 0.0, (got - exact).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
+    return float(apart.max()) if apart.numel() else 0.0

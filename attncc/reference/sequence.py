@@ -1,0 +1,262 @@
+"""One sequence through all parts of a variant, some query rows at a time.
+
+Expressions are evaluated only where the mask is true, and rows and keys that take no part are zeroed before
+they are multiplied, so what lies in memory there can be anything: neither outputs nor gradients see it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from attncc.ir.attention import Attention, Part
+from attncc.ir.expr import TRUE, Expr
+from attncc.reference.evaluate import Scope, evaluate, read
+from attncc.reference.normalize import column_weights, logaddexp, softmax, weights
+from attncc.reference.operands import Sequence
+from attncc.reference.philox import kept
+
+CHUNK_ELEMENTS: Final = 2**23
+"""Scores held at once: query rows are taken in chunks of about this many."""
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """What a call has once: the dtypes it computes in, scale, dropout's seed, sizes and inputs."""
+
+    matmul: torch.dtype
+    elementwise: torch.dtype
+    scale: float | Tensor | None
+    seed: int
+    sizes: Mapping[str, int]
+    inputs: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Some query rows of a sequence, one key and value head per query head: [Hq, rows | Sk, D].
+
+    The scope's positions broadcast to [Hq, rows, Sk].
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scope: Scope
+    numbers: Numbers
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.q.shape[0], self.q.shape[1], self.k.shape[1]
+
+    def per_row(self, e: Expr) -> Tensor:
+        """An expression that does not read `j`, as [Hq, rows]."""
+        heads, rows, _ = self.shape
+        return evaluate(e, self.scope).to(self.numbers.elementwise).expand(heads, rows, 1)[..., 0]
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """What a part makes of its keys: o [Hq, rows, Dv]; softmax: lse, greatest score and sink [Hq, rows].
+
+    The sink's share is not taken off `o` yet.
+    """
+
+    o: Tensor
+    lse: Tensor | None = None
+    top: Tensor | None = None
+    sink: Tensor | None = None
+
+
+def attend(attn: Attention, sequence: Sequence, numbers: Numbers) -> Partial:
+    """One sequence whole; `lse` and `top` only where the variant has them."""
+    whole = _rows(attn, sequence, numbers)
+    heads, total, keys = whole.shape
+    step = max(1, CHUNK_ELEMENTS // max(1, heads * keys))
+    starts = range(0, total, step) if total else range(1)
+    columns = [_column_lse(part, whole, starts) for part in attn.parts]
+
+    def chunk(start: int) -> Partial:
+        rows = _slice(whole, start, step)
+        return _combine(attn, [_part(p, rows, c) for p, c in zip(attn.parts, columns, strict=True)], rows)
+
+    done = [_recomputed(chunk, start) if len(starts) > 1 else chunk(start) for start in starts]
+    return Partial(
+        torch.cat([p.o for p in done], 1),
+        _cat([p.lse for p in done]),
+        _cat([p.top for p in done]),
+    )
+
+
+def _recomputed(chunk: Callable[[int], Partial], start: int) -> Partial:
+    """A chunk whose scores are computed again in the backward instead of being kept."""
+    return checkpoint(chunk, start, use_reentrant=False, preserve_rng_state=False)
+
+
+def _cat(pieces: list[Tensor | None]) -> Tensor | None:
+    known = [p for p in pieces if p is not None]
+    return torch.cat(known, 1) if len(known) == len(pieces) else None
+
+
+# -- rows and what expressions read there --------------------------------------------------------
+
+
+def _rows(attn: Attention, sequence: Sequence, numbers: Numbers) -> Rows:
+    device = sequence.q.device
+    heads = torch.arange(attn.heads.q, device=device)
+    hk = _served_by(attn, heads, attn.heads.kv)
+    hv = _served_by(attn, heads, sequence.v.shape[0])
+    row = torch.arange(sequence.q.shape[1], device=device)
+    sizes = {**numbers.sizes, "Sq": sequence.q.shape[1], "Sk": sequence.k.shape[1]}
+    names = {name: torch.tensor(n, device=device) for name, n in sizes.items()}
+    names["b"] = torch.tensor(sequence.number, device=device)
+    match attn.align.kind:
+        case "bottom_right":
+            offset = names["Sk"] - names["Sq"]
+        case "top_left":
+            offset = torch.zeros_like(names["b"])
+        case "input":
+            offset = read(numbers.inputs[attn.align.input], [names["b"]]).long()
+    names["h"], names["hk"] = heads[:, None, None], hk[:, None, None]
+    names["row"], names["i"] = row[None, :, None], (row + offset)[None, :, None]
+    names["j"] = torch.arange(sequence.k.shape[1], device=device)[None, None, :]
+    scope = Scope(names, numbers.inputs, numbers.elementwise, device)
+    scale = evaluate(attn.scale, scope) if numbers.scale is None else torch.as_tensor(numbers.scale, device=device)
+    names["scale"] = scale.to(numbers.elementwise)
+    return Rows(sequence.q, sequence.k[hk], sequence.v[hv], scope, numbers)
+
+
+def _served_by(attn: Attention, heads: Tensor, count: int) -> Tensor:
+    """The key (or value) head of each query head."""
+    return heads % count if attn.heads.map == "tile" else heads // (attn.heads.q // count)
+
+
+def _slice(rows: Rows, start: int, step: int) -> Rows:
+    names = dict(rows.scope.names)
+    for name in ("row", "i"):
+        names[name] = names[name][:, start : start + step]
+    return replace(rows, q=rows.q[:, start : start + step], scope=replace(rows.scope, names=names))
+
+
+# -- parts ---------------------------------------------------------------------------------------
+
+
+def _part(part: Part, rows: Rows, column_lse: Tensor | None) -> Partial:
+    seen = _seen(part, rows)
+    kind = part.normalizer.kind
+    fill = -math.inf if kind in ("softmax", "column_softmax") else 0.0
+    s = _scores(part, rows, seen, fill)
+    lse = top = sink = None
+    if kind == "softmax":
+        p, lse, top = softmax(s)
+        sink = None if part.normalizer.sink is None else rows.per_row(part.normalizer.sink)
+    elif column_lse is not None:
+        p = column_weights(s, column_lse[:, None])
+    else:
+        p = weights(part.normalizer, s, seen)
+    if part.dropout:
+        names = rows.scope.names
+        keep = kept(part.dropout, rows.numbers.seed, *(names[n] for n in ("b", "h", "i", "j")))
+        p = torch.where(keep, p / (1 - part.dropout), 0.0)
+    v = _zero_unused(rows.v, seen.any(1))
+    o = p.to(rows.numbers.matmul) @ v.to(rows.numbers.matmul)
+    return Partial(o.to(rows.numbers.elementwise), lse, top, sink)
+
+
+def _seen(part: Part, rows: Rows) -> Tensor:
+    """Which keys each row takes part with: [Hq, rows, Sk]."""
+    seen = evaluate(part.mask, rows.scope).expand(rows.shape)
+    return seen & _listed(part, rows) if part.kv.kind == "gathered" else seen
+
+
+def _listed(part: Part, rows: Rows) -> Tensor:
+    """The keys whose positions stand in the rows' lists `index[b, hk, row]`.
+
+    Entries outside of [0, Sk) are padding; a key that a list repeats counts once.
+    """
+    table, names = rows.scope.inputs[part.kv.index], rows.scope.names
+    entry = torch.arange(table.shape[-1], device=table.device)
+    listed = read(table, [names["b"], names["hk"], names["row"], entry]).long()
+    heads, count, keys = rows.shape
+    listed = torch.where((listed >= 0) & (listed < keys), listed, keys).expand(heads, count, -1)
+    found = torch.zeros((heads, count, keys + 1), dtype=torch.bool, device=table.device)
+    return found.scatter(-1, listed, True)[..., :keys]
+
+
+def _scores(part: Part, rows: Rows, seen: Tensor, fill: float) -> Tensor:
+    """The scores [Hq, rows, Sk], `fill` where a key is not seen."""
+    matmul, elementwise = rows.numbers.matmul, rows.numbers.elementwise
+    q = _zero_unused(rows.q, seen.any(2)).to(matmul)
+    k = _zero_unused(rows.k, seen.any(1)).to(matmul)
+    qk = (q @ k.transpose(1, 2)).to(elementwise)
+    names = {**rows.scope.names, "qk": qk}
+    if part.mask == TRUE and part.kv.kind != "gathered":
+        return evaluate(part.score, replace(rows.scope, names=names)).to(elementwise).expand(rows.shape)
+    # only the visible positions enter the formula, which may be anything but a number elsewhere
+    at = seen.nonzero(as_tuple=True)
+    visible = {name: x.expand(rows.shape)[at] if x.ndim else x for name, x in names.items()}
+    s = evaluate(part.score, replace(rows.scope, names=visible)).to(elementwise).expand(at[0].shape)
+    return s.new_full(rows.shape, fill).index_put(at, s)
+
+
+def _zero_unused(x: Tensor, used: Tensor) -> Tensor:
+    return torch.where(used[..., None], x, 0.0)
+
+
+def _column_lse(part: Part, whole: Rows, starts: range) -> Tensor | None:
+    """column_softmax: the log-sum-exp over all rows of each column [Hq, Sk]."""
+    if part.normalizer.kind != "column_softmax":
+        return None
+    total: Tensor | None = None
+    for start in starts:
+        rows = _slice(whole, start, starts.step)
+        s = _scores(part, rows, _seen(part, rows), -math.inf)
+        lse = softmax(s.transpose(1, 2))[1]
+        total = lse if total is None else logaddexp(total, lse)
+    return total
+
+
+# -- combining parts -----------------------------------------------------------------------------
+
+
+def _combine(attn: Attention, parts: list[Partial], rows: Rows) -> Partial:
+    if len(parts) == 1 or attn.combine.name == "lse":
+        return _merge(parts)
+    finished = [_merge([p]).o for p in parts]
+    factors = [rows.per_row(e)[..., None] for e in attn.combine.args]
+    match attn.combine.name, factors:
+        case "add", []:
+            return Partial(sum(finished[1:], finished[0]))
+        case "lerp", [t]:
+            first, second = finished
+            return Partial(first + t * (second - first))
+        case "gate", [g]:
+            first, second = finished
+            return Partial(g * first + (1 - g) * second)
+        case _:
+            weighted = [g * o for g, o in zip(factors, finished, strict=True)]
+            return Partial(sum(weighted[1:], weighted[0]))
+
+
+def _merge(parts: list[Partial]) -> Partial:
+    """The parts as one softmax over all their keys, then the sinks' share taken off."""
+    first = parts[0]
+    if len(parts) > 1:
+        lses = torch.stack([p.lse for p in parts if p.lse is not None], -1)
+        share, lse, _ = softmax(lses)
+        o = sum((share[..., n, None] * p.o for n, p in enumerate(parts)), torch.zeros_like(first.o))
+        top = torch.stack([p.top for p in parts if p.top is not None], -1).amax(-1)
+        first = Partial(o, lse, top)
+    sinks = [p.sink for p in parts if p.sink is not None]
+    if first.lse is None or not sinks:
+        return first
+    sink = sinks[0] if len(sinks) == 1 else logaddexp(*sinks)
+    empty = first.lse == -math.inf
+    share = torch.sigmoid(torch.where(empty, 0.0, first.lse) - sink)
+    return replace(first, o=torch.where(empty, 0.0, share)[..., None] * first.o, sink=None)
