@@ -69,6 +69,18 @@ def dot(a: Expr, b: Expr, acc: Expr | None = None) -> Expr:
     return Expr("dot", args, None, "f32", (a.shape[0], b.shape[1]))
 
 
+def quotient(a: Value, b: Value) -> Expr:
+    """a // b of integers known to be non-negative: the plain machine division."""
+    e = lift(a) // b
+    return Expr(e.op, e.args, "nonneg", e.dtype, e.shape) if e.op == "floordiv" else e
+
+
+def remainder(a: Value, b: Value) -> Expr:
+    """a % b of integers known to be non-negative."""
+    e = lift(a) % b
+    return Expr(e.op, e.args, "nonneg", e.dtype, e.shape) if e.op == "mod" else e
+
+
 def reduce(op: str, x: Expr, axis: int) -> Expr:
     """max, min or sum over one axis."""
     return Expr("reduce", (x,), (op, axis), x.dtype, (*x.shape[:axis], *x.shape[axis + 1 :]))
@@ -134,8 +146,7 @@ class Builder:
     def call(self, function: Function, targets: Iterable[Expr], **given: Value) -> None:
         """Calls a device function: an argument is `given`, or has the parameter's own name."""
         args = tuple(
-            lift(given[p.name]) if p.name in given else name(p.name, p.dtype, p.shape)
-            for p in function.params
+            lift(given[p.name]) if p.name in given else name(p.name, p.dtype, p.shape) for p in function.params
         )
         self.stack[-1].append(CallFn(tuple(targets), function.name, args))
 
@@ -178,9 +189,7 @@ def _binds(body: Iterable[Statement], text: str) -> bool:
     return any(any(e.attr == text for e in binds(s)) or _binds(block(s), text) for s in body)
 
 
-def _scan(
-    body: Iterable[Statement], bound: set[str], free: dict[str, Expr], tensors: dict[str, None]
-) -> None:
+def _scan(body: Iterable[Statement], bound: set[str], free: dict[str, Expr], tensors: dict[str, None]) -> None:
     """Collects, in order of first use, the names read before they are bound, and the tensors touched."""
     for s in body:
         for e in reads(s):

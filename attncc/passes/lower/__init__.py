@@ -1,1 +1,5 @@
-"""Skeletons and the fragments they share: attention variants become tile programs."""
+"""Lowering, the one step from *what* to *how*: skeletons and fragments turn a variant into a tile program."""
+
+from attncc.passes.lower.select import SKELETONS, select
+
+__all__ = ["SKELETONS", "select"]

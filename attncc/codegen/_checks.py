@@ -1,0 +1,82 @@
+"""What a call's arguments must be, and the messages where they are not; the same in every emitted package."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+Sizes = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """What an argument must look like: a name or number per axis, and its dtype."""
+
+    name: str
+    axes: tuple[int | str, ...]
+    dtype: torch.dtype
+    tiled: bool = False
+    """Read by tiles of [rows, columns]: its last axis must be contiguous."""
+
+
+def fill(axes: Sequence[int | str], sizes: Sizes, partial: bool = False) -> tuple[int, ...]:
+    return tuple(a if isinstance(a, int) else sizes.get(a, -1) if partial else sizes[a] for a in axes)
+
+
+def check_scale(name: str, scale: float) -> float:
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise TypeError(f"{name}: scale must be a float, got {type(scale).__name__}")
+    if not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"{name}: scale must be positive and finite, got {scale}")
+    return float(scale)
+
+
+def check_tensors(
+    name: str, wanted: Sequence[Tensor], tensors: Sequence[torch.Tensor], limits: Mapping[str, int]
+) -> Sizes:
+    """Checks every argument of the package `name` and returns the sizes they agree on.
+
+    Raises:
+        TypeError, ValueError: with the argument's name, what was expected and what came.
+    """
+    sizes: Sizes = {}
+    owner: dict[str, str] = {}
+    first = tensors[0]
+    for expected, t in zip(wanted, tensors, strict=True):
+        where = f"{name}: {expected.name}"
+        if t.dtype != expected.dtype:
+            raise TypeError(f"{where} must be {expected.dtype}, got {t.dtype}")
+        if t.device != first.device:
+            raise ValueError(f"{where} must be on {first.device} like q, got {t.device}")
+        check_shape(where, expected, t, sizes, owner)
+        if expected.tiled and t.shape[-1] > 1 and t.stride(-1) != 1:
+            raise ValueError(
+                f"{where} must be contiguous along its last axis, got strides {tuple(t.stride())}: call .contiguous()"
+            )
+    if "Tq" in sizes:
+        sizes["B"] = sizes.pop("B + 1") - 1
+    for axis, most in limits.items():
+        if sizes.get(axis, 0) > most:
+            raise ValueError(
+                f"{name}: {axis} is {sizes[axis]}, the package was compiled for at most {most}: "
+                f"raise it by `sizes: {{{axis}: {{max: …}}}}` in the spec"
+            )
+    return sizes
+
+
+def check_shape(where: str, expected: Tensor, t: torch.Tensor, sizes: Sizes, owner: dict[str, str]) -> None:
+    wanted = ", ".join(f"{a}={sizes[a]}" if a in sizes else str(a) for a in expected.axes)
+    if t.dim() != len(expected.axes):
+        raise ValueError(f"{where} must have the {len(expected.axes)} axes [{wanted}], got shape {tuple(t.shape)}")
+    for n, (axis, size) in enumerate(zip(expected.axes, t.shape, strict=True)):
+        known = axis if isinstance(axis, int) else sizes.get(axis, size)
+        if known != size:
+            why = f", as {owner[axis]} has it" if axis in owner else ""
+            raise ValueError(
+                f"{where} must have shape [{wanted}], got {tuple(t.shape)}: axis {n} is {size}, not {known}{why}"
+            )
+        if isinstance(axis, str) and axis not in sizes:
+            sizes[axis], owner[axis] = size, expected.name

@@ -1,0 +1,97 @@
+"""Device functions that emitted kernels call: a module of real Triton code, whose used parts are copied into them.
+
+Nothing imports this file to emit; it is read as text, so that what ships is what is linted and tested here.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_tile(
+    X, b, h, row, column: tl.constexpr, stride_b, stride_h, stride_s, rows,
+    DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """X[b, h] from (row, column) on, as [ROWS, COLUMNS]; 0 beyond its rows and DIM columns."""
+    if TMA:
+        x = X.load([b, h, row, column]).reshape([ROWS, COLUMNS])
+    else:
+        r = row + tl.arange(0, ROWS)
+        c = column + tl.arange(0, COLUMNS)
+        inside = (r < rows)[:, None]
+        if column + COLUMNS > DIM:
+            inside = inside & (c < DIM)[None, :]
+        at = X + b * stride_b + h * stride_h + r.to(tl.int64)[:, None] * stride_s + c[None, :]
+        x = tl.load(at, mask=inside, other=0.0)
+    return x
+
+
+@triton.jit
+def store_tile(
+    X, x, b, h, row, column: tl.constexpr, stride_b, stride_h, stride_s, rows,
+    DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Writes x [ROWS, COLUMNS] to X[b, h] from (row, column) on; drops what lies beyond its rows and DIM columns."""
+    if TMA:
+        X.store([b, h, row, column], x.reshape([1, 1, ROWS, COLUMNS]))
+    else:
+        r = row + tl.arange(0, ROWS)
+        c = column + tl.arange(0, COLUMNS)
+        at = X + b * stride_b + h * stride_h + r.to(tl.int64)[:, None] * stride_s + c[None, :]
+        tl.store(at, x, mask=(r < rows)[:, None] & (c < DIM)[None, :])
+
+
+@triton.jit
+def floor_div(a, b):
+    """a // b rounded down, as in Python; the machine's division rounds towards 0."""
+    q = a // b
+    return q - ((a - q * b != 0) & ((a < 0) != (b < 0))).to(q.dtype)
+
+
+@triton.jit
+def floor_mod(a, b):
+    """a % b with the sign of b, as in Python."""
+    r = a % b
+    return tl.where((r != 0) & ((r < 0) != (b < 0)), r + b, r)
+
+
+@triton.jit
+def count_up_to(X, stride, n, x):
+    """How many of the n sorted entries of X are <= x, by bisection."""
+    low = x * 0
+    high = low + n
+    for _ in range(0, 32):
+        middle = (low + high) // 2
+        open_ = low < high
+        value = tl.load(X + middle.to(tl.int64) * stride, mask=open_, other=0)
+        up = open_ & (value <= x)
+        low = tl.where(up, middle + 1, low)
+        high = tl.where(open_ & (value > x), middle, high)
+    return low
+
+
+@triton.jit
+def tanh(x, HARDWARE: tl.constexpr):
+    """tanh by the GPU's own instruction (relative error 2**-11), or through exp2."""
+    if HARDWARE:
+        y = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        y = 1.0 - 2.0 / (tl.exp2(x * 2.8853900817779268) + 1.0)
+    return y
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x), right for small x too."""
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log(u) * x / tl.where(u == 1.0, 1.0, u - 1.0))
+
+
+@triton.jit
+def power(x, y):
+    """x ** y for floats; NaN for a negative x and a fractional y."""
+    size = tl.exp2(y * tl.log2(tl.abs(x)))
+    whole = tl.floor(y) == y
+    odd = tl.floor(y * 0.5) * 2.0 != y
+    signed = tl.where(whole, tl.where(odd, -size, size), float("nan"))
+    return tl.where(y == 0.0, 1.0, tl.where(x < 0.0, signed, size))

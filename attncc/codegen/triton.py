@@ -1,0 +1,289 @@
+"""Tile IR to readable Triton source: tables for operators, one `match` for expressions, one for statements."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from attncc.codegen.source import Writer, definitions, function_names
+from attncc.errors import CompilerBug
+from attncc.ir.expr import INTS, Dim, Dtype, Expr
+from attncc.ir.tile import CallFn, For, Function, If, Let, Note, Param, Program, Statement, Store, StoreTile
+
+INFIX: Final[dict[str, tuple[str, int]]] = {
+    "mul": ("*", 8), "div": ("/", 8), "add": ("+", 7), "sub": ("-", 7), "and": ("&", 6), "or": ("|", 5),
+    "lt": ("<", 4), "le": ("<=", 4), "gt": (">", 4), "ge": (">=", 4), "eq": ("==", 4), "ne": ("!=", 4),
+}  # fmt: skip
+MACHINE_DIVISION: Final[dict[str, tuple[str, int]]] = {"floordiv": ("//", 8), "mod": ("%", 8)}
+PREFIX: Final[dict[str, str]] = {"neg": "-", "not": "~"}
+CALL: Final[dict[str, str]] = {
+    "exp": "tl.exp", "exp2": "tl.exp2", "log": "tl.log", "log2": "tl.log2", "log1p": "log1p", "sqrt": "tl.sqrt",
+    "rsqrt": "tl.rsqrt", "sigmoid": "tl.sigmoid", "sin": "tl.sin", "cos": "tl.cos", "erf": "tl.erf",
+    "floor": "tl.floor", "abs": "tl.abs", "min": "tl.minimum", "max": "tl.maximum", "where": "tl.where",
+    "floordiv": "floor_div", "mod": "floor_mod", "pow": "power", "tanh": "tanh",
+}  # fmt: skip
+FLAG_OF: Final[dict[str, str]] = {"tanh": "HARDWARE", "tile": "TMA"}
+"""Operators whose code depends on the device, and the constexpr that says which."""
+FLAG_DOC: Final[dict[str, str]] = {
+    "HARDWARE": "use the GPU's own tanh",
+    "TMA": "operands are tensor descriptors, not pointers",
+}
+DTYPE: Final[dict[Dtype, str]] = {
+    "bool": "tl.int1", "i8": "tl.int8", "u8": "tl.uint8", "i32": "tl.int32", "i64": "tl.int64",
+    "f16": "tl.float16", "bf16": "tl.bfloat16", "f32": "tl.float32", "f64": "tl.float64",
+}  # fmt: skip
+ATOM: Final = 10
+UNARY: Final = 9
+
+
+def number(value: bool | int | float) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        return f'float("{value}")'
+    return repr(value)
+
+
+def dim(d: Dim) -> str:
+    return str(d).replace("/", " // ")
+
+
+def lower_name(tensor: str) -> str:
+    """The stem of a tensor's stride names: Q -> q, bias_ptr -> bias."""
+    return re.sub("_ptr$", "", tensor).lower()
+
+
+def strides(p: Param) -> list[str]:
+    """Names of the strides that travel with a tensor; an operand's columns are contiguous."""
+    if p.role == "operand":
+        return [f"{lower_name(p.name)}_{axis}" for axis in "bhs"]
+    return [f"{lower_name(p.name)}_{axis}" for axis in range(p.rank)]
+
+
+def handles(p: Param) -> list[str]:
+    """Names of a tensor itself: an operand read by several tile shapes has a descriptor for each."""
+    if len(p.tiles) < 2:
+        return [p.name]
+    return [f"{p.name}_{columns}" for _, columns in p.tiles]
+
+
+class Printer:
+    """Prints one function body: it knows its tensors, and notes which helpers and flags it used."""
+
+    def __init__(self, params: Iterable[Param], functions: Mapping[str, Function], flags: Mapping[str, list[str]]):
+        self.params = {p.name: p for p in params}
+        self.functions = functions
+        self.function_flags = flags
+        self.flags: set[str] = set()
+
+    def expr(self, e: Expr, outer: int = 0) -> str:
+        if e.op in INFIX or (e.op in MACHINE_DIVISION and e.attr == "nonneg"):
+            sign, strength = INFIX.get(e.op) or MACHINE_DIVISION[e.op]
+            left = self.expr(e.args[0], strength + (strength == 4))
+            text = f"{left} {sign} {self.expr(e.args[1], strength + 1)}"
+            return f"({text})" if strength < outer else text
+        if e.op in PREFIX:
+            text = PREFIX[e.op] + self.expr(e.args[0], UNARY)
+            return f"({text})" if outer > UNARY else text
+        if e.op in CALL:
+            flag = [self.flag(FLAG_OF[e.op])] if e.op in FLAG_OF else []
+            return f"{CALL[e.op]}({', '.join([*map(self.expr, e.args), *flag])})"
+        return self.structural(e, outer)
+
+    def structural(self, e: Expr, outer: int) -> str:
+        a = e.args
+        match e.op:
+            case "const" if e.value is not None:
+                text = number(e.value)
+                return f"({text})" if text.startswith("-") and outer > 7 else text
+            case "name":
+                return str(e.attr)
+            case "expand" | "trans" | "cast":
+                return f"{self.expr(a[0], ATOM)}{self.suffix(e)}"
+            case "dot":
+                exact = ', input_precision="ieee"' if a[0].dtype == "f32" else ""
+                return f"tl.dot({', '.join(map(self.expr, a))}{exact})"
+            case "load" | "bucket" | "tile":
+                return self.access(e)
+            case _:
+                return self.shaped(e)
+
+    def suffix(self, e: Expr) -> str:
+        """What is written behind a tile to see it otherwise."""
+        if e.op == "expand":
+            return f"[{', '.join('None' if axis == e.attr else ':' for axis in range(len(e.shape)))}]"
+        return ".T" if e.op == "trans" else f".to({DTYPE[e.dtype]})"
+
+    def shaped(self, e: Expr) -> str:
+        """Calls that take a shape, an axis or nothing."""
+        shape = f"[{', '.join(map(dim, e.shape))}]"
+        match e.op:
+            case "program":
+                return f"tl.program_id({e.attr})"
+            case "iota":
+                return f"tl.arange(0, {dim(e.shape[0])})"
+            case "full":
+                return f"tl.full({shape}, {self.expr(e.args[0])}, {DTYPE[e.dtype]})"
+            case "reshape":
+                return f"tl.reshape({self.expr(e.args[0])}, {shape})"
+            case "reduce" if isinstance(e.attr, tuple):
+                return f"tl.{e.attr[0]}({self.expr(e.args[0])}, {e.attr[1]})"
+            case "cumsum":
+                return f"tl.cumsum({self.expr(e.args[0])}, 0)"
+            case _:
+                raise CompilerBug(f"the Triton printer has no text for '{e.op}'")
+
+    def access(self, e: Expr) -> str:
+        """Reads of tensors."""
+        p = self.params[str(e.attr)]
+        if e.op == "load":
+            at, mask = e.args[: p.rank], e.args[p.rank :]
+            guard = f", mask={self.expr(mask[0])}, other=0" if mask else ""
+            return f"tl.load({self.pointer(p, at)}{guard})"
+        if e.op == "bucket":
+            *at, x, entries = e.args
+            row = self.pointer(p, at)
+            return f"count_up_to({row}, {strides(p)[-1]}, {self.expr(entries)}, {self.expr(x)})"
+        b, h, row0, column = map(self.expr, e.args)
+        return f"load_tile({self.handle(p, e.shape)}, {b}, {h}, {row0}, {column}, {self.bounds(p, e.shape)})"
+
+    def bounds(self, p: Param, shape: tuple[Dim, ...]) -> str:
+        """The arguments of a tile access that say how its operand lies in memory."""
+        if p.extent is None:
+            raise CompilerBug(f"operand {p.name} has no extent")
+        rows, columns = p.extent
+        sizes = [self.expr(rows), str(columns), dim(shape[0]), dim(shape[1]), self.flag("TMA")]
+        return ", ".join([*strides(p), *sizes])
+
+    def handle(self, p: Param, shape: tuple[Dim, ...]) -> str:
+        return p.name if len(p.tiles) < 2 else f"{p.name}_{shape[1]}"
+
+    def pointer(self, p: Param, index: Iterable[Expr]) -> str:
+        names = strides(p)
+        terms = [
+            f"{self.expr(i, 8)} * {s}" for i, s in zip(index, names, strict=False) if i.value != 0
+        ]  # an operand's columns, last, have no stride
+        if p.role == "operand":
+            terms.append(self.expr(list(index)[-1], 7))
+        return " + ".join([p.name, *terms])
+
+    def flag(self, text: str) -> str:
+        self.flags.add(text)
+        return text
+
+    def statement(self, w: Writer, s: Statement) -> None:
+        match s:
+            case Note(text):
+                w.line(f"# {text}")
+            case Let(var, value, note):
+                w.line(f"{var.attr} = {self.expr(value)}" + (f"  # {note}" if note else ""))
+            case Store(tensor, index, value, mask):
+                guard = f", mask={self.expr(mask)}" if mask is not None else ""
+                w.line(f"tl.store({self.pointer(self.params[tensor], index)}, {self.expr(value)}{guard})")
+            case StoreTile(tensor, index, value):
+                p = self.params[tensor]
+                b, h, row0, column = map(self.expr, index)
+                bounds = self.bounds(p, value.shape)
+                handle = self.handle(p, value.shape)
+                w.line(f"store_tile({handle}, {self.expr(value)}, {b}, {h}, {row0}, {column}, {bounds})")
+            case For(var, lo, hi, step, body):
+                by = "" if step.value == 1 else f", {self.expr(step)}"
+                w.line(f"for {var.attr} in range({self.expr(lo)}, {self.expr(hi)}{by}):")
+                self.block(w, body)
+            case If(condition, body):
+                w.line(f"if {self.expr(condition)}:")
+                self.block(w, body)
+            case CallFn(targets, function, args):
+                w.line(f"{', '.join(str(t.attr) for t in targets)} = {self.call(function, args)}")
+
+    def call(self, function: str, args: tuple[Expr, ...]) -> str:
+        callee = self.functions[function]
+        texts: list[str] = []
+        for p, a in zip(callee.params, args, strict=True):
+            texts += [*handles(p), *strides(p)] if p.role in ("operand", "buffer") else [self.expr(a)]
+        flags = [self.flag(f) for f in self.function_flags[function]]
+        return f"{function}({', '.join([*texts, *flags])})"
+
+    def block(self, w: Writer, body: Iterable[Statement]) -> None:
+        with w.indented():
+            for s in body:
+                self.statement(w, s)
+
+
+def _signature(w: Writer, name: str, params: Iterable[Param], flags: Iterable[str], *, entry: bool) -> None:
+    """A `def` line, wrapped: tensors, strides, numbers, constants; a kernel's strides are 64 bits wide."""
+    tensors = [p for p in params if p.role in ("operand", "buffer")]
+    wide = ": tl.int64" if entry else ""
+    if entry:
+        groups = [
+            [h for p in tensors for h in handles(p)],
+            [f"{s}{wide}" for p in tensors for s in strides(p)],
+            [p.name for p in params if p.role == "scalar"],
+        ]
+    else:
+        groups = [[text for p in params for text in _arguments(p)]]
+    constants = [p.name for p in params if p.role == "constexpr"]
+    groups.append([f"{c}: tl.constexpr" for c in [*constants, *flags]])
+    w.line(f"def {name}(")
+    with w.indented():
+        for group in filter(None, groups):
+            w.block(_wrap(group))
+    w.line("):")
+
+
+def _arguments(p: Param) -> list[str]:
+    if p.role in ("operand", "buffer"):
+        return [*handles(p), *strides(p)]
+    return [] if p.role == "constexpr" else [p.name]
+
+
+def _wrap(words: list[str], width: int = 108) -> list[str]:
+    lines: list[str] = []
+    for word in words:
+        if lines and len(lines[-1]) + len(word) + 2 <= width:
+            lines[-1] += f" {word},"
+        else:
+            lines.append(f"{word},")
+    return lines
+
+
+def functions_of(program: Program) -> dict[str, Function]:
+    return {f.name: f for k in program.kernels for f in k.functions}
+
+
+def print_kernels(program: Program) -> tuple[list[str], dict[str, list[str]]]:
+    """The text of every device function and kernel of a program, and the flags that each kernel takes."""
+    functions, flags = functions_of(program), {}
+    texts: list[str] = []
+    for f in functions.values():
+        texts.append(_print(f.name, f.params, f.body, f.doc, functions, flags, results=f.results))
+    for k in program.kernels:
+        texts.append(_print(k.name, k.params, k.body, k.doc, functions, flags))
+    used = frozenset(n for n in function_names("helpers") if any(re.search(rf"\b{n}\(", t) for t in texts))
+    return [*definitions("helpers", used), *texts], {k.name: flags[k.name] for k in program.kernels}
+
+
+def _print(
+    name: str,
+    params: tuple[Param, ...],
+    body: tuple[Statement, ...],
+    doc: str,
+    functions: Mapping[str, Function],
+    flags: dict[str, list[str]],
+    results: tuple[Expr, ...] = (),
+) -> str:
+    """One function; records the flags it takes in `flags`."""
+    printer, inner = Printer(params, functions, flags), Writer()
+    with inner.indented():
+        inner.line(f'"""{doc}"""')
+        for s in body:
+            printer.statement(inner, s)
+        if results:
+            inner.line(f"return {', '.join(str(r.attr) for r in results)}")
+    flags[name] = sorted(printer.flags)
+    head = Writer()
+    dynamic = [p.name for p in params if p.role == "scalar" and p.dtype in INTS]
+    listed = ", ".join(f'"{d}"' for d in dynamic)
+    head.line("@triton.jit" if results or not dynamic else f"@triton.jit(do_not_specialize=[{listed}])")
+    _signature(head, name, params, flags[name], entry=not results)
+    return head.text() + inner.text().rstrip()

@@ -1,0 +1,178 @@
+"""Masks that depend on data: one kernel lists, for every query tile, the key tiles worth a visit.
+
+Each query tile owns a row of `tiles`: key tiles that need the mask from the left, those in which every pair counts from
+the right, and how many of either in `tile_counts`. Memory is that of the tiles; nothing is ever Sq x Sk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Final
+
+from attncc.ir.attention import Attention, KeyTiles
+from attncc.ir.build import Builder, column, iota, program, quotient, read, reduce, remainder, row
+from attncc.ir.expr import Expr, cast_to, const, maximum, minimum, name, where
+from attncc.ir.rewrite import names
+from attncc.ir.tile import Kernel, Param, Scratch
+from attncc.passes.lower.grid import (
+    CU_K,
+    CU_Q,
+    QueryTile,
+    cdiv,
+    is_varlen,
+    place_dense,
+    place_packed,
+    query_tiles,
+    size_parameters,
+)
+from attncc.passes.lower.knobs import KNOBS, largest
+from attncc.passes.lower.scores import hoist, input_param
+from attncc.passes.lower.walk import BN
+
+TILES: Final = Param("tiles", "buffer", "i32", rank=2, doc="[query tiles, key tiles] positions of key tiles")
+COUNTS: Final = Param("tile_counts", "buffer", "i32", rank=2, doc="[query tiles, 2] how many are masked, whole")
+LISTS: Final = (TILES, COUNTS)
+CHUNK: Final = 64
+"""Key tiles classified at once where two keys of each speak for all of it."""
+
+
+def scratch(attn: Attention) -> tuple[Scratch, ...]:
+    rows = query_tiles(attn) * _maps(attn)
+    keys = name("Tk") if is_varlen(attn) else name("Sk")
+    return (
+        Scratch("tiles", (rows, maximum(cdiv(keys, BN), 1)), "i32"),
+        Scratch("tile_counts", (rows, const(2)), "i32"),
+    )
+
+
+def kernel(attn: Attention) -> Kernel:
+    """One program per query tile of each map; masks that ignore batch or head share one."""
+    params = [*([CU_Q, CU_K] if is_varlen(attn) else []), *map(input_param, attn.inputs), *LISTS]
+    params += size_parameters(attn)
+    params += [Param(k.name, "constexpr", "i32", doc=k.doc) for k in KNOBS if k.name in ("BM", "BN")]
+    b = Builder({p.name: p for p in params})
+    count = b.let("query_tiles", query_tiles(attn))
+    number, which = b.let("number", remainder(program(), count)), b.let("map", quotient(program(), count))
+    if is_varlen(attn):
+        t = place_packed(b, attn, which if _by_head(attn) else const(0), number)
+    elif _by_batch(attn):
+        heads = attn.heads.q if _by_head(attn) else 1
+        t = place_dense(b, attn, b.let("b", quotient(which, heads)), b.let("h", remainder(which, heads)), number)
+    else:
+        t = place_dense(b, attn, const(0), which if _by_head(attn) else const(0), number)
+    with b.when(t.row0 < t.queries) if is_varlen(attn) else nullcontext():
+        _classify(b, attn, t)
+    doc = f"Lists the key tiles that each query tile of {attn.name} has to visit."
+    grid = query_tiles(attn) * _maps(attn)
+    return Kernel(f"{attn.name}_classify", tuple(params), b.body, (), grid, doc)
+
+
+def walk(b: Builder, attn: Attention, t: QueryTile, visit: Callable[[bool], Callable[[Expr], None]]) -> None:
+    """Both loops of the attention kernel, over the listed tiles."""
+    count = query_tiles(attn)
+    which: Expr = const(0)
+    if _by_head(attn):
+        which = t.h
+    if _by_batch(attn):
+        which = t.scope.values["b"] * attn.heads.q + t.h if _by_head(attn) else t.scope.values["b"]
+    listed = b.let("listed", which * count + t.number)
+    last = b.let("last_tile", maximum(cdiv(name("Tk") if is_varlen(attn) else t.keys, BN), 1) - 1)
+    b.note("listed from the right: tiles in which every pair counts")
+    with b.loop("entry", 0, read(COUNTS, listed, 1)) as entry:
+        visit(False)(b.let("n", read(TILES, listed, last - entry) * BN))
+    b.note("listed from the left: tiles cut by the mask or by the end of the keys")
+    with b.loop("entry", 0, read(COUNTS, listed, 0)) as entry:
+        visit(True)(b.let("n", read(TILES, listed, entry) * BN))
+
+
+def _key_tiles(attn: Attention) -> KeyTiles:
+    found = attn.part.key_tiles
+    assert found is not None, "sparsify runs before lowering"
+    return found
+
+
+def _by_head(attn: Attention) -> bool:
+    return bool(names(attn.part.mask) & {"h", "hk"})
+
+
+def _by_batch(attn: Attention) -> bool:
+    """Packed sequences are told apart by their tiles already."""
+    return not is_varlen(attn) and ("b" in names(attn.part.mask) or attn.align.kind == "input")
+
+
+def _maps(attn: Attention) -> Expr:
+    heads = const(attn.heads.q if _by_head(attn) else 1)
+    return name("B") * heads if _by_batch(attn) else heads
+
+
+def _classify(b: Builder, attn: Attention, t: QueryTile) -> None:
+    key_tiles = _key_tiles(attn)
+    lo: Expr = const(0)
+    hi: Expr = t.keys
+    if len(key_tiles.ranges) == 1:
+        lo = b.let("key_lo", maximum(minimum(t.scope.bind(key_tiles.ranges[0].lo), t.keys), 0))
+        hi = b.let("key_hi", maximum(minimum(t.scope.bind(key_tiles.ranges[0].hi), t.keys), 0))
+    coarse_rows, coarse_keys = (
+        grain >= largest(knob) for grain, knob in zip(key_tiles.granularity, ("BM", "BN"), strict=True)
+    )
+    i, row_ = t.scope.values["i"], t.scope.values["row"]
+    if coarse_rows:
+        b.note("the mask is constant on blocks no smaller than a tile: its first and last row speak for all")
+        end = iota(2)
+        i = b.let("i", where(end < 1, t.scope.values["i0"], t.scope.values["i1"]))
+        row_ = where(end < 1, t.row0, t.scope.values["row1"])
+    scope = t.scope.with_(i=column(i), row=column(row_))
+    mask = hoist(b, attn.part.mask, scope, "mask")
+    b.let("masked", const(0))
+    b.let("whole", const(0))
+    last = b.let("last_tile", maximum(cdiv(name("Tk") if is_varlen(attn) else t.keys, BN), 1) - 1)
+    first, end = lo if lo.value == 0 else b.let("first", quotient(lo, BN)), cdiv(hi, BN)
+
+    def holds(j: Expr) -> Expr:
+        return scope.with_(j=row(minimum(j, t.keys - 1))).bind(mask)
+
+    listed = program()
+    if coarse_keys:
+        b.note("the same goes for keys: a whole chunk of tiles at once")
+        with b.loop("chunk", first, end, CHUNK) as chunk:
+            _chunk(b, chunk, end, t, holds, listed, last)
+    else:
+        with b.loop("tile", first, end) as tile:
+            _single(b, tile, t, holds, listed, last)
+    b.store(COUNTS, (listed, 0), name("masked"))
+    b.store(COUNTS, (listed, 1), name("whole"))
+
+
+def _single(b: Builder, tile: Expr, t: QueryTile, holds: Callable[[Expr], Expr], listed: Expr, last: Expr) -> None:
+    """One tile, every pair of it."""
+    j = b.let("j", tile * BN + iota("BN"), "[BN]")
+    seen = b.let("seen", cast_to(holds(j), "i32"))
+    inside = row(cast_to(j < t.keys, "i32"))
+    some = b.let("some", reduce("max", reduce("max", seen * inside, 1), 0))
+    every = b.let("every", reduce("min", reduce("min", seen * inside, 1), 0))
+    masked, whole = name("masked"), name("whole")
+    b.store(TILES, (listed, where(every > 0, last - whole, masked)), tile, some > 0)
+    b.let("masked", masked + (some - every))
+    b.let("whole", whole + every)
+
+
+def _chunk(
+    b: Builder, chunk: Expr, end: Expr, t: QueryTile, holds: Callable[[Expr], Expr], listed: Expr, last: Expr
+) -> None:
+    """`CHUNK` tiles by their first and last key; a running sum gives each its place in the list."""
+    tile = b.let("tile", chunk + iota(CHUNK), f"[{CHUNK}]")
+    head = b.let("head", cast_to(holds(tile * BN), "i32"))
+    tail = b.let("tail", cast_to(holds(tile * BN + (BN - 1)), "i32"))
+    valid = cast_to(tile < end, "i32")
+    some = b.let("some", reduce("max", maximum(head, tail), 0) * valid)
+    complete = cast_to(tile * BN + BN <= t.keys, "i32")
+    every = b.let("every", reduce("min", minimum(head, tail), 0) * valid * complete)
+    part = b.let("part", some - every)
+    masked, whole = name("masked"), name("whole")
+    before = Expr("cumsum", (part,), None, "i32", part.shape) - part
+    b.store(TILES, (listed, masked + before), tile, part > 0)
+    before = Expr("cumsum", (every,), None, "i32", every.shape) - every
+    b.store(TILES, (listed, last - (whole + before)), tile, every > 0)
+    b.let("masked", masked + reduce("sum", part, 0))
+    b.let("whole", whole + reduce("sum", every, 0))

@@ -1,0 +1,266 @@
+"""The skeleton `dense_forward`: one program per query tile and head walks the keys it can see.
+
+Its shape on every target: load Q once; one loop over tiles in which every pair counts and one over tiles that need
+the mask, both stepping the normaliser through the device function `key_tile`; then finish and store O and LSE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Final, Literal
+
+from attncc.ir.attention import Attention, KeyTiles
+from attncc.ir.build import Builder, column, dot, full, function, iota, reduce, row, tile, trans
+from attncc.ir.expr import TRUE, Expr, cast_to, minimum, name, where
+from attncc.ir.rewrite import buffers, names, transform, walk
+from attncc.ir.tile import Function, Kernel, Param, Program
+from attncc.passes.lower import classify
+from attncc.passes.lower.grid import CU_K, CU_Q, QueryTile, is_varlen, programs, query_tile, size_parameters
+from attncc.passes.lower.knobs import KNOBS
+from attncc.passes.lower.normalizers import LOG2E, NORMALIZERS, VALUE_DTYPE, Rule, Tile
+from attncc.passes.lower.pieces import pieces
+from attncc.passes.lower.scores import Scope, hoist, input_param, regroup, split_multiplier
+from attncc.passes.lower.walk import Runs, for_each_tile, solve_runs
+
+MASKED: Final = name("MASKED", "bool")
+J: Final = name("j", "i32", ("BN",))
+INSIDE: Final = name("inside", "bool", ("BN",))
+
+
+@dataclass(frozen=True, slots=True)
+class Formulas:
+    """A part's formulas with everything hoisted that no key moves."""
+
+    score: Expr
+    """score = x * multiplier; this is x."""
+    c: Expr
+    """The multiplier, times log2(e) where the normaliser is exponential."""
+    mask: Expr
+    scope: Scope
+    """Rows as columns: what is bound in it broadcasts to [BM, BN]."""
+
+
+def dense_forward(attn: Attention) -> Program:
+    """Tile IR of a softmax-like part over all keys its mask lets through."""
+    key_tiles = _key_tiles(attn)
+    b = Builder(_parameters(attn))
+    t = query_tile(b, attn)
+    functions: list[Function] = []
+    if is_varlen(attn):
+        b.note("packed launches have a few tiles too many")
+    with b.when(t.row0 < t.queries) if is_varlen(attn) else nullcontext():
+        functions.append(_one_tile(b, attn, t))
+    forward = Kernel(
+        f"{attn.name}_forward",
+        tuple(b.params.values()),
+        b.body,
+        tuple(functions),
+        programs(attn),
+        f"Forward pass of {attn.name}: one program per query tile and head.",
+    )
+    if not key_tiles.listed:
+        return Program(attn.name, (forward,), KNOBS, skeleton="dense_forward")
+    kernels = (classify.kernel(attn), forward)
+    return Program(attn.name, kernels, KNOBS, classify.scratch(attn), "dense_forward")
+
+
+def _key_tiles(attn: Attention) -> KeyTiles:
+    found = attn.part.key_tiles
+    assert found is not None, "sparsify runs before lowering"
+    return found
+
+
+def _parameters(attn: Attention) -> dict[str, Param]:
+    """Everything the kernel reads and writes, in the order of its signature."""
+    dtype = VALUE_DTYPE[attn.dtype]
+    rows_q, rows_k = (name("Tq"), name("Tk")) if is_varlen(attn) else (name("Sq"), name("Sk"))
+
+    def operand(text: str, knob: str, rows: Expr, dim: int, doc: str) -> Param:
+        shapes = tuple(dict.fromkeys((knob, p.width) for p in pieces(dim)))
+        return Param(text, "operand", dtype, tiles=shapes, extent=(rows, dim), doc=doc)
+
+    out = [
+        operand("Q", "BM", rows_q, attn.dims.qk, "queries"),
+        operand("K", "BN", rows_k, attn.dims.qk, "keys"),
+        operand("V", "BN", rows_k, attn.dims.v, "values"),
+        operand("O", "BM", rows_q, attn.dims.v, "output"),
+    ]
+    if is_varlen(attn):  # a whole tile would overwrite the rows of the next sequence
+        out[-1] = replace(out[-1], tiles=())
+    if attn.wants("lse"):
+        out.append(Param("LSE", "buffer", "f32", rank=2 if is_varlen(attn) else 3, doc="natural log of the sum of exponentials"))
+    out += [CU_Q, CU_K] if is_varlen(attn) else []
+    out += map(input_param, attn.inputs)
+    out += classify.LISTS if _key_tiles(attn).listed else ()
+    out += size_parameters(attn)
+    out.append(Param("scale", "scalar", "f32"))
+    out += [Param(k.name, "constexpr", "i32", doc=k.doc) for k in KNOBS]
+    return {p.name: p for p in out}
+
+
+def _one_tile(b: Builder, attn: Attention, t: QueryTile) -> Function:
+    """Everything one program does; returns the device function it calls."""
+    rule = NORMALIZERS[attn.part.normalizer.kind](attn.part.normalizer)
+    columns, values = pieces(attn.dims.qk), pieces(attn.dims.v)
+    for p in columns:
+        q = tile(b.params["Q"], t.batch, t.h, t.first_query + t.row0, p.column, ("BM", p.width))
+        b.let("q" + p.suffix(columns), q, f"[BM, {p.width}]")
+    if attn.heads.v != attn.heads.kv:
+        b.let("hv", t.key_head(attn, attn.heads.v))
+    formulas = _formulas(b, attn, t, rule)
+    runs = solve_runs(b, _key_tiles(attn), t.keys, t.scope.bind)
+    rule.init(b)
+    for p in values:
+        b.let("acc" + p.suffix(values), full(("BM", p.width), 0.0), f"[BM, {p.width}]")
+    step = _key_tile(b, attn, t, rule, formulas, runs)
+    _walk(b, attn, t, runs, step)
+    _finish(b, attn, t, rule)
+    return step
+
+
+def _formulas(b: Builder, attn: Attention, t: QueryTile, rule: Rule) -> Formulas:
+    part = attn.part
+    columns = t.scope.with_(i=column(t.scope.values["i"]), row=column(t.scope.values["row"]))
+    score, multiplier = split_multiplier(regroup(part.score))
+    c = t.scope.bind(multiplier * LOG2E if rule.exponential else multiplier)
+    if c.value is None:
+        c = b.let("c", c, "to units of log 2" if rule.exponential else "")
+    score = hoist(b, score, columns, "score")
+    return Formulas(score, c, hoist(b, part.mask, columns, "mask"), columns)
+
+
+def _walk(b: Builder, attn: Attention, t: QueryTile, runs: Runs, step: Function) -> None:
+    """Both loops over key tiles."""
+    key_tiles = _key_tiles(attn)
+
+    def visit(masked: bool) -> Callable[[Expr], None]:
+        return lambda n: b.call(step, step.results, n=n, MASKED=masked)
+
+    def visit_unless_empty(n: Expr) -> None:
+        assert key_tiles.skip is not None
+        ends = t.scope.with_(j0=n, j1=minimum(n + name("BN"), t.keys) - 1)
+        with b.when(b.let("some", ends.bind(key_tiles.skip))):
+            visit(masked=True)(n)
+
+    if key_tiles.listed:
+        classify.walk(b, attn, t, visit)
+        return
+    if runs.full:
+        b.note("tiles in which every pair counts")
+        for_each_tile(b, runs.full, "whole", visit(masked=False))
+    b.note("tiles cut by the mask or by the end of the keys")
+    for_each_tile(b, runs.masked, "cut", visit(masked=True) if key_tiles.skip is None else visit_unless_empty)
+
+
+def _key_tile(outer: Builder, attn: Attention, t: QueryTile, rule: Rule, formulas: Formulas, runs: Runs) -> Function:
+    """The device function that adds one key tile, at key `n`, to the state."""
+    b, n = Builder(outer.params), name("n")
+    columns, values = pieces(attn.dims.qk), pieces(attn.dims.v)
+    at = t.first_key + n
+    keys = [
+        b.let(
+            "k" + p.suffix(columns),
+            tile(b.params["K"], t.batch, t.scope.values["hk"], at, p.column, ("BN", p.width)),
+            f"[BN, {p.width}]",
+        )
+        for p in columns
+    ]
+    b.let("j", n + iota("BN"), "[BN]")
+    with b.when(MASKED):
+        b.let("inside", t.keys > J)
+        b.let("j", minimum(J, t.keys - 1), "past the end, the last one again")
+    scope = formulas.scope.with_(j=row(J))
+    score = _read_early(b, formulas.score, scope)
+    s: Expr | None = None
+    for p, k in zip(columns, keys, strict=True):
+        s = dot(name("q" + p.suffix(columns), k.dtype, ("BM", p.width)), trans(k), s)
+    assert s is not None
+    x = scope.with_(qk=b.let("s", s, "[BM, BN]")).bind(score)
+
+    def keep() -> Expr:
+        mask = scope.bind(formulas.mask)
+        return b.let("keep", row(INSIDE) & mask, "[BM, BN]") if mask != TRUE else row(INSIDE)
+
+    def load_values() -> tuple[Expr, ...]:
+        hv = t.scope.values["hk"] if attn.heads.v == attn.heads.kv else name("hv")
+        return tuple(
+            _values(
+                b,
+                attn,
+                tile(b.params["V"], t.batch, hv, at, p.column, ("BN", p.width)),
+                p.suffix(values),
+                runs,
+            )
+            for p in values
+        )
+
+    accumulators = tuple("acc" + p.suffix(values) for p in values)
+    rule.step(b, Tile(x, formulas.c, MASKED, keep, load_values, accumulators))
+    state = [name(a, "f32", ("BM", p.width)) for a, p in zip(accumulators, values, strict=True)]
+    return function(
+        "key_tile", b, [*state, *rule.state], ("MASKED", "BM", "BN"), "Adds the keys from n on to the state."
+    )
+
+
+def _reads_at_keys(e: Expr) -> bool:
+    return any(node.op in ("load", "bucket") and "j" in names(node) for node in walk(e))
+
+
+def _read_early(b: Builder, score: Expr, scope: Scope) -> Expr:
+    """Binds the reads that move with the key but not with qk, before the product whose latency hides theirs."""
+
+    def step(node: Expr) -> Expr | None:
+        if node.op in ("load", "bucket") and "qk" not in names(node):
+            return b.let(f"{node.attr}_ij", scope.bind(node))
+        return None
+
+    return transform(score, step)
+
+
+def _values(b: Builder, attn: Attention, v: Expr, suffix: str, runs: Runs) -> Expr:
+    """A V tile; where padding may hold NaN, keys that no row of the tile sees read as 0 (0 * NaN is NaN)."""
+    v = b.let("v" + suffix, v, f"[BN, {v.shape[1]}]")
+    kind = padding(attn)
+    if kind == "none":
+        return v
+    with b.when(MASKED):
+        j = name("n") + iota("BN")
+        if kind == "range":
+            seen = (j >= runs.lo) & (j < runs.hi)
+        else:
+            seen = reduce("max", cast_to(name("keep", "bool", ("BM", "BN")), "i32"), 0) > 0
+        b.let("v" + suffix, where(column(seen), v, 0.0))
+    return v
+
+
+def padding(attn: Attention) -> Literal["none", "range", "seen"]:
+    """Whether keys may lie in memory that nobody may read, and how a tile finds them.
+
+    Purely positional masks on the usual alignment let every key be seen by some row, so none is padding.
+    """
+    key_tiles = _key_tiles(attn)
+    if key_tiles.listed or key_tiles.skip is not None:
+        return "seen"
+    reads = bool(buffers(attn.part.mask)) or attn.align.kind != "bottom_right"
+    return "range" if reads or is_varlen(attn) else "none"
+
+
+def _finish(b: Builder, attn: Attention, t: QueryTile, rule: Rule) -> None:
+    values = pieces(attn.dims.v)
+    accumulators = tuple(name("acc" + p.suffix(values), "f32", ("BM", p.width)) for p in values)
+    sink = attn.part.normalizer.sink
+    outputs, lse = rule.finish(b, None if sink is None else t.scope.bind(sink), accumulators)
+    rows = name("rows", "i32", ("BM",))
+    if lse is not None and attn.wants("lse"):
+        at = (t.h, t.first_query + rows) if is_varlen(attn) else (t.batch, t.h, rows)
+        b.store(b.params["LSE"], at, b.let("lse", lse), rows < t.queries)
+    for p, o in zip(values, outputs, strict=True):
+        o = cast_to(o, VALUE_DTYPE[attn.dtype])
+        if not is_varlen(attn):
+            b.store_tile(b.params["O"], t.batch, t.h, t.row0, p.column, o)
+            continue
+        at = (t.batch, t.h, column(t.first_query + rows), row(p.column + iota(p.width)))
+        inside = column(rows < t.queries) & row(p.column + iota(p.width) < attn.dims.v)
+        b.store(b.params["O"], at, o, inside)

@@ -1,0 +1,148 @@
+"""The normaliser as an algebra: init, step, merge, finish over an associative partial state.
+
+A state is what a set of keys contributes to a row. Dense loops step through tiles; splits, stream-K fragments and
+rings will `merge` states of disjoint key sets. Whoever adds a normaliser adds a row to `NORMALIZERS`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from attncc.ir.attention import Normalizer
+from attncc.ir.build import Builder, column, dot, full, reduce, reshape
+from attncc.ir.expr import Dtype, Expr, cast_to, const, ew, maximum, name, where
+
+LOG2E: Final = math.log2(math.e)
+LN2: Final = math.log(2)
+LOWEST: Final = -(2.0**127)
+"""Below every finite logit, yet finite: a row that sees no key keeps it, and exp2(-inf - LOWEST) is 0."""
+LANES: Final = 8
+"""A row's sum is kept in this many parts until the end, so that the loop has no sum across threads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One key tile as a normaliser sees it."""
+
+    x: Expr
+    """[BM, BN]: x * c is the score, in units of log 2 where the rule is exponential."""
+    c: Expr
+    masked: Expr
+    """Whether `keep` is to be applied; fixed when the kernel is compiled."""
+    keep: Callable[[], Expr]
+    """Binds [BM, BN], true where a key counts."""
+    values: Callable[[], tuple[Expr, ...]]
+    """Loads V as [BN, width] pieces; called after the scores, so that K and V can share shared memory."""
+    accumulators: tuple[str, ...]
+    """Names of the [BM, width] accumulators, one a piece."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """init(b): binds what beside the accumulators makes the state; step(b, tile): adds one tile.
+    finish(b, rule, accumulators): the output pieces [BM, width], and the row's lse [BM] if it has one.
+    """
+
+    state: tuple[Expr, ...]
+    init: Callable[[Builder], None]
+    step: Callable[[Builder, Tile], None]
+    finish: Callable[[Builder, Expr | None, tuple[Expr, ...]], tuple[tuple[Expr, ...], Expr | None]]
+    exponential: bool = False
+    """Whether scores are wanted in units of log 2."""
+
+
+def _accumulate(b: Builder, tile: Tile, p: Expr, decay: Expr | None) -> None:
+    for text, v in zip(tile.accumulators, tile.values(), strict=True):
+        acc = name(text, "f32", ("BM", v.shape[1]))
+        b.let(text, dot(cast_to(p, v.dtype), v, acc if decay is None else acc * column(decay)))
+
+
+M: Final = name("m", "f32", ("BM",))
+L: Final = name("l", "f32", ("BM", LANES))
+
+
+def _softmax_init(b: Builder) -> None:
+    b.let("m", full(("BM",), LOWEST), "running maximum, in units of log 2")
+    b.let("l", full(("BM", LANES), 0.0), "running sum, in parts that one thread holds")
+
+
+def _softmax_step(b: Builder, tile: Tile) -> None:
+    x = b.let("x", tile.x, "[BM, BN]")
+    with b.when(tile.masked):
+        b.let("x", where(tile.keep(), x, -math.inf))
+    m_new = b.let("m_new", maximum(M, reduce("max", x, 1) * tile.c), "[BM]")
+    p = b.let("p", ew("exp2", x * tile.c - column(m_new)), "[BM, BN]")
+    alpha = b.let("alpha", ew("exp2", M - m_new))
+    parts = reduce("sum", reshape(p, ("BM", f"BN/{LANES}", LANES)), 1)
+    b.let("l", L * column(alpha) + parts)
+    _accumulate(b, tile, p, alpha)
+    b.let("m", m_new)
+
+
+def _softmax_finish(
+    b: Builder, sink: Expr | None, accumulators: tuple[Expr, ...]
+) -> tuple[tuple[Expr, ...], Expr | None]:
+    total = b.let("total", reduce("sum", L, 1), "[BM]")
+    empty = b.let("empty", total <= 0.0)
+    lse = where(empty, -math.inf, (M + ew("log2", where(empty, 1.0, total))) * LN2)
+    if sink is None:
+        divisor = b.let("divisor", where(empty, 1.0, total))
+        return tuple(acc / column(divisor) for acc in accumulators), lse
+    b.note("the sink joins the denominator alone")
+    z = b.let("z", sink * LOG2E)
+    top = b.let("top", maximum(M, z))
+    shrink = b.let("shrink", where(empty, 0.0, ew("exp2", M - top)))
+    divisor = b.let("divisor", total * shrink + ew("exp2", z - top))
+    factor = b.let("factor", shrink / divisor)
+    return tuple(acc * column(factor) for acc in accumulators), lse
+
+
+def _weights(b: Builder, tile: Tile, weights: Expr) -> Expr:
+    """[BM, BN] weights, 0 where a key does not count."""
+    p = b.let("p", weights, "[BM, BN]")
+    with b.when(tile.masked):
+        b.let("p", where(tile.keep(), p, 0.0))
+    return p
+
+
+def _pointwise(f: Callable[[Expr], Expr]) -> Rule:
+    """p = f(score), summed without a denominator."""
+
+    def step(b: Builder, tile: Tile) -> None:
+        _accumulate(b, tile, _weights(b, tile, f(tile.x * tile.c)), None)
+
+    return Rule((), lambda b: None, step, lambda b, sink, accumulators: (accumulators, None))
+
+
+def _linear(eps: float) -> Rule:
+    """p = score over the sum of scores plus eps."""
+
+    def init(b: Builder) -> None:
+        b.let("l", full(("BM", LANES), 0.0), "running sum, in parts that one thread holds")
+
+    def step(b: Builder, tile: Tile) -> None:
+        p = _weights(b, tile, tile.x * tile.c)
+        b.let("l", L + reduce("sum", reshape(p, ("BM", f"BN/{LANES}", LANES)), 1))
+        _accumulate(b, tile, p, None)
+
+    def finish(b: Builder, sink: Expr | None, accumulators: tuple[Expr, ...]) -> tuple[tuple[Expr, ...], Expr | None]:
+        total = b.let("total", reduce("sum", L, 1) + eps, "[BM]")
+        b.note("a row that sees no key has the sum eps, or 0: its output is 0 either way")
+        divisor = b.let("divisor", where(ew("eq", total, const(0.0)), 1.0, total))
+        return tuple(acc / column(divisor) for acc in accumulators), None
+
+    return Rule((L,), init, step, finish)
+
+
+NORMALIZERS: Final[Mapping[str, Callable[[Normalizer], Rule]]] = {
+    "softmax": lambda n: Rule((M, L), _softmax_init, _softmax_step, _softmax_finish, exponential=True),
+    "sigmoid": lambda n: _pointwise(lambda s: ew("sigmoid", s)),
+    "relu": lambda n: _pointwise(lambda s: maximum(s, 0.0)),
+    "none": lambda n: _pointwise(lambda s: s),
+    "linear": lambda n: _linear(n.eps),
+}
+
+VALUE_DTYPE: Final[Mapping[str, Dtype]] = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}

@@ -1,0 +1,195 @@
+"""Score and mask formulas over tiles: what moves with the key stays in the loop, the rest is hoisted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import count
+
+from attncc.ir.attention import Input
+from attncc.ir.build import Builder, iota, read, reduce, row
+from attncc.ir.expr import Dtype, Expr, Value, cast_to, const, lift, minimum, name
+from attncc.ir.rewrite import names, rebuild, transform
+from attncc.ir.tile import Param
+
+INPUT_DTYPE: Mapping[str, Dtype] = {
+    "fp32": "f32", "fp16": "f16", "bf16": "bf16", "int32": "i32", "int64": "i64", "int8": "i8", "uint8": "u8",
+    "bool": "bool",
+}  # fmt: skip
+
+KERNEL_SIZES = frozenset({"B", "Sq", "Sk", "Tq", "Tk"})
+IN_LOOP = frozenset({"qk", "j"})
+
+
+def input_param(x: Input) -> Param:
+    """The kernel parameter of an extra tensor."""
+    return Param(f"{x.name}_ptr", "buffer", INPUT_DTYPE[x.dtype], rank=len(x.shape), doc=f"input {x.name}")
+
+
+def length(size: str) -> str:
+    """The parameter that holds an input's own size; the prefix keeps it apart from the kernel's names."""
+    return f"len_{size}"
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """What the names of a formula stand for at one place of a kernel, as values that broadcast together."""
+
+    values: Mapping[str, Expr]
+    inputs: Mapping[str, Input]
+
+    def with_(self, **values: Expr) -> Scope:
+        return replace(self, values={**self.values, **values})
+
+    def bind(self, e: Expr) -> Expr:
+        """The formula over tiles. A read outside its tensor gives 0, as the language has it."""
+
+        def step(node: Expr) -> Expr | None:
+            match node.op:
+                case "name":
+                    return self._name(str(node.attr))
+                case "load":
+                    return self._read(node)
+                case "bucket":
+                    return self._bucket(node)
+                case "rows_min" | "rows_max":
+                    return reduce(node.op[5:], node.args[0], 0)
+                case _:
+                    return None
+
+        return transform(e, step)
+
+    def _name(self, text: str) -> Expr | None:
+        if text in self.values:
+            return self.values[text]
+        own = {s for x in self.inputs.values() for s in x.shape if isinstance(s, str)} - KERNEL_SIZES
+        return name(length(text)) if text in own else None
+
+    def _read(self, node: Expr) -> Expr:
+        x = self.inputs[str(node.attr)]
+        at = tuple(const(0) if size == 1 else index for size, index in zip(x.shape, node.args, strict=True))
+        guards = [
+            (index >= 0) & (index < size)
+            for size, index in zip(map(self._size, x.shape), at, strict=True)
+            if not self._inside(index, size)
+        ]
+        mask = guards[0] if guards else None
+        for guard in guards[1:]:
+            mask = mask & guard if mask else guard
+        return cast_to(read(input_param(x), *at, mask=mask), node.dtype)
+
+    def _bucket(self, node: Expr) -> Expr:
+        x = self.inputs[str(node.attr)]
+        entries = lift(self._size(x.shape[-1]))
+        return Expr("bucket", (*node.args, entries), input_param(x).name, "i32", node.args[-1].shape)
+
+    def _size(self, size: int | str) -> Value:
+        if isinstance(size, int):
+            return size
+        return self.values.get(size) or name(size if size in KERNEL_SIZES else length(size))
+
+    def _inside(self, index: Expr, size: Value) -> bool:
+        """Whether an index needs no check: a position on an axis of its own length."""
+        if isinstance(size, int):
+            return index.value is not None and 0 <= index.value < size
+        owners = {"b": "B", "h": "Hq", "hk": "Hk", "row": "Sq", "j": "Sk"}
+        return any(
+            index == self.values.get(position) and size == self.values.get(axis, name(axis))
+            for position, axis in owners.items()
+        )
+
+
+def hoist(b: Builder, e: Expr, scope: Scope, prefix: str) -> Expr:
+    """Binds, before the loop, each largest part of `e` that no key moves; returns `e` over the new names."""
+    numbers = count()
+
+    def go(node: Expr) -> Expr:
+        if node.op in ("const", "name"):
+            return node
+        if names(node) & IN_LOOP:
+            return rebuild(node, tuple(go(a) for a in node.args))
+        value = scope.bind(node)
+        if value.value is not None:
+            return value
+        text = f"{node.attr}_{prefix}" if node.op == "load" else f"{prefix}_{next(numbers)}"
+        return b.let(text, value)
+
+    return go(e)
+
+
+def split_multiplier(score: Expr) -> tuple[Expr, Expr]:
+    """`score` as x * c with a positive c that no row, key or head moves; c joins log2(e) in the exponent's FMA."""
+    c: Expr = const(1.0)
+    while True:
+        match score:
+            case Expr("mul", (x, y)) if _positive(y):
+                score, c = x, c * y
+            case Expr("mul", (y, x)) if _positive(y):
+                score, c = x, c * y
+            case Expr("div", (x, y)) if _positive(y):
+                score, c = x, c / y
+            case _:
+                return score, fold_constants(c)
+
+
+def regroup(e: Expr) -> Expr:
+    """Products with several scalar factors multiply the tile once: qk * scale / 30 is qk * (scale / 30).
+
+    This rounds differently, by an ulp of fp32; the same licence by which scale and log2(e) are joined.
+    """
+
+    def step(node: Expr) -> Expr | None:
+        if node.op not in ("mul", "div") or not _moves(node.args[0]):
+            return None
+        inner, outer = node.args
+        if _moves(outer):
+            return None
+        c = outer if node.op == "mul" else 1.0 / outer
+        if inner.op == "mul" and not _moves(inner.args[1]):
+            return inner.args[0] * fold_constants(inner.args[1] * c)
+        return inner * fold_constants(c)
+
+    return transform(e, step)
+
+
+def fold_constants(e: Expr) -> Expr:
+    """Products and quotients of float constants as one constant."""
+
+    def step(node: Expr) -> Expr | None:
+        if node.op not in ("mul", "div"):
+            return None
+        a, b = node.args
+        if a.value is not None and b.value is not None and (node.op == "mul" or b.value != 0):
+            number = a.value * b.value if node.op == "mul" else a.value / b.value
+            return const(float(number))
+        if a.value == 1 and node.op == "mul":
+            return b
+        if b.value == 1:
+            return a
+        if node.op == "mul" and a.op == "mul" and b.value is not None and a.args[1].value is not None:
+            return a.args[0] * const(float(a.args[1].value * b.value))
+        return None
+
+    return transform(e, step)
+
+
+def _moves(e: Expr) -> bool:
+    """Whether `e` differs from key to key or row to row."""
+    return bool(names(e) & {"qk", "j", "i", "row"})
+
+
+def _positive(e: Expr) -> bool:
+    if e.value is not None:
+        return e.value > 0
+    return e.op == "name" and e.attr == "scale"
+
+
+def key_positions(n0: Expr, last: Expr | None) -> Expr:
+    """[1, BN] key positions of the tile at `n0`, kept inside the sequence where `last` is given."""
+    j = n0 + iota("BN")
+    return row(j if last is None else minimum(j, last))
+
+
+def row_positions(first: Expr, last: Expr, rows: Expr) -> Expr:
+    """[BM] positions of the tile's rows; rows past the end repeat the last one, so that they read inside."""
+    return minimum(first + rows, last)

@@ -1,0 +1,78 @@
+"""Which skeleton carries a variant: ordered rules, the first that holds wins; what none carries is `Unsupported`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+from attncc.errors import Unsupported
+from attncc.ir.attention import Attention
+from attncc.ir.tile import Program
+from attncc.passes.lower.forward import dense_forward
+from attncc.passes.lower.normalizers import NORMALIZERS
+from attncc.passes.lower.pieces import MAX_DIM
+
+
+class Skeleton(NamedTuple):
+    name: str
+    applies: Callable[[Attention], bool]
+    why: str
+    build: Callable[[Attention], Program]
+
+
+SKELETONS: Final = (
+    Skeleton(
+        "dense_forward",
+        lambda a: len(a.parts) == 1,
+        "one softmax-like part over a mask: a program per query tile walks the keys it can see",
+        dense_forward,
+    ),
+)
+
+
+class Gap(NamedTuple):
+    """A key no skeleton carries yet: where it is used, and what is supported instead."""
+
+    key: str
+    used: Callable[[Attention], bool]
+    supported: str
+
+
+def _unknown_outputs(a: Attention) -> bool:
+    return any(o.name not in ("o", "lse") for o in a.outputs)
+
+
+GAPS: Final = (
+    Gap("parts", lambda a: len(a.parts) != 1, "a single part"),
+    Gap("state", lambda a: a.parts[0].state is not None, "softmax, sigmoid, relu, none and linear over a mask"),
+    Gap("select", lambda a: a.parts[0].select is not None, "a mask, which may read inputs (block tables)"),
+    Gap("kv", lambda a: a.parts[0].kv.kind != "dense", "dense"),
+    Gap("dropout", lambda a: a.parts[0].dropout > 0, "0"),
+    Gap("quantize", lambda a: bool(a.quantize), "no quantisation"),
+    Gap("prologue", lambda a: bool(a.prologue), "no steps"),
+    Gap("epilogue", lambda a: bool(a.epilogue), "no steps"),
+    Gap("normalizer", lambda a: a.parts[0].normalizer.kind not in NORMALIZERS, ", ".join(NORMALIZERS)),
+    Gap("outputs", _unknown_outputs, "o, lse"),
+    Gap("modes", lambda a: "prefill" not in a.modes, "prefill (it serves short queries too)"),
+    Gap("modes", lambda a: bool({"backward", "jvp"} & set(a.modes)), "prefill, decode"),
+    Gap("dims", lambda a: max(a.dims.qk, a.dims.v) > MAX_DIM, f"1 to {MAX_DIM}"),
+    Gap("schedule", lambda a: a.schedule.name not in ("auto", "tile"), "auto, tile"),
+    Gap("numerics", lambda a: a.numerics.reproducible == "config", "run, batch"),
+)
+
+
+def select(attn: Attention) -> Program:
+    """The tile program of a variant that passed the pipeline.
+
+    Raises:
+        Unsupported: names the spec's key that nothing carries yet, and what is supported.
+    """
+    for gap in GAPS:
+        if gap.used(attn):
+            raise Unsupported(
+                f"'{gap.key}' has no lowering for this value yet", gap.key, hint=f"supported: {gap.supported}"
+            )
+    for skeleton in SKELETONS:
+        if skeleton.applies(attn):
+            return skeleton.build(attn)
+    raise Unsupported("no skeleton carries this variant", "parts", hint="attncc explain shows its IR")
