@@ -35,6 +35,11 @@ class Module:
         parts = self.name.split(".")
         return parts[1] if len(parts) > 1 else "attncc"
 
+    @property
+    def is_fixed_source(self) -> bool:
+        """Copied into emitted packages as it is, beside its like: they import each other relatively."""
+        return self.name.startswith("attncc.codegen._")
+
     def functions(self) -> Iterator[Function]:
         return (n for n in ast.walk(self.tree) if isinstance(n, Function))
 

@@ -1,0 +1,5 @@
+"""`python -m attncc` is the command `attncc`."""
+
+from attncc.cli import main
+
+main()
