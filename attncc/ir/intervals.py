@@ -189,9 +189,7 @@ def is_at_least(e: Bound, least: float) -> bool:
             return is_positive(e)
 
 
-INDEX_NAMES: Final = frozenset(
-    {"b", "h", "hk", "i", "j", "row", "i0", "i1", "j0", "j1", "row0", "row1", "qk", "scale"}
-)
+INDEX_NAMES: Final = frozenset({"b", "h", "hk", "i", "j", "row", "i0", "i1", "j0", "j1", "row0", "row1", "qk", "scale"})
 
 INTERVALS: Final[dict[str, Callable[..., Interval]]] = {
     "add": _add,

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from attncc.ir.expr import FALSE, INTS, TRUE, Expr, const, ew, maximum, minimum
+from attncc.ir.expr import FALSE, INTS, OPS, TRUE, Expr, const, ew, maximum, minimum, where
 from attncc.ir.intervals import is_positive
 from attncc.ir.rewrite import transform
 
@@ -83,14 +83,14 @@ def tidy(e: Expr) -> Expr:
 def _tidy_node(e: Expr) -> Expr | None:
     if e.op in RULES and all(a.dtype in INTS for a in e.args[-2:]):
         return RULES[e.op](*e.args)
-    return None
+    return _tidy_logical(e.op, *e.args) if e.op in ("and", "or") else None
 
 
 def _tidy_sum(op: str) -> Callable[..., Expr]:
     """Collects a sum; a number added to a choice or an extreme goes to both sides of it."""
 
     def rule(*args: Expr) -> Expr:
-        form = linear(Expr(op, args))
+        form = linear(Expr(op, args, None, OPS[op].dtype(tuple(a.dtype for a in args))))
         if form.constant and list(form.terms.values()) == [1]:
             (atom,) = form.terms
             if atom.op in ("min", "max", "where"):
@@ -165,6 +165,39 @@ def _tidy_compare(op: str) -> Callable[[Expr, Expr], Expr]:
     return rule
 
 
+def _tidy_logical(op: str, a: Expr, b: Expr) -> Expr:
+    """A condition that the other one implies adds nothing to it."""
+    if implies(a, b):
+        return a if op == "and" else b
+    if implies(b, a):
+        return b if op == "and" else a
+    return ew(op, a, b)
+
+
+def implies(a: Expr, b: Expr) -> bool:
+    """Whether `b` certainly holds where `a` does."""
+    match a, b:
+        case Expr("le" | "lt", (a0, a1)), Expr("le" | "lt", (b0, b1)) if a.op == b.op:
+            return at_most(b0, a0) and at_most(a1, b1)
+        case Expr("ge" | "gt", (a0, a1)), Expr("ge" | "gt", (b0, b1)) if a.op == b.op:
+            return at_most(a0, b0) and at_most(b1, a1)
+        case _:
+            return a == b
+
+
+def choose(c: Expr, a: Expr, b: Expr) -> Expr:
+    """where(c, a, b), less what c already decides in either branch."""
+    if a.op == "where" and a.args[0] == c:
+        a = a.args[1]
+    if b.op == "where" and b.args[0] == c:
+        b = b.args[2]
+    if a.op == "where" and a.args[2] == b:
+        return choose(_tidy_logical("and", c, a.args[0]), a.args[1], b)
+    if b.op == "where" and b.args[1] == a:
+        return choose(_tidy_logical("or", c, b.args[0]), a, b.args[2])
+    return where(c, a, b)
+
+
 RULES: Final[dict[str, Callable[..., Expr]]] = {
     "add": _tidy_sum("add"),
     "sub": _tidy_sum("sub"),
@@ -174,6 +207,7 @@ RULES: Final[dict[str, Callable[..., Expr]]] = {
     "mod": _tidy_mod,
     "min": _tidy_extreme("min"),
     "max": _tidy_extreme("max"),
+    "where": choose,
     "lt": _tidy_compare("lt"),
     "le": _tidy_compare("le"),
     "gt": _tidy_compare("gt"),
@@ -195,6 +229,8 @@ def at_most(a: Expr, b: Expr) -> bool:
             return at_most(a, x) or at_most(a, y)
         case Expr("min", (x, y)) | Expr("where", (_, x, y)):
             return at_most(a, x) and at_most(a, y)
+        case Expr("bucket", (*index, x)) if a.op == "bucket" and a.attr == b.attr and [*a.args[:-1]] == index:
+            return at_most(a.args[-1], x)
         case _:
             return _never_negative(linear(b) - linear(a))
 

@@ -1,21 +1,21 @@
 """The algebra of key ranges: what a solved mask leaves of the keys, as a short union of intervals.
 
-A `Term` holds two intervals of keys for one tile of queries: no row sees a key outside [seen.lo, seen.hi),
-every row sees all of [full.lo, full.hi). None is an open end; all ends are clipped to [0, Sk] when used.
+A `Cube` is what one conjunction lets one row see, its ends are formulas of i; a `Term` is the same for a tile
+of rows. All ends are clipped to [0, Sk] when used, so any formula with the same clip may stand for an end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
-from itertools import product
-from typing import Final, Literal
+from typing import Final, Literal, TypeVar
 
-from attncc.ir.expr import Expr, const, ew, name, where
+from attncc.ir.expr import FALSE, TRUE, Expr, const, ew, name
 from attncc.ir.intervals import Bound
-from attncc.passes.linear import at_most, tidy
+from attncc.passes.linear import at_most, choose, tidy
 
+MAX_CUBES: Final = 16
 MAX_TERMS: Final = 4
 FIRST: Final = const(0)
 END: Final = name("Sk")
@@ -34,29 +34,19 @@ def clip(op: Extreme, a: Expr, b: Expr) -> Expr:
     return tidy(ew(op, a, b))
 
 
-def choose(c: Expr, a: Expr, b: Expr) -> Expr:
-    """where(c, a, b), less what c already decides in either branch."""
-    if a.op == "where" and a.args[0] == c:
-        a = a.args[1]
-    if b.op == "where" and b.args[0] == c:
-        b = b.args[2]
-    if a.op == "where" and a.args[2] == b:
-        return where(c & a.args[0], a.args[1], b)
-    if b.op == "where" and b.args[1] == a:
-        return where(c | b.args[0], a, b.args[2])
-    return where(c, a, b)
-
-
-def end(e: Bound) -> Bound:
+def end(e: Expr) -> Expr:
     """An end in its shortest form."""
-    if e is None:
-        return None
-    short = tidy(e)
-    return clip(short.op, *map(_known, short.args)) if short.op == "min" or short.op == "max" else short
+    return _clip_inside(tidy(e))
 
 
-def _known(e: Expr) -> Expr:
-    return end(e) or e
+def _clip_inside(e: Expr) -> Expr:
+    match e:
+        case Expr("min" | "max", (a, b)):
+            return clip("min" if e.op == "min" else "max", _clip_inside(a), _clip_inside(b))
+        case Expr("where", (c, a, b)):
+            return choose(c, _clip_inside(a), _clip_inside(b))
+        case _:
+            return e
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,16 +92,37 @@ def _wider(op: Extreme, a: Bound, b: Bound) -> Bound:
 
 
 @dataclass(frozen=True, slots=True)
+class Cube:
+    """The keys of `span` where `when` (free of j) holds; `loose`: fewer than that, by an unsolved condition."""
+
+    span: Span = Span()
+    when: Expr = TRUE
+    loose: bool = False
+
+    def __and__(self, other: Cube) -> Cube:
+        return Cube(self.span & other.span, self.when & other.when, self.loose or other.loose)
+
+    def merge(self, other: Cube) -> Cube | None:
+        """One cube for both, where nothing is lost by it."""
+        if self.when != other.when or not self.span.touches(other.span):
+            return None
+        hull = self.span.hull(other.span)
+        loose = [cube.span for cube in (self, other) if cube.loose]
+        exact = [cube.span for cube in (self, other) if not cube.loose]
+        return Cube(hull, self.when, not exact) if not loose or not exact or hull in exact else None
+
+    @property
+    def empty(self) -> bool:
+        return self.span.empty or self.when == FALSE
+
+
+@dataclass(frozen=True, slots=True)
 class Term:
-    """What one conjunction of a mask lets a tile of queries see."""
+    """What a tile of queries sees: some row no more than `seen`, every row all of `full`."""
 
     seen: Span = Span()
     full: Span | None = Span()
     """None: no key is known to be seen by all rows."""
-
-    def __and__(self, other: Term) -> Term:
-        full = None if self.full is None or other.full is None else self.full & other.full
-        return Term(self.seen & other.seen, None if full is None or full.empty else full)
 
     def merge(self, other: Term) -> Term | None:
         """One term for both, where nothing is lost by it."""
@@ -122,33 +133,41 @@ class Term:
             return Term(seen, self.full or other.full)
         return Term(seen, self.full.hull(other.full)) if self.full.touches(other.full) else None
 
-
-Union = tuple[Term, ...]
-EVERYTHING: Final[Union] = (Term(),)
-NOTHING: Final[Union] = ()
-
-
-def both(a: Union, b: Union) -> Union:
-    """The keys in `a` and in `b`."""
-    return _compact([x & y for x, y in product(a, b)])
+    @property
+    def empty(self) -> bool:
+        return self.seen.empty
 
 
-def either(a: Union, b: Union) -> Union:
-    """The keys in `a` or in `b`."""
-    return _compact([*a, *b])
+def unite_cubes(cubes: Iterable[Cube]) -> tuple[Cube, ...]:
+    """The union of all, in no more than `MAX_CUBES`."""
+    kept = _merged(cubes)
+    return kept if len(kept) <= MAX_CUBES else (Cube(_hull(c.span for c in kept), loose=True),)
 
 
-def _compact(terms: Sequence[Term]) -> Union:
-    kept: list[Term] = []
-    for term in terms:
-        if term.seen.empty:
+def unite_terms(terms: Iterable[Term]) -> tuple[Term, ...]:
+    """The union of all, in no more than `MAX_TERMS`."""
+    kept = _merged(terms)
+    return kept if len(kept) <= MAX_TERMS else (Term(_hull(t.seen for t in kept), None),)
+
+
+Piece = TypeVar("Piece", Cube, Term)
+
+
+def _merged(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
+    """All pieces that may hold a key; two that make one are one."""
+    kept: list[Piece] = []
+    for piece in pieces:
+        if piece.empty:
             continue
         for at, other in enumerate(kept):
-            if merged := other.merge(term):
-                kept[at] = merged
+            one = other.merge(piece)
+            if one is not None:
+                kept[at] = one
                 break
         else:
-            kept.append(term)
-    if len(kept) <= MAX_TERMS:
-        return tuple(kept)
-    return (Term(reduce(Span.hull, (t.seen for t in kept)), None),)
+            kept.append(piece)
+    return tuple(kept)
+
+
+def _hull(spans: Iterable[Span]) -> Span:
+    return reduce(Span.hull, spans)

@@ -176,8 +176,9 @@ def _bucket(solver: Solver, f: Expr, direction: Direction, g: Expr) -> Solved:
     length = array.shape[-1]
     count = const(length) if isinstance(length, int) else name(length)
     counts = g.op == "bucket" and g.attr == f.attr  # then 0 <= g <= count
-    at = g if direction == "le" else tidy(g - 1)
-    entry = load(array.name, *leading, minimum(maximum(at, 0), count - 1), dtype=_dtype(array))
+    at = maximum(g if direction == "le" else g - 1, 0)
+    at = at if counts and direction == "ge" else minimum(at, count - 1)
+    entry = load(array.name, *leading, tidy(at), dtype=_dtype(array))
     if direction == "le":
         bound = maximum(entry - 1, where(g >= count, greatest, least - 1))
         bound = bound if counts else minimum(bound, where(g < 0, least - 1, greatest))

@@ -8,17 +8,18 @@ solved narrows nothing: it gets a test per key tile, or a classification kernel 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import reduce
+from itertools import product
 from math import gcd
 from typing import Final
 
 from attncc.ir.attention import Attention, KeyRange, KeyTiles, Part
-from attncc.ir.expr import FALSE, FLOATS, TRUE, Expr, cast_to, name, where
-from attncc.ir.intervals import Interval, interval
-from attncc.ir.rewrite import names, transform, walk
+from attncc.ir.expr import FALSE, FLOATS, TRUE, Expr, ew, name, where
+from attncc.ir.intervals import UNKNOWN, Bound, Interval, interval
+from attncc.ir.rewrite import names, walk
 from attncc.passes.linear import tidy
-from attncc.passes.ranges import END, EVERYTHING, FIRST, NOTHING, Span, Term, Union, both, either, end
+from attncc.passes.ranges import END, FIRST, Cube, Span, Term, end, unite_cubes, unite_terms
 from attncc.passes.solve import J, Solver, moves_with_key, push_not
 
 ROWS: Final[Mapping[str, Interval]] = {"i": (name("i0"), name("i1")), "row": (name("row0"), name("row1"))}
@@ -30,9 +31,8 @@ SMALLEST_TILE: Final = 16
 ANY_BLOCK: Final = 2**24
 """Granularity of a mask that a position is not part of: no sequence is longer."""
 
-NEVER_NAN: Final = frozenset(
-    "add sub mul neg abs min max where floor sigmoid tanh erf sin cos div floordiv cast const name".split()
-)
+PLAIN: Final = frozenset({"const", "name", "cast", "add", "sub", "mul", "div", "neg", "abs", "min", "max", "where"})
+NEVER_NAN: Final = PLAIN | {"floordiv", "floor", "sigmoid", "tanh", "erf", "sin", "cos"}
 """Float operators that give a number for all positions (div and floordiv are known for sizes alone)."""
 
 
@@ -46,7 +46,7 @@ def _sparsify(part: Part, solver: Solver) -> Part:
     mask = solver.solve(push_not(part.mask))
     literals = frozenset(_literals(mask))
     rising = frozenset(solver.sorted_inputs)
-    terms = _Terms(rising).of(mask)
+    terms = unite_terms(_term(cube, rising) for cube in _cubes(mask))
     listed = any(_is_data(e) for e in literals)
     return replace(
         part,
@@ -85,45 +85,46 @@ def _is_trusted(literal: Expr) -> bool:
     return all(n.op in NEVER_NAN for n in floats) or not names(literal) & {"i", "j", "row"}
 
 
-@dataclass(frozen=True, slots=True)
-class _Terms:
-    """Reads a solved mask as a union of key ranges."""
-
-    rising: frozenset[str]
-
-    def of(self, mask: Expr) -> Union:
-        match mask:
-            case Expr("and", (a, b)):
-                return both(self.of(a), self.of(b))
-            case Expr("or", (a, b)):
-                return either(self.of(a), self.of(b))
-            case Expr("le" | "ge", (left, g)) if left == J and _is_solved(mask):
-                return self._ray(mask.op, g)
-            case _ if _is_solved(mask):
-                return self._switch(mask)
-            case _:
-                return (Term(full=None),)
-
-    def _ray(self, op: str, g: Expr) -> Union:
-        """j <= g or j >= g: seen by some row up to the farthest g, by all up to the nearest."""
-        low, high = interval(g, ROWS, self.rising)
-        if op == "ge":
-            return (Term(Span(lo=end(low)), None if high is None else Span(lo=end(high))),)
-        after_low, after_high = (None if e is None else end(e + 1) for e in (low, high))
-        return (Term(Span(hi=after_high), None if after_low is None else Span(hi=after_low)),)
-
-    def _switch(self, literal: Expr) -> Union:
-        """A condition on the rows alone: all keys or none."""
-        every, some = interval(literal, ROWS, self.rising) if _is_trusted(literal) else (FALSE, TRUE)
-        every, some = tidy(every or FALSE), tidy(some or TRUE)
-        if some == FALSE:
-            return NOTHING
-        full = None if every == FALSE else Span(hi=_all_keys_if(every))
-        return (Term(Span(hi=_all_keys_if(some)), full),)
+def _cubes(mask: Expr) -> tuple[Cube, ...]:
+    """A solved mask as a union of conjunctions."""
+    match mask:
+        case Expr("and", (a, b)):
+            return unite_cubes(x & y for x, y in product(_cubes(a), _cubes(b)))
+        case Expr("or", (a, b)):
+            return unite_cubes((*_cubes(a), *_cubes(b)))
+        case _ if not moves_with_key(mask):
+            return (Cube(when=tidy(mask)),)
+        case Expr("le", (_, g)) if _is_solved(mask):
+            return (Cube(Span(hi=tidy(g + 1))),)
+        case Expr("ge", (_, g)) if _is_solved(mask):
+            return (Cube(Span(lo=g)),)
+        case _:
+            return (Cube(loose=True),)
 
 
-def _all_keys_if(condition: Expr) -> Expr | None:
-    return None if condition == TRUE else where(condition, END, FIRST)
+def _term(cube: Cube, rising: frozenset[str]) -> Term:
+    """A cube over the rows of a tile: some row sees up to the farthest ends, all of them up to the nearest."""
+    conditions = [interval(e, ROWS, rising) if _is_trusted(e) else UNKNOWN for e in _conjuncts(cube.when)]
+    every = tidy(reduce(Expr.__and__, (c[0] or FALSE for c in conditions)))
+    some = tidy(reduce(Expr.__and__, (c[1] or TRUE for c in conditions)))
+    lo = _NO_END if cube.span.lo is None else interval(cube.span.lo, ROWS, rising)
+    hi = _NO_END if cube.span.hi is None else interval(cube.span.hi, ROWS, rising)
+    seen = _if(some, Span(_end(lo[0]), _end(hi[1])))
+    unknown = every == FALSE or (lo is not _NO_END and lo[1] is None) or (hi is not _NO_END and hi[0] is None)
+    full = None if cube.loose or unknown else _if(every, Span(_end(lo[1]), _end(hi[0])))
+    return Term(seen, None if full is None or full.empty else full)
+
+
+def _if(condition: Expr, span: Span) -> Span:
+    """`span` where the condition holds, else no key."""
+    return span if condition == TRUE else span & Span(hi=where(condition, END, FIRST))
+
+
+_NO_END: Final[Interval] = (None, None)
+
+
+def _end(e: Bound) -> Bound:
+    return None if e is None else end(e)
 
 
 def _key_range(term: Term) -> KeyRange:
@@ -137,8 +138,7 @@ def _skip(mask: Expr, rising: frozenset[str]) -> Expr | None:
     loose = [e for e in _conjuncts(mask) if not all(map(_is_solved, _literals(e)))]
     if not loose:
         return None
-    told = transform(reduce(Expr.__and__, loose), lambda e: TRUE if _tells_nothing(e) else None)
-    some = tidy(interval(told, TILE, rising)[1] or TRUE)
+    some = tidy(interval(_telling(reduce(Expr.__and__, loose)), TILE, rising)[1] or TRUE)
     return None if some == TRUE else some
 
 
@@ -146,12 +146,13 @@ def _conjuncts(e: Expr) -> tuple[Expr, ...]:
     return tuple(c for a in e.args for c in _conjuncts(a)) if e.op == "and" else (e,)
 
 
-def _tells_nothing(e: Expr) -> bool:
-    """Whether a literal says nothing about a whole tile: it repeats within any, or may be NaN."""
-    if e.dtype != "bool" or e.op in ("and", "or", "const"):
-        return False
+def _telling(e: Expr) -> Expr:
+    """`e` without the literals that say nothing of a whole tile: they repeat within any, or may be NaN."""
+    if e.op in ("and", "or"):
+        return ew(e.op, *map(_telling, e.args))
     periods = [n.args[1].value for n in walk(e) if n.op == "mod" and moves_with_key(n.args[0])]
-    return any(p is not None and 0 < p <= SMALLEST_TILE for p in periods) or not _is_trusted(e)
+    repeats = any(p is not None and 0 < p <= SMALLEST_TILE for p in periods)
+    return TRUE if repeats or not _is_trusted(e) else e
 
 
 def _granularity(mask: Expr, position: str) -> int:
