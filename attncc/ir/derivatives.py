@@ -24,29 +24,43 @@ def _pow_partials(x: Expr, n: Expr, y: Expr) -> tuple[Expr, ...]:
     return n * ew("pow", x, n - 1), y * log_x
 
 
-def _share(a: Expr, b: Expr, first: Expr) -> tuple[Expr, ...]:
+def _share(a: Expr, b: Expr, first: Expr) -> tuple[Expr, Expr]:
     """Gradient of min and max: all of it to the chosen side, half to each of two equals."""
     tie = eq(a, b)
     return where(tie, 0.5, where(first, 1.0, 0.0)), where(tie, 0.5, where(first, 0.0, 1.0))
 
 
+def _where(c: Expr, a: Expr, b: Expr, y: Expr) -> tuple[Expr, ...]:
+    return const(0.0), where(c, 1.0, 0.0), where(c, 0.0, 1.0)
+
+
 def _one(f: Callable[[Expr, Expr], Expr]) -> Partials:
-    return lambda x, y: (f(x, y),)
+    """From `x, y` to d y / d x."""
+
+    def partials(x: Expr, y: Expr) -> tuple[Expr, ...]:
+        return (f(x, y),)
+
+    return partials
+
+
+def _two(f: Callable[[Expr, Expr, Expr], tuple[Expr, Expr]]) -> Partials:
+    """From `a, b, y` to d y / d a and d y / d b."""
+    return f
 
 
 PARTIALS: Final[dict[str, Partials]] = {
-    "add": lambda a, b, y: (const(1.0), const(1.0)),
-    "sub": lambda a, b, y: (const(1.0), const(-1.0)),
-    "mul": lambda a, b, y: (b, a),
-    "div": lambda a, b, y: (1.0 / b, -y / b),
+    "add": _two(lambda a, b, y: (const(1.0), const(1.0))),
+    "sub": _two(lambda a, b, y: (const(1.0), const(-1.0))),
+    "mul": _two(lambda a, b, y: (b, a)),
+    "div": _two(lambda a, b, y: (1.0 / b, -y / b)),
     "floordiv": _zero,
-    "mod": lambda a, b, y: (const(1.0), -ew("floor", a / b)),
+    "mod": _two(lambda a, b, y: (const(1.0), -ew("floor", a / b))),
     "pow": _pow_partials,
     "neg": _one(lambda x, y: const(-1.0)),
     "abs": _one(lambda x, y: where(x > 0.0, 1.0, where(x < 0.0, -1.0, 0.0))),
-    "min": lambda a, b, y: _share(a, b, a < b),
-    "max": lambda a, b, y: _share(a, b, a > b),
-    "where": lambda c, a, b, y: (const(0.0), where(c, 1.0, 0.0), where(c, 0.0, 1.0)),
+    "min": _two(lambda a, b, y: _share(a, b, a < b)),
+    "max": _two(lambda a, b, y: _share(a, b, a > b)),
+    "where": _where,
     "lt": _zero,
     "le": _zero,
     "gt": _zero,

@@ -28,7 +28,7 @@ STRUCTURAL: Final[dict[str, str]] = {
     "name": "attr: a variable, parameter, size or knob",
     "load": "attr: buffer; args: one index per axis (tile level: a mask behind them, if any)",
     "bucket": "attr: a buffer sorted along its last axis; args: leading indices, then x; "
-    "value: how many entries of that row are <= x",
+    "value: how many entries of that row are <= x (tile level: the row's length behind them)",
     # scalar level, made by the mask solver
     "rows_min": "args: an expression of i; the least value over the rows of the query tile",
     "rows_max": "args: an expression of i; the greatest value over the rows of the query tile",
@@ -124,7 +124,12 @@ Value = Expr | bool | int | float
 
 
 def const(value: bool | int | float, dtype: Dtype | None = None) -> Expr:
-    """A number; Python's type picks the dtype unless one is given."""
+    """A number; Python's type picks the dtype unless one is given.
+
+    Equal nodes must mean equal values, and Python's 0.0 and -0.0 are equal: the latter becomes a negation.
+    """
+    if isinstance(value, float) and value == 0.0 and math.copysign(1.0, value) < 0:
+        return Expr("neg", (const(0.0, dtype),), None, dtype or "f32")
     if dtype is None:
         wide: Dtype = "i64" if abs(value) >= 2**31 else "i32"
         dtype = "bool" if isinstance(value, bool) else wide if isinstance(value, int) else "f32"
@@ -217,7 +222,7 @@ class Op:
 
 
 def _join(dtypes: tuple[Dtype, ...]) -> Dtype:
-    floats = [d for d in dtypes if d in FLOATS]
+    floats: list[Dtype] = [d for d in dtypes if d in FLOATS]
     if floats:
         return max(floats, key=FLOATS.index) if set(floats) != {"f16", "bf16"} else "f32"
     return "i64" if "i64" in dtypes else "i32"
@@ -238,6 +243,10 @@ def _select(dtypes: tuple[Dtype, ...]) -> Dtype:
 
 def _sigmoid(x: Any) -> Any:
     return 1.0 / (1.0 + np.exp(-x))
+
+
+def _rsqrt(x: Any) -> Any:
+    return 1.0 / np.sqrt(x)
 
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])
@@ -270,7 +279,7 @@ OPS: Final[dict[str, Op]] = {
     "log2": Op(1, _real, np.log2),
     "log1p": Op(1, _real, np.log1p),
     "sqrt": Op(1, _real, np.sqrt),
-    "rsqrt": Op(1, _real, lambda x: 1.0 / np.sqrt(x)),
+    "rsqrt": Op(1, _real, _rsqrt),
     "sigmoid": Op(1, _real, _sigmoid),
     "tanh": Op(1, _real, np.tanh),
     "sin": Op(1, _real, np.sin),
@@ -284,15 +293,24 @@ def fold(e: Expr) -> Expr:
     """Exact folding: integer and boolean constants, and neutral elements of either."""
     values = [a.value for a in e.args]
     if e.dtype in ("i32", "i64", "bool") and None not in values and e.op != "pow":
-        if e.op in ("floordiv", "mod") and values[1] == 0:
-            return e
-        result = OPS[e.op].numpy(*values)
-        return const(bool(result) if e.dtype == "bool" else int(result))
+        return _fold_constants(e, values)
     rule = NEUTRAL.get(e.op)
-    return (rule(*e.args) or e) if rule else e
+    new = rule(*e.args) if rule else None
+    return cast_to(new, e.dtype) if new is not None and new.shape == e.shape else e
 
 
-def _drop(unit: int) -> Callable[[Expr, Expr], Expr | None]:
+def _fold_constants(e: Expr, values: list[bool | int | float | None]) -> Expr:
+    if e.op in ("floordiv", "mod") and values[1] == 0:
+        return e
+    result = OPS[e.op].numpy(*(np.array(v, dtype=object) for v in values))  # Python's own integers: no overflow
+    if e.dtype == "bool":
+        return const(bool(result))
+    if abs(result) >= 2**63:
+        return e
+    return const(int(result), "i64" if abs(result) >= 2**31 else e.dtype)
+
+
+def _drop(unit: int) -> Rule:
     """Drops a neutral right or left operand; integers only, for -0.0 + 0 is not -0.0."""
 
     def rule(a: Expr, b: Expr) -> Expr | None:
@@ -316,7 +334,15 @@ def _fold_sub(a: Expr, b: Expr) -> Expr | None:
     return None
 
 
-def _fold_bool(unit: Expr, zero: Expr) -> Callable[[Expr, Expr], Expr | None]:
+def _fold_floordiv(a: Expr, b: Expr) -> Expr | None:
+    return a if b.value == 1 and a.dtype in INTS else None
+
+
+def _fold_same(a: Expr, b: Expr) -> Expr | None:
+    return a if a == b else None
+
+
+def _fold_bool(unit: Expr, zero: Expr) -> Rule:
     def rule(a: Expr, b: Expr) -> Expr | None:
         if zero in (a, b):
             return zero
@@ -325,15 +351,25 @@ def _fold_bool(unit: Expr, zero: Expr) -> Callable[[Expr, Expr], Expr | None]:
     return rule
 
 
-NEUTRAL: Final[Mapping[str, Callable[..., Expr | None]]] = {
+def _fold_not(a: Expr) -> Expr | None:
+    return a.args[0] if a.op == "not" else None
+
+
+def _fold_where(c: Expr, a: Expr, b: Expr) -> Expr | None:
+    return a if c == TRUE or a == b else b if c == FALSE else None
+
+
+Rule = Callable[..., Expr | None]
+
+NEUTRAL: Final[Mapping[str, Rule]] = {
     "add": _drop(0),
     "mul": _drop(1),
     "sub": _fold_sub,
-    "floordiv": lambda a, b: a if b.value == 1 and a.dtype in INTS else None,
-    "min": lambda a, b: a if a == b else None,
-    "max": lambda a, b: a if a == b else None,
+    "floordiv": _fold_floordiv,
+    "min": _fold_same,
+    "max": _fold_same,
     "and": _fold_bool(TRUE, FALSE),
     "or": _fold_bool(FALSE, TRUE),
-    "not": lambda a: a.args[0] if a.op == "not" else None,
-    "where": lambda c, a, b: a if c == TRUE or a == b else b if c == FALSE else None,
+    "not": _fold_not,
+    "where": _fold_where,
 }
