@@ -25,7 +25,7 @@ class Scope:
 
 
 def evaluate(e: Expr, scope: Scope) -> Any:
-    """The value of `e`; reads outside a tensor take its nearest element."""
+    """The value of `e`; a read outside its tensor gives 0."""
     match e.op:
         case "const":
             return NUMPY[e.dtype](e.attr)
@@ -56,8 +56,9 @@ def _operator(e: Expr, args: list[Any]) -> Any:
 
 def _load(e: Expr, index: list[Any], scope: Scope) -> Any:
     array = scope.buffers[str(e.attr)]
-    inside = [np.clip(k, 0, n - 1) for k, n in zip(index, array.shape, strict=True)]
-    return array[tuple(inside)].astype(NUMPY[e.dtype])
+    nearest = tuple(np.clip(k, 0, n - 1) for k, n in zip(index, array.shape, strict=True))
+    inside = np.all(np.broadcast_arrays(*(k == at for k, at in zip(index, nearest, strict=True))), axis=0)
+    return np.where(inside, array[nearest], 0).astype(NUMPY[e.dtype])
 
 
 def _bucket(e: Expr, args: list[Any], scope: Scope) -> Any:

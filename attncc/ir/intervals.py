@@ -181,6 +181,8 @@ def is_at_least(e: Bound, least: float) -> bool:
             return is_at_least(a, least) or is_at_least(b, least)
         case Expr("add" | "mul" | "min", (a, b)):
             return is_at_least(a, 0) and is_at_least(b, 0)
+        case Expr("bucket"):
+            return True
         case Expr("cast" | "abs" | "sqrt", (a,)):
             return e.op != "cast" or is_at_least(a, 0)
         case Expr("div" | "floordiv", (a, b)):
@@ -229,12 +231,12 @@ INTERVALS: Final[dict[str, Callable[..., Interval]]] = {
 }
 
 
-def interval(e: Expr, env: Mapping[str, Interval], rising: frozenset[str] = frozenset()) -> Interval:
+def interval(e: Expr, env: Mapping[str, Interval], rising: Mapping[str, Expr] | None = None) -> Interval:
     """The least and greatest value of `e` while the names of `env` run over their intervals.
 
-    Other names stand for themselves. `rising` are the sorted inputs. A tensor read is known where its index
-    does not move, is sorted along the axis that moves, or moves with the query row alone (then it is a
-    minimum or maximum over the tile's rows).
+    Other names stand for themselves. `rising` gives the row lengths of the sorted inputs. A tensor read is known
+    where its index does not move, is sorted along the axis that moves, or moves with the query row alone (then
+    it is a minimum or maximum over the tile's rows).
     """
     if e.op == "const" or e.op == "name":
         found = env.get(str(e.attr)) if e.op == "name" else None
@@ -245,11 +247,23 @@ def interval(e: Expr, env: Mapping[str, Interval], rising: frozenset[str] = froz
     if e.op == "cast":
         return _ne(args[0], ZERO) if e.dtype == "bool" else _each(lambda x: cast_to(x, e.dtype), args[0])
     if e.op in ("load", "bucket"):
-        return _read(e, args, e.op == "bucket" or e.attr in rising)
+        return _read(e, args, e.op == "bucket" or _rises(e, rising or {}))
     return UNKNOWN
 
 
 ZERO: Final[Interval] = (const(0), const(0))
+
+
+def _rises(e: Expr, rising: Mapping[str, Expr]) -> bool:
+    """Whether a read of a sorted row never falls as its index rises: not outside the row, where it gives 0."""
+    length = rising.get(str(e.attr))
+    match e.args[-1]:
+        case Expr("min", (index, last)) if length is not None:
+            return last == length - 1 and is_at_least(index, 0)
+        case Expr("max", (Expr("sub", (Expr("bucket", _, buffer), Expr("const", _, 1))), Expr("const", _, 0))):
+            return length is not None and buffer == e.attr
+        case _:
+            return False
 
 
 def _read(e: Expr, args: list[Interval], rises: bool) -> Interval:

@@ -152,13 +152,26 @@ def _where(solver: Solver, f: Expr, direction: Direction, g: Expr) -> Solved:
 
 
 def _load(solver: Solver, f: Expr, direction: Direction, g: Expr) -> Solved:
-    """x[k] <= g  <=>  k < bucket(x, g);  x[k] >= g  <=>  k >= bucket(x, g - 1), for a sorted x."""
+    """x[k] <= g  <=>  k < bucket(x, g);  x[k] >= g  <=>  k >= bucket(x, g - 1), for a sorted x; 0 outside of x."""
     *leading, k = f.args
-    buffer = str(f.attr)
-    if buffer not in solver.sorted_inputs or any(map(moves_with_key, leading)):
+    array = solver.sorted_inputs.get(str(f.attr))
+    if array is None or any(map(moves_with_key, leading)):
         return None
-    count = bucket(buffer, *leading, g if direction == "le" else tidy(g - 1))
-    return solver.compare("lt" if direction == "le" else "ge", k, count)
+    count = bucket(array.name, *leading, g if direction == "le" else tidy(g - 1))
+    inside = solver.compare("lt" if direction == "le" else "ge", k, count)
+    if inside is None or (k == J and array.shape[-1] == "Sk"):
+        return inside
+    below, above = solver.compare("lt", k, const(0)), solver.compare("ge", k, length(array))
+    within = solver.compare("ge", k, const(0)), solver.compare("lt", k, length(array))
+    if below is None or above is None or within[0] is None or within[1] is None:
+        return None
+    return (within[0] & within[1] & inside) | ((below | above) & ew(direction, 0, g))
+
+
+def length(array: Input) -> Expr:
+    """How many entries a row of the input has."""
+    entries = array.shape[-1]
+    return const(entries) if isinstance(entries, int) else name(entries)
 
 
 def _bucket(solver: Solver, f: Expr, direction: Direction, g: Expr) -> Solved:
@@ -173,8 +186,7 @@ def _bucket(solver: Solver, f: Expr, direction: Direction, g: Expr) -> Solved:
     if least is None or greatest is None:
         return None
     array = solver.sorted_inputs[str(f.attr)]
-    length = array.shape[-1]
-    count = const(length) if isinstance(length, int) else name(length)
+    count = length(array)
     counts = g.op == "bucket" and g.attr == f.attr  # then 0 <= g <= count
     at = maximum(g if direction == "le" else g - 1, 0)
     at = at if counts and direction == "ge" else minimum(at, count - 1)

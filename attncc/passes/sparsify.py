@@ -20,7 +20,7 @@ from attncc.ir.intervals import UNKNOWN, Bound, Interval, interval
 from attncc.ir.rewrite import names, walk
 from attncc.passes.linear import tidy
 from attncc.passes.ranges import END, FIRST, Cube, Span, Term, end, unite_cubes, unite_terms
-from attncc.passes.solve import J, Solver, moves_with_key, push_not
+from attncc.passes.solve import J, Solver, length, moves_with_key, push_not
 
 ROWS: Final[Mapping[str, Interval]] = {"i": (name("i0"), name("i1")), "row": (name("row0"), name("row1"))}
 TILE: Final[Mapping[str, Interval]] = {**ROWS, "j": (name("j0"), name("j1"))}
@@ -45,7 +45,7 @@ def sparsify(attn: Attention) -> Attention:
 def _sparsify(part: Part, solver: Solver) -> Part:
     mask = solver.solve(push_not(part.mask))
     literals = frozenset(_literals(mask))
-    rising = frozenset(solver.sorted_inputs)
+    rising = {text: length(x) for text, x in solver.sorted_inputs.items()}
     terms = unite_terms(_term(cube, rising) for cube in _cubes(mask))
     listed = any(_is_data(e) for e in literals)
     return replace(
@@ -102,7 +102,7 @@ def _cubes(mask: Expr) -> tuple[Cube, ...]:
             return (Cube(loose=True),)
 
 
-def _term(cube: Cube, rising: frozenset[str]) -> Term:
+def _term(cube: Cube, rising: Mapping[str, Expr]) -> Term:
     """A cube over the rows of a tile: some row sees up to the farthest ends, all of them up to the nearest."""
     conditions = [interval(e, ROWS, rising) if _is_trusted(e) else UNKNOWN for e in _conjuncts(cube.when)]
     every = tidy(reduce(Expr.__and__, (c[0] or FALSE for c in conditions)))
@@ -133,7 +133,7 @@ def _key_range(term: Term) -> KeyRange:
     return KeyRange(*ends)
 
 
-def _skip(mask: Expr, rising: frozenset[str]) -> Expr | None:
+def _skip(mask: Expr, rising: Mapping[str, Expr]) -> Expr | None:
     """Whether a key tile may hold a visible key, from the conjuncts that the ranges do not say exactly."""
     loose = [e for e in _conjuncts(mask) if not all(map(_is_solved, _literals(e)))]
     if not loose:

@@ -86,7 +86,7 @@ row_numbers = st.one_of(
 )
 key_numbers = st.sampled_from(
     [j, j, j, j, bucket("offsets", j), bucket("starts", b, j + 2), load("ids", b, j, dtype="i32"),
-     load("pages", j // 2, dtype="i32"), bucket("offsets", j * 2 - 3)]
+     load("pages", j // 2, dtype="i32"), load("pages", j * 3 - 9, dtype="i32"), bucket("offsets", j * 2 - 3)]
 )  # fmt: skip
 
 
