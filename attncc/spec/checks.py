@@ -1,0 +1,281 @@
+"""Combinations that no kernel could give a meaning to: rules over the built attention, each naming its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from attncc.errors import SpecError, nearest
+from attncc.ir.attention import SIZE_NAMES, Attention, Call, Part
+from attncc.ir.expr import FLOATS, INTS, Expr
+from attncc.spec.macros import LOAD_DTYPES
+from attncc.spec.source import Path_, Source
+
+Finding = tuple[Path_, str, str]
+Rule = Callable[[Attention], Iterator[Finding]]
+PartRule = Callable[[Attention, Part], Iterator[Finding]]
+
+POSITIVE_FEATURES: Final = frozenset({"relu", "elu1", "softmax", "exp"})
+TUNE_WORDS: Final = ("sparsity", "documents", "weight")
+
+
+def has_lse(parts: tuple[Part, ...], combine: Call) -> bool:
+    """Whether the output has a log-sum-exp: one row of positive weights, or several merged by it."""
+    return all(part_has_lse(p) for p in parts) and (len(parts) == 1 or combine.name == "lse")
+
+
+def part_has_lse(part: Part) -> bool:
+    """Softmax has one; so does a linear part whose weights cannot be negative."""
+    if part.state is None:
+        return part.normalizer.kind == "softmax"
+    return part.normalizer.kind == "linear" and part.state.feature in POSITIVE_FEATURES
+
+
+def check(attn: Attention, source: Source) -> None:
+    """Raises the first impossible combination at its key."""
+    for rule in RULES:
+        for path, message, hint in rule(attn):
+            raise SpecError(message, source.locate(path), hint)
+    for k, part in enumerate(attn.parts):
+        at: Path_ = ("parts", k) if source.node(("parts",)) else ()
+        for rule in PART_RULES:
+            for path, message, hint in rule(attn, part):
+                inherited = path[0] == "kv" and source.node((*at, "kv")) is None
+                raise SpecError(message, source.locate(path if inherited else (*at, *path)), hint)
+
+
+# -- of the whole ------------------------------------------------------------------------------------
+
+
+def _combine(attn: Attention) -> Iterator[Finding]:
+    n, name = len(attn.parts), attn.combine.name
+    if n > 1 and name == "lse" and not has_lse(attn.parts, attn.combine):
+        yield ("combine",), "'lse' merges parts by their log-sum-exp, which not all of these have", "combine: add"
+    if name == "lerp" and n != 2:
+        yield ("combine",), f"'lerp' goes between 2 parts, there are {n}", ""
+    if name == "gate" and len(attn.combine.args) not in (n, n - 1):
+        hint = "one gate a part, or one fewer where the first has none"
+        yield ("combine",), f"{len(attn.combine.args)} gates for {n} parts", hint
+    names = [p.name for p in attn.parts if p.name]
+    for k, part in enumerate(attn.parts):
+        if part.name and names.count(part.name) > 1:
+            yield ("parts", k, "name"), f"two parts are called '{part.name}'", ""
+
+
+def _outputs(attn: Attention) -> Iterator[Finding]:
+    names = [o.name for o in attn.outputs]
+    for k, name in enumerate(names):
+        if name in names[:k] and not name.endswith("_mass"):
+            yield ("outputs", k), f"'{name}' is given twice", ""
+    if "o" not in names:
+        yield ("outputs",), "the output 'o' cannot be left out", "outputs: [o, …]"
+    soft = any(p.state is None and p.normalizer.kind == "softmax" for p in attn.parts)
+    demands = {
+        "lse": (has_lse(attn.parts, attn.combine), "only softmax has a log-sum-exp"),
+        "max_score": (any(p.state is None for p in attn.parts), "a state has no scores"),
+        "final_state": (any(p.state for p in attn.parts), "no part has a state"),
+        "indices": (any(p.select for p in attn.parts), "no part selects"),
+        "column_mass": (soft, "the mass of a column is one of softmax"),
+        "row_mass": (soft, "the mass of a row is one of softmax"),
+        "block_mass": (soft, "the mass of a block is one of softmax"),
+    }
+    for k, name in enumerate(names):
+        held, reason = demands.get(name, (True, ""))
+        if not held:
+            yield ("outputs", k), f"there is no output '{name}' here: {reason}", ""
+
+
+def _modes(attn: Attention) -> Iterator[Finding]:
+    for k, mode in enumerate(attn.modes):
+        if mode in attn.modes[:k]:
+            yield ("modes", k), f"'{mode}' is given twice", ""
+    cached = any(p.kv.kind in ("paged", "gathered") for p in attn.parts)
+    for mode in ("backward", "jvp"):
+        if mode in attn.modes and cached:
+            yield ("modes", attn.modes.index(mode)), f"'{mode}' through a paged or gathered cache", ""
+        if mode in attn.modes and any(q.operand == "cache" for q in attn.quantize):
+            yield ("modes", attn.modes.index(mode)), f"'{mode}' through a quantised cache", ""
+
+
+def _quantize(attn: Attention) -> Iterator[Finding]:
+    for q in attn.quantize:
+        path: Path_ = ("quantize", q.operand)
+        per = q.per.name if q.per else ""
+        if q.operand == "p" and (q.smooth or per == "channel"):
+            yield path, "probabilities are not smoothed, and have no channels", ""
+        if q.operand == "v" and q.smooth:
+            yield path, "smoothing subtracts a mean from q or k", ""
+        if q.dtype == "nvfp4" and per not in ("", "group"):
+            yield path, "nvfp4 has one scale a group", "nvfp4(per=group(16))"
+        if q.dtype.startswith(("fp8", "nvfp4")) and not q.symmetric:
+            yield path, f"{q.dtype} has no zero point: it is symmetric", ""
+        if per == "group" and q.per and _number(q.per.args[0]) > max(attn.dims.qk, attn.dims.v):
+            yield path, "a group is wider than a head", ""
+    by_operand = {q.operand for q in attn.quantize}
+    if "cache" in by_operand and by_operand & {"k", "v"}:
+        yield ("quantize", "cache"), "the cache holds k and v: quantise it, or them", ""
+
+
+def _tune(attn: Attention) -> Iterator[Finding]:
+    own = {s for x in attn.inputs for s in x.shape if isinstance(s, str)}
+    sizes = {"B", "Sq", "Sk"} | (own - set(SIZE_NAMES))
+    for k, case in enumerate(attn.tune):
+        for key, value in case:
+            path: Path_ = ("tune", k, key)
+            if key not in sizes and key not in TUNE_WORDS:
+                yield path, f"unknown key '{key}'", nearest(key, [*sizes, *TUNE_WORDS])
+            if key in sizes and not (isinstance(value, int) and value >= 1):
+                yield path, f"'{key}' must be a whole number that is at least 1", ""
+            if key == "sparsity" and (isinstance(value, str) or not 0 <= value <= 1):
+                yield path, "'sparsity' must be in [0, 1]", ""
+            fixed = attn.size(key).fixed
+            if key in sizes and fixed is not None and value != fixed:
+                yield path, f"'{key}' is fixed to {fixed}", ""
+
+
+def _steps(attn: Attention) -> Iterator[Finding]:
+    """Prologue and epilogue: numbers must fit the head, tensors be floats."""
+    for k, step in enumerate(attn.prologue):
+        options = dict(step.kwargs)
+        dims = options.get("dims")
+        if isinstance(dims, Expr) and not (_number(dims) <= attn.dims.qk and _number(dims) % 2 == 0):
+            yield ("prologue", k), f"rope turns an even number of the {attn.dims.qk} columns", ""
+        if step.name == "rope" and ("cos" in options) != ("sin" in options):
+            yield ("prologue", k), "rope takes cos and sin together", ""
+        if step.name == "rope" and "cos" in options and "base" in options:
+            yield ("prologue", k), "rope takes a base, or cos and sin", ""
+        if step.name == "hadamard" and attn.dims.qk & (attn.dims.qk - 1):
+            yield ("prologue", k), f"a Hadamard transform needs a power of two, the head has {attn.dims.qk}", ""
+    for key, steps in (("prologue", attn.prologue), ("epilogue", attn.epilogue), ("combine", (attn.combine,))):
+        for k, step in enumerate(steps):
+            words = [*step.words, *(v for o, v in step.kwargs if o in ("cos", "sin", "weight", "bias"))]
+            for word in words:
+                path: Path_ = (key,) if key == "combine" else (key, k)
+                yield from _float_input(attn, path, str(word), step.name)
+    for k, step in enumerate(attn.epilogue):
+        needs_v = step.name in ("lerp_v", "skip")
+        if needs_v and attn.heads.q % attn.heads.v:
+            yield ("epilogue", k), f"'{step.name}' needs a value head for each query head", ""
+
+
+def _varlen(attn: Attention) -> Iterator[Finding]:
+    """Shapes over a packed layout are per sequence; the packed tensors are q, k, v and o alone."""
+    if attn.layout == "varlen" and attn.schedule.name == "stream_k" and "backward" in attn.modes:
+        yield ("schedule",), "a packed backward has no stream-K", ""
+    if attn.schedule.name == "split_kv" and all(p.state for p in attn.parts):
+        yield ("schedule",), "a state has no keys to split", ""
+
+
+# -- of one part -------------------------------------------------------------------------------------
+
+
+def _kv(attn: Attention, part: Part) -> Iterator[Finding]:
+    kv, dims = part.kv, attn.dims
+    if kv.kind == "latent":
+        if dims.v > dims.qk:
+            yield ("kv",), f"latent: V is a view of K's first columns, but Dv {dims.v} > Dqk {dims.qk}", ""
+        if kv.rope is not None and kv.rope >= dims.qk:
+            yield ("kv",), f"latent: rope={kv.rope} leaves nothing of the {dims.qk} columns", ""
+        if attn.heads.v != attn.heads.kv:
+            yield ("kv",), "latent: V is a view of K, so heads.v must be heads.kv", ""
+    if kv.kind == "gathered" and _dtype(attn, kv.index) not in INTS:
+        yield ("kv",), f"gathered needs an int input, '{kv.index}' is not", ""
+    if kv.kind in ("paged", "gathered") and part.state:
+        yield ("kv",), f"a state is not kept in {kv.kind} storage", ""
+
+
+def _state(attn: Attention, part: Part) -> Iterator[Finding]:
+    state = part.state
+    if state is None:
+        return
+    if part.normalizer.kind not in ("none", "linear"):
+        yield ("normalizer",), f"a state is normalised by none or linear(eps), not {part.normalizer.kind}", ""
+    for key, call in (("decay", state.decay), ("update", state.update)):
+        for word in call.words:
+            yield from _float_input(attn, ("state", key), word, call.name)
+    if not state.causal and state.decay.name != "none":
+        yield ("state", "decay"), "totals have no order to decay in", "causal: true"
+    if not state.causal and state.update.name == "delta":
+        yield ("state", "update"), "the delta rule goes token by token", "causal: true"
+    if state.initial:
+        yield from _float_input(attn, ("state", "initial"), state.initial, "initial")
+    if part.normalizer.kind == "linear" and state.update.name == "delta":
+        yield ("normalizer",), "the delta rule has no sum of weights to divide by", "normalizer: none"
+
+
+def _softmax(attn: Attention, part: Part) -> Iterator[Finding]:
+    kind = part.normalizer.kind
+    if kind == "column_softmax" and "decode" in attn.modes and len(attn.modes) == 1:
+        yield ("normalizer",), "a column needs all its queries, decode has one at a time", ""
+    if kind == "column_softmax" and part.select:
+        yield ("select",), "a selection of keys has no whole columns", ""
+
+
+def _select_block(attn: Attention, part: Part) -> Iterator[Finding]:
+    """What the selector scores must be what the blocks are."""
+    if part.select is None:
+        return
+    (q, k), score = part.select.block, part.select.score.name
+    if q == "page":
+        yield ("select", "block", "q"), "queries are not kept in pages", ""
+    if k == "page" and part.kv.kind != "paged":
+        yield ("select", "block", "k"), "pages are those of paged storage", "kv: paged(64)"
+    wanted = SELECTOR_BLOCKS.get(score)
+    if wanted and k != wanted:
+        yield ("select", "score"), f"'{score}' scores a {wanted}, the blocks are {k}", f"block: {{k: {wanted}}}"
+    if k == "cluster" and score not in ("centroid_dot", "given", "random"):
+        yield ("select", "score"), f"'{score}' does not score clusters", "score: centroid_dot"
+    if score == "antidiagonal":
+        yield from _antidiagonal(part.select.block, _number(dict(part.select.score.kwargs)["stride"]))
+    if score == "minmax_bound" and k in ("token", "cluster"):
+        yield ("select", "score"), "'minmax_bound' bounds a block or page", ""
+    if score == "given" and len(attn.input(part.select.score.words[0]).shape) < 2:
+        yield ("select", "score"), "a given selection has an axis of queries and one of keys", ""
+
+
+def _select_rule(attn: Attention, part: Part) -> Iterator[Finding]:
+    """What the rule counts must be what the normalisation makes."""
+    select = part.select
+    if select is None:
+        return
+    rule, shares = select.rule.name, sum(map(_number, select.rule.args))
+    if select.normalize == "weighted_softmax" and select.block[1] != "cluster":
+        yield ("select", "normalize"), "weights are the sizes of clusters", "normalize: softmax"
+    if select.normalize == "anchor" and not {f.name for f in select.force} & {"sink", "local"}:
+        yield ("select", "normalize"), "'anchor' is the mass of what is forced by sink or local", "force: [sink(1)]"
+    if rule == "ternary" and shares > 1:
+        yield ("select", "rule"), "the shares of ternary(hi, lo) exceed the whole", ""
+    if rule == "mass" and select.normalize == "none":
+        yield ("select", "rule"), "a mass is a share of normalised scores", "normalize: softmax"
+    for n, forced in enumerate(select.force):
+        if forced.name == "last_pages" and part.kv.kind != "paged":
+            yield ("select", "force", n), "pages are those of paged storage", "kv: paged(64)"
+    if select.heads == "group_sum" and attn.heads.q == attn.heads.kv:
+        yield ("select", "heads"), "every key head serves one query head: there is no group", "heads: none"
+
+
+SELECTOR_BLOCKS: Final = {"token_dot": "token", "relu_indexer": "token", "centroid_dot": "cluster"}
+
+
+def _antidiagonal(block: tuple[int | str, int | str], stride: float) -> Iterator[Finding]:
+    for key, size in zip(("q", "k"), block, strict=True):
+        if not isinstance(size, int) or size % stride:
+            yield ("select", "score"), f"a stride of {stride:g} does not divide the {key} block of {size}", ""
+
+
+PART_RULES: Final[tuple[PartRule, ...]] = (_kv, _state, _softmax, _select_block, _select_rule)
+RULES: Final[tuple[Rule, ...]] = (_combine, _outputs, _modes, _quantize, _tune, _steps, _varlen)
+
+
+def _dtype(attn: Attention, word: str) -> str:
+    return LOAD_DTYPES[attn.input(word).dtype]
+
+
+def _float_input(attn: Attention, path: Path_, word: str, owner: str) -> Iterator[Finding]:
+    if _dtype(attn, word) not in FLOATS:
+        yield path, f"'{owner}' needs a float input, '{word}' is {attn.input(word).dtype}", ""
+
+
+def _number(e: Expr | str) -> float:
+    """A constant's number; an expression that varies counts as 0, so that no bound refuses it."""
+    return float(e.value) if isinstance(e, Expr) and e.value is not None else 0.0
