@@ -54,6 +54,8 @@ INFIX: Final[dict[str, tuple[str, int]]] = {
     "pow": ("**", POWER),
 }
 PREFIX: Final = {"neg": "-", "not": "~"}
+MACHINE: Final = {"floordiv": "quotient", "mod": "remainder"}
+"""Divisions of numbers known to be non-negative."""
 
 
 def text(x: Attention | Program | Kernel | Expr) -> str:
@@ -82,8 +84,8 @@ def _expr(e: Expr) -> tuple[str, int]:
     """The text of an expression and how tightly its outermost operator binds."""
     if e.op in STRUCTURES:
         return STRUCTURES[e.op](e)
-    if e.attr is not None:  # a division of non-negative numbers
-        return f"{e.op}({_list(e.args)}, {e.attr})", ATOM
+    if e.attr == "nonneg":
+        return f"{MACHINE[e.op]}({_list(e.args)})", ATOM
     if e.op in PREFIX:
         operand = e.args[0]
         inner = f"({text(operand)})" if operand.op == "const" else _inside(operand, UNARY)
@@ -165,6 +167,7 @@ STRUCTURES: Final[dict[str, Callable[[Expr], tuple[str, int]]]] = {
     "cast": lambda e: (f"{e.dtype}({_list(e.args)})", ATOM),
     "dot": _dot,
     "reduce": _reduce,
+    "cumsum": lambda e: (f"cumsum({_list(e.args)})", ATOM),
     "tile": lambda e: (f"tile({e.attr}; {_list(e.args)}; {_shape(e.shape)})", ATOM),
 }
 
@@ -258,6 +261,9 @@ def _program(program: Program) -> Iterator[str]:
         yield f"{INDENT}knob {knob.name}: {' | '.join(map(str, knob.choices))}{_comment(knob.doc)}"
     for scratch in program.scratch:
         yield f"{INDENT}scratch {_scratch(scratch)}"
+    for launch in program.launches:
+        given = "".join(f", {constant}={value}" for constant, value in launch.constants)
+        yield f"{INDENT}launch {launch.kernel}{given}"
     for kernel in program.kernels:
         yield ""
         yield from _kernel(kernel)

@@ -164,9 +164,19 @@ def _part(part: Part, rows: Rows, column_lse: Tensor | None) -> Partial:
         names = rows.scope.names
         keep = kept(part.dropout, rows.numbers.seed, *(names[n] for n in ("b", "h", "i", "j")))
         p = torch.where(keep, p / (1 - part.dropout), 0.0)
+    return Partial(_weighted(p, seen, rows), lse, top, sink)
+
+
+def _weighted(p: Tensor, seen: Tensor, rows: Rows) -> Tensor:
+    """The values weighted by p; where some rows see a value that is not finite, those alone become NaN."""
+    matmul = rows.numbers.matmul
     v = _zero_unused(rows.v, seen.any(1))
-    o = p.to(rows.numbers.matmul) @ v.to(rows.numbers.matmul)
-    return Partial(o.to(rows.numbers.elementwise), lse, top, sink)
+    bad = ~v.isfinite()
+    if bool(seen.all()) or not bool(bad.any()):
+        return (p.to(matmul) @ v.to(matmul)).to(p.dtype)
+    o = p.to(matmul) @ torch.where(bad, 0.0, v).to(matmul)
+    hit = seen.to(p.dtype) @ bad.to(p.dtype) > 0
+    return torch.where(hit, math.nan, o.to(p.dtype))
 
 
 def _seen(part: Part, rows: Rows) -> Tensor:

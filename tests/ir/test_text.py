@@ -15,8 +15,11 @@ from hypothesis import given
 from ir_samples import FULL, PLAIN, b, formulas, h, i, j, qk, scale
 
 from attncc.ir.attention import Align, Input
+from attncc.ir.build import column, dot, expand, full, iota, program, quotient, reduce, remainder, reshape, row, trans
 from attncc.ir.expr import FALSE, TRUE, Expr, bucket, cast_to, const, eq, ew, load, maximum, name, where
 from attncc.ir.text import digest, text
+
+SQUARE = name("s", "f32", ("BM", "BM"))
 
 EXPRESSIONS = {
     "qk * scale + 1.0": qk * scale + 1.0,
@@ -50,13 +53,21 @@ EXPRESSIONS = {
     "8589934592": const(2**33),
     "f16(qk)": cast_to(qk, "f16"),
     "f16(0.5)": const(0.5, "f16"),
-    "floordiv(i, 4, nonneg)": Expr("floordiv", (i, const(4)), "nonneg", "i32"),
+    "quotient(i, 4)": quotient(i, 4),
+    "remainder(i, 4) + 1": remainder(i, 4) + 1,
     "x[rows, mask=rows < Sq]": Expr(
         "load", (name("rows", shape=("BM",)), name("rows", shape=("BM",)) < name("Sq")), "x", "f32", ("BM",)
     ),
-    "expand(m)": None,
+    "m[:, None] - m[None, :]": column(name("m", "f32", ("BM",))) - row(name("m", "f32", ("BM",))),
+    "dot(s, trans(s), s)": dot(SQUARE, trans(SQUARE), SQUARE),
+    "sum(reshape(s, [BM, BM/8, 8]), axis=1)": reduce("sum", reshape(SQUARE, ("BM", "BM/8", 8)), 1),
+    "max(s + s, axis=0)": reduce("max", SQUARE + SQUARE, 0),
+    "(s + s)[None, :, :]": expand(SQUARE + SQUARE, 0),
+    "full(0.0, [BM, 64])": full(("BM", 64), 0.0),
+    "program(0) * 4 + iota(BM)": program() * 4 + iota("BM"),
+    "tile(Q; b, h, i, 64; [BM, 16])": Expr("tile", (b, h, i, const(64)), "Q", "bf16", ("BM", 16)),
+    "bf16(s)": cast_to(SQUARE, "bf16"),
 }
-EXPRESSIONS.pop("expand(m)")
 
 
 @pytest.mark.parametrize(("expected", "e"), EXPRESSIONS.items(), ids=str)
