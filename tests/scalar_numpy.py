@@ -11,7 +11,7 @@ import numpy as np
 from attncc.ir.expr import FLOATS, OPS, Expr
 
 NUMPY = {"bool": np.bool_, "i32": np.int64, "i64": np.int64, "f16": np.float32, "f32": np.float32, "f64": np.float64}
-"""Integers are wide here: the tests are about formulas, not about overflow."""
+"""Integers are wide here, for most tests are about formulas, not about overflow."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class Scope:
     buffers: Mapping[str, np.ndarray]
     rows: tuple[np.ndarray, np.ndarray] = (np.zeros(1), np.zeros(1))
     """i and row of every row of the tile."""
+    int32: bool = False
+    """Whether i32 sums wrap as they do in a kernel."""
 
 
 def evaluate(e: Expr, scope: Scope) -> Any:
@@ -42,7 +44,8 @@ def evaluate(e: Expr, scope: Scope) -> Any:
             values = evaluate(e.args[0], replace(scope, names={**scope.names, "i": i, "row": row}))
             return np.min(values) if e.op == "rows_min" else np.max(values)
         case _:
-            return _operator(e, [evaluate(a, scope) for a in e.args])
+            value = _operator(e, [evaluate(a, scope) for a in e.args])
+            return value.astype(np.int32).astype(np.int64) if scope.int32 and e.dtype == "i32" else value
 
 
 def _operator(e: Expr, args: list[Any]) -> Any:

@@ -99,6 +99,8 @@ class _Translator:
                 return self._sizes.get(str(e.attr), UNBOUNDED)
             case Expr("bucket"):
                 return 0, LIMITS["i32"][1]
+            case Expr("rows_min" | "rows_max", (a,)):
+                return self._range_of_symbol(a)
             case Expr("where", (_, a, b)) if e.dtype in INTS:
                 return _hull([*self.range(a), *self.range(b)])
             case Expr("min" | "max", (a, b)) if e.dtype in INTS:

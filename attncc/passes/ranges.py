@@ -138,6 +138,9 @@ class Term:
         return self.seen.empty
 
 
+NOTHING: Final = Term(Span(FIRST, FIRST), None)
+
+
 def unite_cubes(cubes: Iterable[Cube]) -> tuple[Cube, ...]:
     """The union of all, in no more than `MAX_CUBES`."""
     kept = _merged(cubes)

@@ -19,8 +19,9 @@ from attncc.ir.expr import FALSE, FLOATS, TRUE, Expr, ew, name, where
 from attncc.ir.intervals import UNKNOWN, Bound, Interval, interval
 from attncc.ir.rewrite import names, walk
 from attncc.passes.linear import tidy
-from attncc.passes.ranges import END, FIRST, Cube, Span, Term, end, unite_cubes, unite_terms
+from attncc.passes.ranges import END, FIRST, NOTHING, Cube, Span, Term, end, unite_cubes, unite_terms
 from attncc.passes.solve import J, Solver, length, moves_with_key, push_not
+from attncc.passes.widths import Widths
 
 ROWS: Final[Mapping[str, Interval]] = {"i": (name("i0"), name("i1")), "row": (name("row0"), name("row1"))}
 TILE: Final[Mapping[str, Interval]] = {**ROWS, "j": (name("j0"), name("j1"))}
@@ -39,24 +40,23 @@ NEVER_NAN: Final = PLAIN | {"floordiv", "floor", "sigmoid", "tanh", "erf", "sin"
 def sparsify(attn: Attention) -> Attention:
     """Sets `key_tiles` of every part."""
     solver = Solver({i.name: i for i in attn.inputs if i.sorted})
-    return replace(attn, parts=tuple(_sparsify(part, solver) for part in attn.parts))
+    widths = Widths.of(attn)
+    return replace(attn, parts=tuple(_sparsify(part, solver, widths) for part in attn.parts))
 
 
-def _sparsify(part: Part, solver: Solver) -> Part:
+def _sparsify(part: Part, solver: Solver, widths: Widths) -> Part:
     mask = solver.solve(push_not(part.mask))
-    literals = frozenset(_literals(mask))
     rising = {text: length(x) for text, x in solver.sorted_inputs.items()}
-    terms = unite_terms(_term(cube, rising) for cube in _cubes(mask))
-    listed = any(_is_data(e) for e in literals)
-    return replace(
-        part,
-        key_tiles=KeyTiles(
-            ranges=tuple(sorted(map(_key_range, terms), key=lambda r: r.lo != FIRST)),
-            skip=None if listed else _skip(mask, rising),
-            listed=listed,
-            granularity=(_granularity(part.mask, "i"), _granularity(part.mask, "j")) if listed else (1, 1),
-        ),
+    terms = unite_terms(_term(cube, rising) for cube in _cubes(mask)) or (NOTHING,)
+    listed = any(map(_is_data, _literals(mask)))
+    skip = None if listed else _skip(mask, rising)
+    key_tiles = KeyTiles(
+        ranges=tuple(sorted((widths.key_range(_key_range(t)) for t in terms), key=lambda r: r.lo != FIRST)),
+        skip=None if skip is None else widths.widen(skip),
+        listed=listed,
+        granularity=(_granularity(part.mask, "i"), _granularity(part.mask, "j")) if listed else (1, 1),
     )
+    return replace(part, key_tiles=key_tiles)
 
 
 def _literals(e: Expr) -> Iterator[Expr]:

@@ -230,3 +230,26 @@ def test_data_that_moves_with_the_keys_is_listed(mask: Expr, granularity: tuple[
     solved = key_tiles(mask)
     assert solved.listed
     assert solved.granularity == granularity
+
+
+def test_a_false_mask_is_one_empty_range() -> None:
+    assert key_tiles(causal & ~causal).ranges == (KeyRange(*[const(0)] * 4),)
+
+
+@pytest.mark.parametrize("huge", [2**31 - 1, -(2**31), 2**31 - 2])
+@pytest.mark.parametrize("mask", [window(2**31 - 1, 2**31 - 1), window(5, 2**31 - 2), *[
+    op(window(load("lengths", h, dtype="i32"), load("lengths", h, dtype="i32")))
+    for op in (lambda m: m, lambda m: ~m, lambda m: causal & m)
+]])  # fmt: skip
+def test_no_number_of_an_input_overflows_a_bound(mask: Expr, huge: int) -> None:
+    """Evaluated in 32 bits, where the formula says so."""
+    case = Case(sq=12, sk=20, offset=3, tile=4)
+    solved = key_tiles(mask)
+    lengths = {"lengths": np.array([huge, huge])}
+    row, key = np.arange(12)[:, None] + 3, np.arange(20)[None, :]
+    names = {**case.scope().names, "i": row, "j": key, "row": row - 3}
+    visible = np.broadcast_to(evaluate(mask, Scope(names, lengths)), (12, 20))
+    for rows, scope in case.tiles():
+        seen, full = covered(solved, replace(scope, buffers=lengths, int32=True), case.sk)
+        assert (seen == visible[rows].any(axis=0)).all()
+        assert (full == visible[rows].all(axis=0)).all()

@@ -1,0 +1,58 @@
+"""What a variant says of its integers: sizes that are fixed, ranges of all sizes and positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from attncc.ir.attention import Attention
+from attncc.ir.dims import Range
+from attncc.ir.expr import Expr, const, name
+from attncc.ir.intervals import Interval
+
+DEFAULT_MAX: Final = 2**24
+"""Bound of a size that the spec does not bound: positions below it are exact in fp32."""
+
+
+def fixed_sizes(attn: Attention) -> Mapping[str, int]:
+    """Sizes known when compiled; those of a packed sequence differ from call to call."""
+    heads, dims = attn.heads, attn.dims
+    known = {"Hq": heads.q, "Hk": heads.kv, "Hv": heads.v, "Dqk": dims.qk, "Dv": dims.v}
+    for size in attn.sizes:
+        if size.fixed is not None and not (attn.layout == "varlen" and size.name in ("B", "Sq", "Sk")):
+            known[size.name] = size.fixed
+    return known
+
+
+def size_ranges(attn: Attention) -> Mapping[str, Range]:
+    """Least and greatest value of every size."""
+    own = {entry for x in attn.inputs for entry in x.shape if isinstance(entry, str)}
+    run_time = {text: attn.size(text).max or DEFAULT_MAX for text in sorted({"B", "Sq", "Sk", *own})}
+    return {text: (0, most) for text, most in run_time.items()} | {
+        text: (value, value) for text, value in fixed_sizes(attn).items()
+    }
+
+
+def positions(attn: Attention) -> Mapping[str, Interval]:
+    """Where the index names lie, as formulas of the sizes; a query stands inside the sequence, however aligned."""
+    rows, keys = name("Sq"), name("Sk")
+    first = const(0) if attn.align.kind == "top_left" else keys - rows
+    last = rows - 1 if attn.align.kind == "top_left" else keys - 1
+    return {
+        "i": (first, last),
+        "j": _below(keys),
+        "row": _below(rows),
+        "b": _below(name("B")),
+        "h": _below(name("Hq")),
+        "hk": _below(name("Hk")),
+    }
+
+
+def tile_positions(attn: Attention) -> Mapping[str, Interval]:
+    """The same for the first and last positions of a tile."""
+    at = positions(attn)
+    return {**at, **{text + end: at[text] for text in ("i", "j", "row") for end in "01"}}
+
+
+def _below(size: Expr) -> Interval:
+    return const(0), size - 1
