@@ -89,6 +89,8 @@ def _sequence(attn: Attention, trait: Trait, lengths: tuple[int, int], generator
     if trait == "one_hot" and keys:
         k = k.sign()
         q = 4 * k[torch.arange(queries, device=k.device) % keys][:, _serving(attn)]
+    if trait == "nan_keys" and keys:
+        k[[keys * 3 // 4, -1]], v[[keys * 3 // 4, -1]] = torch.nan, torch.nan  # late ones: causal rows before see none
     return Sequence(q, k, v)
 
 

@@ -137,8 +137,9 @@ def _judge(attn: Attention, case: Case, got: tuple[Tensor, Tensor | None], x: Op
     """By the acceptance rule; a result of the wrong shape is wrong."""
     o, lse = got
     out = (o, lse) if lse is not None else o
+    arguments: dict[str, Any] = {"inputs": x.inputs, **x.offsets}
     try:
-        agreement = acceptance(out, attn, x.q, x.k, x.v, inputs=x.inputs, **x.offsets)
+        agreement = acceptance(out, attn, x.q, x.k, x.v, **arguments)
     except ValueError as error:
         return Outcome(case, "WRONG", detail=str(error))
     return Outcome(case, "ok" if agreement.ok else "WRONG", agreement.deviations)

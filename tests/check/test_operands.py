@@ -88,6 +88,12 @@ def test_nan_lies_around_and_not_inside() -> None:
     assert x.k.storage_offset() * x.k.element_size() % 16 == 0
 
 
+def test_late_keys_are_nan() -> None:
+    x = drawn(DENSE, Case(1, 5, 80, "nan_keys"))
+    assert x.k[0, 0].isnan().any(1).nonzero().flatten().tolist() == [60, 79]
+    assert torch.equal(x.k[0, 0].isnan().all(1), x.v[0, 2].isnan().all(1))
+
+
 def test_a_nan_neighbour_is_not_compared() -> None:
     x = drawn(DENSE, Case(3, 5, 6, "nan_neighbour"))
     assert x.k[-1].isnan().all()

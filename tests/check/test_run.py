@@ -39,7 +39,7 @@ def attention(q, k, v, *, return_lse=False):
     m = {maximum}
     p = torch.exp(s - m)
     l = p.sum(-1, keepdim=True)
-    o = ({weights} @ v.float()).to(q.dtype)
+    o = ({weights} @ {values}).to(q.dtype)
     lse = ({lse}).squeeze(-1)
     {after}
     return (o, lse) if return_lse else o
@@ -49,7 +49,8 @@ RIGHT = {
     "repeat": "x.repeat_interleave(2, 1)",
     "offset": "sk - sq",
     "maximum": "s.amax(-1, keepdim=True).clamp(min=-1e30) if sk else s.new_zeros(*s.shape[:-1], 1)",
-    "weights": "torch.where(l > 0, p / l, 0)",
+    "weights": "torch.where(l == 0, 0, p / l)",
+    "values": "v.float().nan_to_num(0)",
     "lse": "torch.log(l) + m",
     "after": "",
 }
@@ -84,6 +85,7 @@ def test_a_right_package_passes(tmp_path: Path) -> None:
         ({"weights": "p / l"}, "random"),
         ({"lse": "torch.log2(l) + m"}, "uniform"),
         ({"after": LEAK}, "nan_neighbour"),
+        ({"values": "v.float()"}, "nan_keys"),
         ({"before": BEHIND}, "nan_around"),
         ({"before": "q = q.contiguous().roll(1, 0)"}, "random"),
         ({"before": "v = v * 1.01"}, "uniform"),
