@@ -15,9 +15,10 @@ from math import gcd
 from typing import Final
 
 from attncc.ir.attention import Attention, KeyRange, KeyTiles, Part
-from attncc.ir.expr import FALSE, FLOATS, TRUE, Expr, ew, name, where
+from attncc.ir.expr import FALSE, TRUE, Expr, ew, name, where
 from attncc.ir.intervals import UNKNOWN, Bound, Interval, interval
 from attncc.ir.rewrite import names, walk
+from attncc.passes.ieee import is_finite
 from attncc.passes.linear import tidy
 from attncc.passes.ranges import END, FIRST, NOTHING, Cube, Span, Term, end, unite_cubes, unite_terms
 from attncc.passes.solve import J, Solver, length, moves_with_key, push_not
@@ -31,10 +32,6 @@ SMALLEST_TILE: Final = 16
 
 ANY_BLOCK: Final = 2**24
 """Granularity of a mask that a position is not part of: no sequence is longer."""
-
-PLAIN: Final = frozenset({"const", "name", "cast", "add", "sub", "mul", "div", "neg", "abs", "min", "max", "where"})
-NEVER_NAN: Final = PLAIN | {"floordiv", "floor", "sigmoid", "tanh", "erf", "sin", "cos"}
-"""Float operators that give a number for all positions (div and floordiv are known for sizes alone)."""
 
 
 def sparsify(attn: Attention) -> Attention:
@@ -81,8 +78,7 @@ def _is_data(literal: Expr) -> bool:
 
 def _is_trusted(literal: Expr) -> bool:
     """Whether interval analysis holds for the literal: in floats, none of its values may be NaN."""
-    floats = [n for n in walk(literal) if n.dtype in FLOATS]
-    return all(n.op in NEVER_NAN for n in floats) or not names(literal) & {"i", "j", "row"}
+    return is_finite(literal) or not names(literal) & {"i", "j", "row"}
 
 
 def _cubes(mask: Expr) -> tuple[Cube, ...]:

@@ -127,6 +127,8 @@ oddity = st.sampled_from(
         load("bias", i) < 0.75,
         load("bias", j) < 0.75,
         j < 0.5 * i,
+        minimum(i / j, 5.0) < 6.0,
+        (i / 4.0 - j / 8.0) * 0.5 < 3.0,
         ew("sqrt", i - j) < 3.0,
         ew("log1p", ew("abs", i - j)) < 2.0,
         eq(causal, j < 5),
