@@ -30,7 +30,7 @@ LANGUAGE_NAMES: Final = frozenset(
 PACKAGES: Final = frozenset({"attncc", "torch", "triton", "numpy", "tvm"})
 
 
-def _why_not(word: str) -> str:
+def why_not(word: str) -> str:
     """Why `word` cannot name something of the user's, empty where it can."""
     if keyword.iskeyword(word):
         return "is a Python keyword"
@@ -63,7 +63,7 @@ def inputs(model: SpecModel, source: Source) -> tuple[Input, ...]:
     declared: list[Input] = []
     for word, entry in model.inputs.items():
         path: Path_ = ("inputs", word)
-        if reason := _why_not(word):
+        if reason := why_not(word):
             raise SpecError(f"an input cannot be called '{word}': it {reason}", source.locate_key(path))
         for axis, size in enumerate(entry.shape):
             _check_size_name(size, model, source, (*path, "shape", axis))
@@ -80,7 +80,7 @@ def inputs(model: SpecModel, source: Source) -> tuple[Input, ...]:
 def _check_size_name(size: int | str, model: SpecModel, source: Source, path: Path_) -> None:
     if isinstance(size, int) or size in SIZE_NAMES:
         return
-    reason = "is an input" if size in model.inputs else _why_not(size)
+    reason = "is an input" if size in model.inputs else why_not(size)
     if reason:
         raise SpecError(f"a size cannot be called '{size}': it {reason}", source.locate(path))
 

@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import inf, isfinite
 from typing import Any, Final, Literal
 
@@ -18,13 +19,12 @@ from attncc.errors import Location, SpecError, nearest
 from attncc.ir.attention import Align, Input
 from attncc.ir.expr import FALSE, TRUE, Expr, const, name
 from attncc.ir.rewrite import substitute
+from attncc.spec.budget import MAX_DEPTH, Budget
 from attncc.spec.macros import MACROS, Param, check_count, count_up_to, read, signature
 from attncc.spec.operators import FUNCTIONS, Fault, apply, as_bool, as_float, as_int, integer
 from attncc.spec.source import Snippet
 
 MAX_TEXT: Final = 8192
-MAX_DEPTH: Final = 100
-MAX_NODES: Final = 2000
 
 Context = Literal["score", "mask", "scale", "head", "row", "key", "pair"]
 Want = Literal["float", "bool", "int", "number", "any"]
@@ -149,7 +149,7 @@ class Reader:
         self.context: Context = context
         self.visible = scope.visible(context)
         self.depth = 0
-        self.measured: dict[int, tuple[Expr, int, int]] = {}
+        self.budget = Budget()
 
     def place(self, node: ast.expr | ast.keyword) -> Location | None:
         return self.snippet.part(node.col_offset, node.end_col_offset or node.col_offset + 1)
@@ -181,22 +181,11 @@ class Reader:
             raise SpecError("the expression is nested too deeply", self.snippet.location)
         self.depth += 1
         try:
-            e = self.dispatch(node)
+            e = self.budget.check(self.dispatch(node))
         except Fault as fault:
             raise self.fault(node, str(fault), fault.hint) from None
         self.depth -= 1
-        _, nodes, depth = self.measure(e)
-        if nodes > MAX_NODES or depth > MAX_DEPTH:
-            raise self.fault(node, f"the expression is too large; at most {MAX_NODES} operations, {MAX_DEPTH} deep")
         return e
-
-    def measure(self, e: Expr) -> tuple[Expr, int, int]:
-        """Nodes and depth of the formula written out; the node is kept so that its id stays its own."""
-        if id(e) not in self.measured:
-            below = [self.measure(a) for a in e.args]
-            nodes, depth = 1 + sum(n for _, n, _ in below), 1 + max((d for *_, d in below), default=0)
-            self.measured[id(e)] = (e, nodes, depth)
-        return self.measured[id(e)]
 
     def dispatch(self, node: ast.expr) -> Expr:
         match node:
@@ -265,7 +254,7 @@ class Reader:
         """A chain such as 0 <= i - j < 4: the conjunction of its links."""
         values = [self.read(left), *(self.read(r) for r in rights)]
         links = [
-            apply(self.operator(node, COMPARE, op), a, b) for op, a, b in zip(ops, values, values[1:], strict=True)
+            apply(self.operator(node, COMPARE, op), a, b) for op, (a, b) in zip(ops, pairwise(values), strict=True)
         ]
         return self.conjunction(links)
 

@@ -195,7 +195,7 @@ def _inside(node: Node, step: str | int) -> bool:
     return isinstance(step, int) and 0 <= step < len(node.value)
 
 
-def _resolve(text: str) -> Scalar:
+def resolve(text: str) -> Scalar:
     """The value of a plain scalar: YAML 1.2's numbers and booleans, else the text."""
     if text in _WORDS:
         return _WORDS[text]
@@ -268,7 +268,7 @@ class _Composer:
         left = start.column + (0 if plain else 1)
         exact = start.line == end.line and line[left : left + len(text)] == text
         place = self.place(start.line, left, left + len(text)) if exact and text else self.where(event)
-        return Node(_resolve(text) if plain else text, Snippet(text, place, exact))
+        return Node(resolve(text) if plain else text, Snippet(text, place, exact))
 
     def mapping(self, start: Event, events: Iterator[Event], depth: int) -> Node:
         if not isinstance(start, MappingStartEvent):
