@@ -44,7 +44,7 @@ class Kernel:
     """One launch: the kernel, how many programs, and what its parameters are.
 
     A parameter is ("tile", tensor, rows knob, columns), ("tensor", name), ("stride", tensor, axis), ("size", name),
-    ("scale",), ("knob", name) or ("flag", name).
+    ("scale",), ("knob", name), ("constant", number) or ("flag", name).
     """
 
     function: Any
@@ -255,6 +255,8 @@ class Runner:
                     launch.arguments[at] = sizes[name]
                 case ("flag", name):
                     launch.arguments[at] = flags[name]
+                case ("constant", number):
+                    launch.arguments[at] = number
                 case ("scale",):
                     launch.scale_at = at
                 case _:

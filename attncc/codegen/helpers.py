@@ -60,13 +60,15 @@ def count_up_to(X, stride, n, x):
     """How many of the n sorted entries of X are <= x, by bisection."""
     low = x * 0
     high = low + n
-    for _ in range(0, 32):
+    left = n
+    while left > 0:
         middle = (low + high) // 2
         open_ = low < high
         value = tl.load(X + middle.to(tl.int64) * stride, mask=open_, other=0)
         up = open_ & (value <= x)
-        low = tl.where(up, middle + 1, low)
         high = tl.where(open_ & (value > x), middle, high)
+        low = tl.where(up, middle + 1, low)
+        left = left // 2
     return low
 
 

@@ -169,8 +169,8 @@ def _variant(
         w.line(f"scale={host_function(attn.scale)},")
         w.line("kernels=(")
         with w.indented():
-            for k in program.kernels:
-                _kernel(w, attn, k, flags[k.name])
+            for launch in program.launches:
+                _kernel(w, program.kernel(launch.kernel), flags[launch.kernel], dict(launch.constants))
         w.line("),")
         w.line("scratch=(")
         with w.indented():
@@ -240,7 +240,7 @@ def arguments(attn: Attention) -> list[str]:
     return ["q", "k", "v", *(PACKED if attn.layout == "varlen" else ()), *(x.name for x in attn.inputs)]
 
 
-def _kernel(w: Writer, attn: Attention, k: Kernel, flags: Sequence[str]) -> None:
+def _kernel(w: Writer, k: Kernel, flags: Sequence[str], constants: Mapping[str, int]) -> None:
     """A `Kernel(…)` entry; its parameters follow the printed signature."""
     tensors = [p for p in k.params if p.role in ("operand", "buffer")]
     entries = [e for p in tensors for e in _handle_entries(p)]
@@ -248,7 +248,11 @@ def _kernel(w: Writer, attn: Attention, k: Kernel, flags: Sequence[str]) -> None
     entries += [
         '("scale",)' if p.name == "scale" else f'("size", "{_size(p.name)}")' for p in k.params if p.role == "scalar"
     ]
-    entries += [f'("knob", "{p.name}")' for p in k.params if p.role == "constexpr"]
+    entries += [
+        f'("constant", {constants[p.name]})' if p.name in constants else f'("knob", "{p.name}")'
+        for p in k.params
+        if p.role == "constexpr"
+    ]
     entries += [f'("flag", "{f}")' for f in flags]
     w.line("Kernel(")
     with w.indented():

@@ -57,7 +57,7 @@ def strides(p: Param) -> list[str]:
     """Names of the strides that travel with a tensor; an operand's columns are contiguous."""
     if p.role == "operand":
         return [f"{lower_name(p.name)}_{axis}" for axis in "bhs"]
-    return [f"{lower_name(p.name)}_{axis}" for axis in range(p.rank)]
+    return [f"{lower_name(p.name)}_s{axis}" for axis in range(p.rank)]
 
 
 def handles(p: Param) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 from attncc.ir.expr import OPS, Expr, Value, broadcast, ew, lift
 
@@ -35,7 +36,8 @@ def rebuild(e: Expr, args: tuple[Expr, ...]) -> Expr:
     if args == e.args:
         return e
     if e.op in OPS:
-        return ew(e.op, *args)
+        new = ew(e.op, *args)
+        return replace(new, attr=e.attr) if new.op == e.op and e.attr is not None else new
     if e.op in ("load", "bucket"):
         return Expr(e.op, args, e.attr, e.dtype, broadcast(*(a.shape for a in args)))
     if e.op in ("cast", "rows_min", "rows_max"):

@@ -208,13 +208,25 @@ class Scratch:
 
 
 @dataclass(frozen=True, slots=True)
+class Launch:
+    """One launch of a kernel, with the constexprs that only this launch fixes."""
+
+    kernel: str
+    constants: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Program:
-    """Kernels in launch order with their scratch buffers; knobs stay symbols until a config binds them."""
+    """Kernels, their launches in order, and scratch buffers; knobs stay symbols until a config binds them."""
 
     name: str
     kernels: tuple[Kernel, ...]
+    launches: tuple[Launch, ...]
     knobs: tuple[Knob, ...]
     scratch: tuple[Scratch, ...] = ()
     skeleton: str = ""
     why: str = ""
     """The rule that chose the skeleton, in words."""
+
+    def kernel(self, name: str) -> Kernel:
+        return next(k for k in self.kernels if k.name == name)

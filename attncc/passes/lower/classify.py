@@ -1,7 +1,7 @@
 """Masks that depend on data: one kernel lists, for every query tile, the key tiles worth a visit.
 
-Each query tile owns a row of `tiles`: key tiles that need the mask from the left, those in which every pair counts from
-the right, and how many of either in `tile_counts`. Memory is that of the tiles; nothing is ever Sq x Sk.
+Each query tile owns a row of `tile_list`: key tiles that need the mask from the left, those in which every pair counts
+from the right, and how many of either in `tile_counts`. Memory is that of the tiles; nothing is ever Sq x Sk.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from attncc.passes.lower.grid import (
 )
 from attncc.passes.lower.knobs import KNOBS, largest
 from attncc.passes.lower.scores import hoist, input_param
-from attncc.passes.lower.walk import BN
+from attncc.passes.lower.walk import BN, clip
 
-TILES: Final = Param("tiles", "buffer", "i32", rank=2, doc="[query tiles, key tiles] positions of key tiles")
+TILES: Final = Param("tile_list", "buffer", "i32", rank=2, doc="[query tiles, key tiles] positions of key tiles")
 COUNTS: Final = Param("tile_counts", "buffer", "i32", rank=2, doc="[query tiles, 2] how many are masked, whole")
 LISTS: Final = (TILES, COUNTS)
 CHUNK: Final = 64
@@ -41,7 +41,7 @@ def scratch(attn: Attention) -> tuple[Scratch, ...]:
     rows = query_tiles(attn) * _maps(attn)
     keys = name("Tk") if is_varlen(attn) else name("Sk")
     return (
-        Scratch("tiles", (rows, maximum(cdiv(keys, BN), 1)), "i32"),
+        Scratch("tile_list", (rows, maximum(cdiv(keys, BN), 1)), "i32"),
         Scratch("tile_counts", (rows, const(2)), "i32"),
     )
 
@@ -53,7 +53,7 @@ def kernel(attn: Attention) -> Kernel:
     params += [Param(k.name, "constexpr", "i32", doc=k.doc) for k in KNOBS if k.name in ("BM", "BN")]
     b = Builder({p.name: p for p in params})
     count = b.let("query_tiles", query_tiles(attn))
-    number, which = b.let("number", remainder(program(), count)), b.let("map", quotient(program(), count))
+    number, which = b.let("number", remainder(program(), count)), b.let("which", quotient(program(), count))
     if is_varlen(attn):
         t = place_packed(b, attn, which if _by_head(attn) else const(0), number)
     elif _by_batch(attn):
@@ -111,8 +111,8 @@ def _classify(b: Builder, attn: Attention, t: QueryTile) -> None:
     lo: Expr = const(0)
     hi: Expr = t.keys
     if len(key_tiles.ranges) == 1:
-        lo = b.let("key_lo", maximum(minimum(t.scope.bind(key_tiles.ranges[0].lo), t.keys), 0))
-        hi = b.let("key_hi", maximum(minimum(t.scope.bind(key_tiles.ranges[0].hi), t.keys), 0))
+        (r,) = key_tiles.ranges
+        lo, hi = (clip(b, text, t.scope.bind(e), t.keys) for text, e in (("key_lo", r.lo), ("key_hi", r.hi)))
     coarse_rows, coarse_keys = (
         grain >= largest(knob) for grain, knob in zip(key_tiles.granularity, ("BM", "BN"), strict=True)
     )

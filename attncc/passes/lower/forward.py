@@ -6,25 +6,29 @@ the mask, both stepping the normaliser through the device function `key_tile`; t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Final, Literal
+from typing import Final
 
 from attncc.ir.attention import Attention, KeyTiles
-from attncc.ir.build import Builder, column, dot, full, function, iota, reduce, row, tile, trans
-from attncc.ir.expr import TRUE, Expr, cast_to, minimum, name, where
-from attncc.ir.rewrite import buffers, names, transform, walk
-from attncc.ir.tile import Function, Kernel, Param, Program
+from attncc.ir.build import Builder, column, dot, full, function, iota, program, read, reduce, row, tile, trans
+from attncc.ir.expr import TRUE, Expr, cast_to, const, eq, ew, maximum, minimum, name, where
+from attncc.ir.rewrite import names, transform, walk
+from attncc.ir.tile import Function, Kernel, Launch, Param, Program, Scratch
 from attncc.passes.lower import classify
 from attncc.passes.lower.grid import CU_K, CU_Q, QueryTile, is_varlen, programs, query_tile, size_parameters
 from attncc.passes.lower.knobs import KNOBS
 from attncc.passes.lower.normalizers import LOG2E, NORMALIZERS, VALUE_DTYPE, Rule, Tile
 from attncc.passes.lower.pieces import pieces
-from attncc.passes.lower.scores import Scope, hoist, input_param, regroup, split_multiplier
+from attncc.passes.lower.scores import Scope, hoist, input_param, regroup, share_reads, split_multiplier
 from attncc.passes.lower.walk import Runs, for_each_tile, solve_runs
 
 MASKED: Final = name("MASKED", "bool")
+CAREFUL: Final = name("CAREFUL", "bool")
+PASS: Final = name("PASS")
+LOST: Final = Param("lost", "buffer", "i32", rank=1, doc="[programs] whether the first pass left NaN")
 J: Final = name("j", "i32", ("BN",))
 INSIDE: Final = name("inside", "bool", ("BN",))
 
@@ -43,15 +47,25 @@ class Formulas:
 
 
 def dense_forward(attn: Attention) -> Program:
-    """Tile IR of a softmax-like part over all keys its mask lets through."""
-    key_tiles = _key_tiles(attn)
+    """Tile IR of a softmax-like part over all keys its mask lets through.
+
+    Values that a row does not see must not matter, even where they are NaN, yet 0 * NaN is NaN. Zeroing them would cost
+    every call registers, so the kernel is launched twice: the first pass marks tiles that hold NaN, the second, which
+    ends at once for all others, redoes those with care.
+    """
+    hides = may_hide_values(attn)
     b = Builder(_parameters(attn))
-    t = query_tile(b, attn)
+    if hides:
+        b.let("work", const(1))
+        with b.when(eq(PASS, 1)):
+            b.let("work", read(LOST, program()))
     functions: list[Function] = []
-    if is_varlen(attn):
-        b.note("packed launches have a few tiles too many")
-    with b.when(t.row0 < t.queries) if is_varlen(attn) else nullcontext():
-        functions.append(_one_tile(b, attn, t))
+    with b.when(name("work") > 0) if hides else nullcontext():
+        t = query_tile(b, attn)
+        if is_varlen(attn):
+            b.note("packed launches have a few tiles too many")
+        with b.when(t.row0 < t.queries) if is_varlen(attn) else nullcontext():
+            functions.append(_one_tile(b, attn, t))
     forward = Kernel(
         f"{attn.name}_forward",
         tuple(b.params.values()),
@@ -60,10 +74,14 @@ def dense_forward(attn: Attention) -> Program:
         programs(attn),
         f"Forward pass of {attn.name}: one program per query tile and head.",
     )
-    if not key_tiles.listed:
-        return Program(attn.name, (forward,), KNOBS, skeleton="dense_forward")
-    kernels = (classify.kernel(attn), forward)
-    return Program(attn.name, kernels, KNOBS, classify.scratch(attn), "dense_forward")
+    kernels, scratch = (forward,), ()
+    if _key_tiles(attn).listed:
+        kernels, scratch = (classify.kernel(attn), forward), classify.scratch(attn)
+    launches = tuple(Launch(k.name) for k in kernels)
+    if hides:
+        scratch = (*scratch, Scratch(LOST.name, (programs(attn),), "i32"))
+        launches = (*launches[:-1], Launch(forward.name, (("PASS", 0),)), Launch(forward.name, (("PASS", 1),)))
+    return Program(attn.name, kernels, launches, KNOBS, scratch, "dense_forward")
 
 
 def _key_tiles(attn: Attention) -> KeyTiles:
@@ -90,34 +108,61 @@ def _parameters(attn: Attention) -> dict[str, Param]:
     if is_varlen(attn):  # a whole tile would overwrite the rows of the next sequence
         out[-1] = replace(out[-1], tiles=())
     if attn.wants("lse"):
-        out.append(Param("LSE", "buffer", "f32", rank=2 if is_varlen(attn) else 3, doc="natural log of the sum of exponentials"))
+        out.append(
+            Param(
+                "LSE", "buffer", "f32", rank=2 if is_varlen(attn) else 3, doc="natural log of the sum of exponentials"
+            )
+        )
     out += [CU_Q, CU_K] if is_varlen(attn) else []
     out += map(input_param, attn.inputs)
     out += classify.LISTS if _key_tiles(attn).listed else ()
+    out += [LOST] if may_hide_values(attn) else []
     out += size_parameters(attn)
     out.append(Param("scale", "scalar", "f32"))
     out += [Param(k.name, "constexpr", "i32", doc=k.doc) for k in KNOBS]
+    if may_hide_values(attn):
+        out.append(Param("PASS", "constexpr", "i32", doc="0: all tiles; 1: those that the first pass lost to NaN"))
     return {p.name: p for p in out}
 
 
 def _one_tile(b: Builder, attn: Attention, t: QueryTile) -> Function:
     """Everything one program does; returns the device function it calls."""
     rule = NORMALIZERS[attn.part.normalizer.kind](attn.part.normalizer)
-    columns, values = pieces(attn.dims.qk), pieces(attn.dims.v)
+    columns = pieces(attn.dims.qk)
     for p in columns:
         q = tile(b.params["Q"], t.batch, t.h, t.first_query + t.row0, p.column, ("BM", p.width))
         b.let("q" + p.suffix(columns), q, f"[BM, {p.width}]")
     if attn.heads.v != attn.heads.kv:
         b.let("hv", t.key_head(attn, attn.heads.v))
     formulas = _formulas(b, attn, t, rule)
-    runs = solve_runs(b, _key_tiles(attn), t.keys, t.scope.bind)
-    rule.init(b)
-    for p in values:
-        b.let("acc" + p.suffix(values), full(("BM", p.width), 0.0), f"[BM, {p.width}]")
-    step = _key_tile(b, attn, t, rule, formulas, runs)
+    runs = solve_runs(b, _key_tiles(attn), t.keys, lambda e: share_reads(b, e, t.scope))
+    step = _key_tile(b, attn, t, rule, formulas)
+    _begin(b, attn, rule)
     _walk(b, attn, t, runs, step)
+    if may_hide_values(attn):
+        _mark_lost(b, attn)
     _finish(b, attn, t, rule)
     return step
+
+
+def _begin(b: Builder, attn: Attention, rule: Rule) -> None:
+    """The state of no keys at all."""
+    rule.init(b)
+    values = pieces(attn.dims.v)
+    for p in values:
+        b.let("acc" + p.suffix(values), full(("BM", p.width), 0.0), f"[BM, {p.width}]")
+
+
+def _mark_lost(b: Builder, attn: Attention) -> None:
+    """Marks, in the first pass, a tile that holds NaN: hidden values may have leaked into it."""
+    lost: Expr | None = None
+    with b.when(eq(PASS, 0)):
+        for p in pieces(attn.dims.v):
+            acc = name("acc" + p.suffix(pieces(attn.dims.v)), "f32", ("BM", p.width))
+            found = reduce("max", reduce("max", cast_to(ew("ne", acc, acc), "i32"), 1), 0)
+            lost = found if lost is None else maximum(lost, found)
+        assert lost is not None
+        b.store(LOST, (program(),), lost)
 
 
 def _formulas(b: Builder, attn: Attention, t: QueryTile, rule: Rule) -> Formulas:
@@ -131,12 +176,12 @@ def _formulas(b: Builder, attn: Attention, t: QueryTile, rule: Rule) -> Formulas
     return Formulas(score, c, hoist(b, part.mask, columns, "mask"), columns)
 
 
-def _walk(b: Builder, attn: Attention, t: QueryTile, runs: Runs, step: Function) -> None:
+def _walk(b: Builder, attn: Attention, t: QueryTile, runs: Runs, step: Function, *, careful: bool = False) -> None:
     """Both loops over key tiles."""
     key_tiles = _key_tiles(attn)
 
     def visit(masked: bool) -> Callable[[Expr], None]:
-        return lambda n: b.call(step, step.results, n=n, MASKED=masked)
+        return lambda n: b.call(step, step.results, n=n, MASKED=masked, CAREFUL=PASS if masked else False)
 
     def visit_unless_empty(n: Expr) -> None:
         assert key_tiles.skip is not None
@@ -154,7 +199,7 @@ def _walk(b: Builder, attn: Attention, t: QueryTile, runs: Runs, step: Function)
     for_each_tile(b, runs.masked, "cut", visit(masked=True) if key_tiles.skip is None else visit_unless_empty)
 
 
-def _key_tile(outer: Builder, attn: Attention, t: QueryTile, rule: Rule, formulas: Formulas, runs: Runs) -> Function:
+def _key_tile(outer: Builder, attn: Attention, t: QueryTile, rule: Rule, formulas: Formulas) -> Function:
     """The device function that adds one key tile, at key `n`, to the state."""
     b, n = Builder(outer.params), name("n")
     columns, values = pieces(attn.dims.qk), pieces(attn.dims.v)
@@ -181,27 +226,20 @@ def _key_tile(outer: Builder, attn: Attention, t: QueryTile, rule: Rule, formula
 
     def keep() -> Expr:
         mask = scope.bind(formulas.mask)
-        return b.let("keep", row(INSIDE) & mask, "[BM, BN]") if mask != TRUE else row(INSIDE)
+        return b.let("keep", row(INSIDE) & mask, "[BM, BN]") if mask != TRUE else b.let("keep", row(INSIDE), "[1, BN]")
 
     def load_values() -> tuple[Expr, ...]:
         hv = t.scope.values["hk"] if attn.heads.v == attn.heads.kv else name("hv")
         return tuple(
-            _values(
-                b,
-                attn,
-                tile(b.params["V"], t.batch, hv, at, p.column, ("BN", p.width)),
-                p.suffix(values),
-                runs,
-            )
+            _values(b, attn, tile(b.params["V"], t.batch, hv, at, p.column, ("BN", p.width)), p.suffix(values))
             for p in values
         )
 
     accumulators = tuple("acc" + p.suffix(values) for p in values)
     rule.step(b, Tile(x, formulas.c, MASKED, keep, load_values, accumulators))
     state = [name(a, "f32", ("BM", p.width)) for a, p in zip(accumulators, values, strict=True)]
-    return function(
-        "key_tile", b, [*state, *rule.state], ("MASKED", "BM", "BN"), "Adds the keys from n on to the state."
-    )
+    flags = ("MASKED", "CAREFUL") if may_hide_values(attn) else ("MASKED",)
+    return function("key_tile", b, [*state, *rule.state], (*flags, "BM", "BN"), "Adds the keys from n on to the state.")
 
 
 def _reads_at_keys(e: Expr) -> bool:
@@ -219,32 +257,25 @@ def _read_early(b: Builder, score: Expr, scope: Scope) -> Expr:
     return transform(score, step)
 
 
-def _values(b: Builder, attn: Attention, v: Expr, suffix: str, runs: Runs) -> Expr:
-    """A V tile; where padding may hold NaN, keys that no row of the tile sees read as 0 (0 * NaN is NaN)."""
+def _values(b: Builder, attn: Attention, v: Expr, suffix: str) -> Expr:
+    """A V tile. With CAREFUL, what is not finite in it reaches the rows that see it (as NaN) and no other."""
     v = b.let("v" + suffix, v, f"[BN, {v.shape[1]}]")
-    kind = padding(attn)
-    if kind == "none":
+    if not may_hide_values(attn):
         return v
-    with b.when(MASKED):
-        j = name("n") + iota("BN")
-        if kind == "range":
-            seen = (j >= runs.lo) & (j < runs.hi)
-        else:
-            seen = reduce("max", cast_to(name("keep", "bool", ("BM", "BN")), "i32"), 0) > 0
-        b.let("v" + suffix, where(column(seen), v, 0.0))
+    with b.when(CAREFUL):
+        dtype, acc = v.dtype, name("acc" + suffix, "f32", ("BM", v.shape[1]))
+        bad = b.let("bad", ew("ne", v - v, const(0.0, dtype)))
+        keep = name("keep", "bool", ("BM", "BN") if attn.part.mask != TRUE else (1, "BN"))
+        seen = full(("BM", "BN"), 1.0, dtype) * where(keep, const(1.0, dtype), const(0.0, dtype))
+        hits = dot(seen, where(bad, const(1.0, dtype), const(0.0, dtype)))
+        b.let("acc" + suffix, where(hits > 0.0, math.nan, acc))
+        b.let("v" + suffix, where(bad, const(0.0, dtype), v))
     return v
 
 
-def padding(attn: Attention) -> Literal["none", "range", "seen"]:
-    """Whether keys may lie in memory that nobody may read, and how a tile finds them.
-
-    Purely positional masks on the usual alignment let every key be seen by some row, so none is padding.
-    """
-    key_tiles = _key_tiles(attn)
-    if key_tiles.listed or key_tiles.skip is not None:
-        return "seen"
-    reads = bool(buffers(attn.part.mask)) or attn.align.kind != "bottom_right"
-    return "range" if reads or is_varlen(attn) else "none"
+def may_hide_values(attn: Attention) -> bool:
+    """Whether a tile can hold keys that some of its rows must not see: their values, even NaN, must not matter."""
+    return attn.part.mask != TRUE or is_varlen(attn)
 
 
 def _finish(b: Builder, attn: Attention, t: QueryTile, rule: Rule) -> None:

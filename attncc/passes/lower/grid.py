@@ -135,6 +135,9 @@ def _positions(
         "b": sequence, "h": h, "hk": hk if hk in (h, const(0)) else b.let("hk", hk), "Sq": queries, "Sk": keys,
         "row0": row0, "row1": last,
     }  # fmt: skip
+    heads, dims = attn.heads, attn.dims
+    fixed = {"Hq": heads.q, "Hk": heads.kv, "Hv": heads.v, "Dqk": dims.qk, "Dv": dims.v}
+    values |= {text: const(size) for text, size in fixed.items()}
     scope = Scope(values, inputs)
     offset = _offset(b, attn, scope)
     values["i0"] = row0 if offset is None else b.let("i0", row0 + offset)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 
 from attncc.ir.attention import Input
@@ -37,9 +37,11 @@ class Scope:
 
     values: Mapping[str, Expr]
     inputs: Mapping[str, Input]
+    shared: dict[Expr, Expr] = field(default_factory=dict[Expr, Expr])
+    """Reads bound so far, by `share_reads`."""
 
     def with_(self, **values: Expr) -> Scope:
-        return replace(self, values={**self.values, **values})
+        return replace(self, values={**self.values, **values}, shared={})
 
     def bind(self, e: Expr) -> Expr:
         """The formula over tiles. A read outside its tensor gives 0, as the language has it."""
@@ -108,13 +110,26 @@ def hoist(b: Builder, e: Expr, scope: Scope, prefix: str) -> Expr:
             return node
         if names(node) & IN_LOOP:
             return rebuild(node, tuple(go(a) for a in node.args))
-        value = scope.bind(node)
+        value = share_reads(b, node, scope)
         if value.value is not None:
             return value
         text = f"{node.attr}_{prefix}" if node.op == "load" else f"{prefix}_{next(numbers)}"
         return b.let(text, value)
 
     return go(e)
+
+
+def share_reads(b: Builder, e: Expr, scope: Scope) -> Expr:
+    """The formula over scalars, each tensor read of it bound to a name once, however often it occurs."""
+
+    def go(node: Expr) -> Expr:
+        inner = rebuild(node, tuple(go(a) for a in node.args))
+        if node.op in ("load", "bucket") and inner not in shared:
+            shared[inner] = b.let(f"{node.attr}_at_{len(shared)}", scope.bind(inner))
+        return shared.get(inner, inner)
+
+    shared = scope.shared
+    return scope.bind(go(e))
 
 
 def split_multiplier(score: Expr) -> tuple[Expr, Expr]:

@@ -65,20 +65,20 @@ def solve_runs(b: Builder, key_tiles: KeyTiles, keys: Expr, bind: Callable[[Expr
     return Runs(tuple(r for r in full if not r.empty), tuple(r for r in masked if not r.empty), lo, hi)
 
 
+def clip(b: Builder, text: str, e: Expr, keys: Expr) -> Expr:
+    """A bound kept inside [0, keys], bound to a name where that takes any work."""
+    return e if e == keys or e.value == 0 else b.let(text, maximum(minimum(e, keys), 0))
+
+
 def _clip(b: Builder, r: KeyRange, keys: Expr, bind: Callable[[Expr], Expr], n: int, of: int) -> KeyRange:
     suffix = f"_{n}" if of > 1 else ""
     lo, hi, full_lo, full_hi = map(bind, (r.lo, r.hi, r.full_lo, r.full_hi))
 
-    def inside(text: str, e: Expr) -> Expr:
-        if e == keys or e.value == 0:
-            return e
-        return b.let(text + suffix, maximum(minimum(e, keys), 0))
-
     return KeyRange(
-        inside("key_lo", lo),
-        inside("key_hi", hi),
-        inside("full_lo", full_lo),
-        inside("full_hi", full_hi),
+        clip(b, "key_lo" + suffix, lo, keys),
+        clip(b, "key_hi" + suffix, hi, keys),
+        clip(b, "full_lo" + suffix, full_lo, keys),
+        clip(b, "full_hi" + suffix, full_hi, keys),
     )
 
 
