@@ -84,7 +84,7 @@ def _expr(e: Expr) -> tuple[str, int]:
     """The text of an expression and how tightly its outermost operator binds."""
     if e.op in STRUCTURES:
         return STRUCTURES[e.op](e)
-    if e.attr == "nonneg":
+    if e.attr == "nonneg" and e.op in MACHINE:
         return f"{MACHINE[e.op]}({_list(e.args)})", ATOM
     if e.op in PREFIX:
         operand = e.args[0]
@@ -307,10 +307,11 @@ def _comment(words: str) -> str:
 
 def _block(body: tuple[Statement, ...], depth: int) -> Iterator[str]:
     for s in body:
-        yield from (f"{INDENT * depth}{line}" for line in _statement(s))
+        yield from (f"{INDENT * depth}{line}" for line in statement_lines(s))
 
 
-def _statement(s: Statement) -> Iterator[str]:
+def statement_lines(s: Statement) -> Iterator[str]:
+    """The lines of a statement, its block's indented."""
     match s:
         case Note(words):
             yield from (f"# {line}" for line in words.splitlines())

@@ -20,22 +20,22 @@ from attncc.reference.sequence import Numbers, Partial, attend
 class Outputs:
     """`o` in q's layout with Dv columns; `lse` and `max_score` as [B, Hq, Sq], for varlen [Hq, T].
 
-    They are None for other normalizers than softmax, and for parts that are not combined by lse.
+    There is no lse for other normalizers than softmax, nor for parts that are not combined by lse.
     """
 
     o: Tensor
     lse: Tensor | None
-    max_score: Tensor | None
+    max_score: Tensor
 
 
-def _gates(attn: Attention) -> bool:
-    """Whether `combine` can be told from the number of parts."""
+def _combines(attn: Attention) -> bool:
+    """Whether these parts can be combined as they shall; gate has one factor fewer where the first part has none."""
     parts, args = len(attn.parts), len(attn.combine.args)
     known = {
         "lse": args == 0 and all(p.normalizer.kind == "softmax" for p in attn.parts),
         "add": args == 0 and not attn.combine.words,
         "lerp": args == 1 and parts == 2,
-        "gate": args == parts or (args == 1 and parts == 2),
+        "gate": args in (parts, parts - 1),
     }
     return parts == 1 or known.get(attn.combine.name, False)
 
@@ -50,7 +50,7 @@ REFUSED: Final[dict[str, Callable[[Attention], bool]]] = {
     "prologue": lambda attn: bool(attn.prologue),
     "epilogue": lambda attn: bool(attn.epilogue),
     "outputs": lambda attn: any(o.name not in ("o", "lse", "max_score") for o in attn.outputs),
-    "combine": lambda attn: not _gates(attn),
+    "combine": lambda attn: not _combines(attn),
 }
 
 
@@ -113,16 +113,22 @@ def outputs(
     return _stacked(attn, q, done, matmul)
 
 
+def _has_lse(attn: Attention) -> bool:
+    merged = len(attn.parts) == 1 or attn.combine.name == "lse"
+    return merged and all(part.normalizer.kind == "softmax" for part in attn.parts)
+
+
 def _stacked(attn: Attention, q: Tensor, done: list[Partial], dtype: torch.dtype) -> Outputs:
     if not done:
         rows = q.shape[1] if attn.layout == "bshd" else q.shape[2]
         nothing = q.new_zeros((0, attn.heads.q, rows), dtype=torch.promote_types(dtype, torch.float32))
-        return Outputs(q.new_zeros((*q.shape[:-1], attn.dims.v), dtype=dtype), nothing, nothing)
+        o = q.new_zeros((*q.shape[:-1], attn.dims.v), dtype=dtype)
+        return Outputs(o, nothing if _has_lse(attn) else None, nothing)
     o = torch.stack([p.o for p in done]).to(dtype)
     return Outputs(
         o.transpose(1, 2) if attn.layout == "bshd" else o,
         _all([p.lse for p in done], torch.stack),
-        _all([p.top for p in done], torch.stack),
+        torch.stack([p.top for p in done]),
     )
 
 
@@ -131,11 +137,12 @@ def _packed(attn: Attention, q: Tensor, call: Call, done: list[Partial], dtype: 
     wide = torch.promote_types(dtype, torch.float32)
     behind = (attn.heads.q, call.rows_behind)
     nothing = q.new_full(behind, -math.inf, dtype=wide)
-    pieces = [*done, Partial(q.new_zeros((*behind, attn.dims.v), dtype=wide), nothing, nothing)]
+    empty = q.new_zeros((*behind, attn.dims.v), dtype=wide)
+    pieces = [*done, Partial(empty, nothing, nothing if _has_lse(attn) else None)]
     return Outputs(
         torch.cat([p.o for p in pieces], 1).to(dtype).transpose(0, 1),
         _all([p.lse for p in pieces], lambda parts: torch.cat(parts, 1)),
-        _all([p.top for p in pieces], lambda parts: torch.cat(parts, 1)),
+        torch.cat([p.top for p in pieces], 1),
     )
 
 

@@ -63,14 +63,14 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Partial:
-    """What a part makes of its keys: o [Hq, rows, Dv]; softmax: lse, greatest score and sink [Hq, rows].
+    """What a part makes of its keys: o [Hq, rows, Dv], its greatest score, lse and sink [Hq, rows].
 
     The sink's share is not taken off `o` yet.
     """
 
     o: Tensor
+    top: Tensor
     lse: Tensor | None = None
-    top: Tensor | None = None
     sink: Tensor | None = None
 
 
@@ -89,8 +89,8 @@ def attend(attn: Attention, sequence: Sequence, numbers: Numbers) -> Partial:
     done = [_recomputed(chunk, start) if len(starts) > 1 else chunk(start) for start in starts]
     return Partial(
         torch.cat([p.o for p in done], 1),
+        torch.cat([p.top for p in done], 1),
         _cat([p.lse for p in done]),
-        _cat([p.top for p in done]),
     )
 
 
@@ -152,9 +152,10 @@ def _part(part: Part, rows: Rows, column_lse: Tensor | None) -> Partial:
     kind = part.normalizer.kind
     fill = -math.inf if kind in ("softmax", "column_softmax") else 0.0
     s = _scores(part, rows, seen, fill)
-    lse = top = sink = None
+    top = softmax(torch.where(seen, s, -math.inf))[2]
+    lse = sink = None
     if kind == "softmax":
-        p, lse, top = softmax(s)
+        p, lse, _ = softmax(s)
         sink = None if part.normalizer.sink is None else rows.per_row(part.normalizer.sink)
     elif column_lse is not None:
         p = column_weights(s, column_lse[:, None])
@@ -164,7 +165,7 @@ def _part(part: Part, rows: Rows, column_lse: Tensor | None) -> Partial:
         names = rows.scope.names
         keep = kept(part.dropout, rows.numbers.seed, *(names[n] for n in ("b", "h", "i", "j")))
         p = torch.where(keep, p / (1 - part.dropout), 0.0)
-    return Partial(_weighted(p, seen, rows), lse, top, sink)
+    return Partial(_weighted(p, seen, rows), top, lse, sink)
 
 
 def _weighted(p: Tensor, seen: Tensor, rows: Rows) -> Tensor:
@@ -238,20 +239,22 @@ def _column_lse(part: Part, whole: Rows, starts: range) -> Tensor | None:
 def _combine(attn: Attention, parts: list[Partial], rows: Rows) -> Partial:
     if len(parts) == 1 or attn.combine.name == "lse":
         return _merge(parts)
-    finished = [_merge([p]).o for p in parts]
+    outputs = [_merge([p]).o for p in parts]
     factors = [rows.per_row(e)[..., None] for e in attn.combine.args]
-    match attn.combine.name, factors:
-        case "add", []:
-            return Partial(sum(finished[1:], finished[0]))
-        case "lerp", [t]:
-            first, second = finished
-            return Partial(first + t * (second - first))
-        case "gate", [g]:
-            first, second = finished
-            return Partial(g * first + (1 - g) * second)
+    match attn.combine.name:
+        case "lerp":
+            first, second = outputs
+            outputs = [first, factors[0] * (second - first)]
+        case "gate":
+            ungated = len(outputs) - len(factors)
+            outputs[ungated:] = [g * o for g, o in zip(factors, outputs[ungated:], strict=True)]
         case _:
-            weighted = [g * o for g, o in zip(factors, finished, strict=True)]
-            return Partial(sum(weighted[1:], weighted[0]))
+            pass
+    return Partial(torch.stack(outputs).sum(0), _greatest(parts))
+
+
+def _greatest(parts: list[Partial]) -> Tensor:
+    return torch.stack([p.top for p in parts]).amax(0)
 
 
 def _merge(parts: list[Partial]) -> Partial:
@@ -260,9 +263,8 @@ def _merge(parts: list[Partial]) -> Partial:
     if len(parts) > 1:
         lses = torch.stack([p.lse for p in parts if p.lse is not None], -1)
         share, lse, _ = softmax(lses)
-        o = sum((share[..., n, None] * p.o for n, p in enumerate(parts)), torch.zeros_like(first.o))
-        top = torch.stack([p.top for p in parts if p.top is not None], -1).amax(-1)
-        first = Partial(o, lse, top)
+        o = (share[..., None] * torch.stack([p.o for p in parts], -2)).sum(-2)
+        first = Partial(o, _greatest(parts), lse)
     sinks = [p.sink for p in parts if p.sink is not None]
     if first.lse is None or not sinks:
         return first

@@ -43,14 +43,14 @@ def test_copy(n: int, config: dict[str, int]) -> None:
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_matmul_with_ragged_edges(m: int, n: int, config: dict[str, int]) -> None:
     a, b, c = normal(2, 3, m, 24), normal(2, 3, n, 24), np.full((2, 3, m, n), np.nan, np.float32)
-    interp.run(matmul(), {"A": a, "B": b, "C": c}, {"M": m, "N": n, "H": 3, "B": 2}, config)
+    interp.run(matmul(), {"X": a, "Y": b, "Z": c}, {"M": m, "N": n, "H": 3, "B": 2}, config)
     np.testing.assert_allclose(c, a @ b.swapaxes(2, 3), rtol=1e-5, atol=1e-5)
 
 
 def test_operands_may_be_any_view() -> None:
     a, b = normal(2, 9, 3, 24).swapaxes(1, 2), normal(2, 3, 24, 10).swapaxes(2, 3)[:, :, ::2]
     c = np.zeros((2, 3, 9, 5), np.float32)
-    interp.run(matmul(), {"A": a, "B": b, "C": c}, {"M": 9, "N": 5, "H": 3, "B": 2}, CONFIGS[0])
+    interp.run(matmul(), {"X": a, "Y": b, "Z": c}, {"M": 9, "N": 5, "H": 3, "B": 2}, CONFIGS[0])
     np.testing.assert_allclose(c, a @ b.swapaxes(2, 3), rtol=1e-5, atol=1e-5)
 
 

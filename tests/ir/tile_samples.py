@@ -61,11 +61,11 @@ def copy() -> Program:
 
 
 def matmul(dtype: str = "f32") -> Program:
-    """C[b, h] = A[b, h] @ B[b, h]^T, by tiles with ragged edges on all sides; K has 24 columns in tiles of 16."""
-    a = Param("A", "operand", dtype, tiles=(("BM", 16),), extent=(name("M"), 24))
-    other = Param("B", "operand", dtype, tiles=(("BN", 16),), extent=(name("N"), 24))
-    out = Param("C", "buffer", "f32", rank=4)
-    b = builder(a, other, out, *scalars("M", "N", "H"))
+    """Z[b, h] = X[b, h] @ Y[b, h]^T, by tiles with ragged edges on all sides; K has 24 columns in tiles of 16."""
+    a = Param("X", "operand", dtype, tiles=(("BM", 16),), extent=(name("M"), 24))
+    other = Param("Y", "operand", dtype, tiles=(("BN", 16),), extent=(name("N"), 24))
+    out = Param("Z", "buffer", "f32", rank=4)
+    b = builder(a, other, out, *scalars("M", "N", "H", "B"))
     tiles = b.let("tiles", blocks("M"))
     head, row0 = b.let("head", quotient(program(), tiles)), b.let("row0", remainder(program(), tiles) * BM)
     where_ = b.let("batch", quotient(head, name("H"))), b.let("h", remainder(head, name("H")))

@@ -1,0 +1,111 @@
+"""What the launches, kernels and scratch buffers of a program owe each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from attncc.ir.expr import INTS
+from attncc.ir.rewrite import buffers, substitute
+from attncc.ir.rules import Type
+from attncc.ir.tile import CallFn, Function, If, Program, Statement, block, reads, writes
+from attncc.ir.verify_kernel import TENSORS, Fault, Scope, check_expression, check_scalar, kernel_faults
+
+
+def program_faults(program: Program) -> Iterator[Fault]:
+    """Every rule that a program breaks: where, and what is wrong."""
+    for what, all_names in (
+        ("kernel", [k.name for k in program.kernels]),
+        ("knob", [k.name for k in program.knobs]),
+        ("scratch", [s.name for s in program.scratch]),
+    ):
+        for name in sorted({n for n in all_names if all_names.count(n) > 1}):
+            yield f"{what} {name}", "defined twice"
+    for knob in program.knobs:
+        if not knob.choices or min(knob.choices) < 1:
+            yield f"knob {knob.name}", f"impossible choices {list(knob.choices)}"
+    yield from _launches(program)
+    for kernel in program.kernels:
+        yield from kernel_faults(kernel)
+    yield from _numbers(program)
+    yield from _scratch_order(program)
+
+
+def _launches(program: Program) -> Iterator[Fault]:
+    kernels = {k.name: k for k in program.kernels}
+    knobs = {k.name for k in program.knobs}
+    launched = {launch.kernel for launch in program.launches}
+    for name in kernels:
+        if name not in launched:
+            yield f"kernel {name}", "never launched"
+    for launch in program.launches:
+        where = f"launch {launch.kernel}"
+        if launch.kernel not in kernels:
+            yield where, "there is no such kernel"
+            continue
+        constexprs = {p.name for p in kernels[launch.kernel].params if p.role == "constexpr"}
+        given = {name for name, _ in launch.constants}
+        for name in sorted(given - constexprs):
+            yield where, f"'{name}' is no constexpr of the kernel"
+        for name in sorted(constexprs - given - knobs):
+            yield where, f"constexpr '{name}' is neither a knob nor fixed by the launch"
+
+
+def _numbers(program: Program) -> Iterator[Fault]:
+    """Grids and scratch shapes: integer scalars over run-time numbers and knobs."""
+    known: dict[str, Type] = {k.name: ("i32", ()) for k in program.knobs}
+    for kernel in program.kernels:
+        known |= {p.name: (p.dtype, ()) for p in kernel.params if p.role == "scalar"}
+    formulas = [(f"kernel {k.name}: grid", k.grid) for k in program.kernels]
+    formulas += [(f"scratch {s.name}", e) for s in program.scratch for e in s.shape]
+    for where, e in formulas:
+        scope = Scope(where, {}, {}, frozenset(), known)
+        check_expression(scope, where, e)
+        check_scalar(scope, where, e, INTS)
+        yield from scope.found
+
+
+def _scratch_order(program: Program) -> Iterator[Fault]:
+    """Scratch memory is read after an earlier launch wrote it."""
+    scratch = {s.name: s for s in program.scratch}
+    kernels = {k.name: k for k in program.kernels}
+    written: set[str] = set()
+    for launch in program.launches:
+        kernel = kernels.get(launch.kernel)
+        if kernel is None:
+            continue
+        functions = {f.name: f for f in kernel.functions}
+        read, wrote = _effects(kernel.body, dict(launch.constants), functions, {})
+        for name in sorted((read & set(scratch)) - written):
+            yield f"launch {launch.kernel}", f"scratch '{name}' is read before any launch wrote it"
+        written |= wrote
+        for p in kernel.params:
+            made = scratch.get(p.name)
+            if made is not None and (p.role != "buffer" or p.dtype != made.dtype or p.rank != len(made.shape)):
+                yield f"kernel {kernel.name}", f"'{p.name}' is scratch {made.dtype} of rank {len(made.shape)}"
+
+
+def _effects(
+    body: tuple[Statement, ...],
+    constants: Mapping[str, int],
+    functions: Mapping[str, Function],
+    known_as: Mapping[str, str],
+) -> tuple[set[str], set[str]]:
+    """The tensors a body reads and writes, dead branches of this launch left out."""
+    read: set[str] = set()
+    wrote: set[str] = set()
+    for s in body:
+        if isinstance(s, If) and substitute(s.condition, constants).value in (False, 0):
+            continue
+        for e in reads(s):
+            read |= {known_as.get(n, n) for n in buffers(e)}
+        wrote |= {known_as.get(n, n) for n in writes(s)}
+        inner = _effects(block(s), constants, functions, known_as)
+        if isinstance(s, CallFn) and s.function in functions:
+            callee = functions[s.function]
+            pairs = zip(callee.params, s.args, strict=False)
+            aliases = {p.name: known_as.get(str(a.attr), str(a.attr)) for p, a in pairs if p.role in TENSORS}
+            others = {n: f for n, f in functions.items() if n != s.function}
+            inner = _effects(callee.body, {}, others, aliases)
+        read |= inner[0]
+        wrote |= inner[1]
+    return read, wrote
