@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from attncc.ir.expr import FLOATS, INTS, Dtype, Expr, Shape, broadcast
@@ -32,7 +32,7 @@ DIMS_MATTER: Final = ("iota", "full", "reshape", "tile")
 """Operators whose shape is evaluated, so that its knobs must be at hand."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Scope:
     """What a body knows at one point of it, and the faults found so far."""
 
@@ -47,15 +47,7 @@ class Scope:
 
     def inner(self) -> Scope:
         """The scope of a loop's or branch's block: what it binds anew ends with it."""
-        return Scope(
-            self.where,
-            self.tensors,
-            self.functions,
-            self.constexprs,
-            dict(self.types),
-            frozenset(self.types),
-            self.found,
-        )
+        return replace(self, types=dict(self.types), fixed=frozenset(self.types))
 
     @property
     def typed_tensors(self) -> dict[str, Tensor]:
@@ -197,8 +189,7 @@ def _for(scope: Scope, where: str, s: For) -> None:
         check_scalar(scope, where, e, INTS)
     inner = scope.inner()
     _bind(inner, where, s.var)
-    inner.fixed |= {str(s.var.attr)}
-    _block(inner, s.body)
+    _block(replace(inner, fixed=inner.fixed | {str(s.var.attr)}), s.body)
 
 
 def _if(scope: Scope, where: str, s: If) -> None:
