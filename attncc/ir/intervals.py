@@ -72,14 +72,15 @@ def _floordiv(a: Interval, b: Interval) -> Interval:
 
 
 def _mod(a: Interval, b: Interval) -> Interval:
-    """Exact inside one period; the whole of [0, n - 1] where the argument crosses a multiple."""
+    """Exact inside one period; the whole of [0, n - 1] where the argument crosses a multiple (to n for floats)."""
     n = b[0]
     if n is None or n != b[1] or not is_positive(n):
         return UNKNOWN
     if a[0] is None or a[1] is None:
-        return const(0), n - 1
+        return const(0), n
     same = eq(a[0] // n, a[1] // n)
-    return where(same, a[0] % n, 0), where(same, a[1] % n, n - 1)
+    last = n - 1 if a[0].dtype in INTS and n.dtype in INTS else n
+    return where(same, a[0] % n, 0), where(same, a[1] % n, last)
 
 
 def _min(a: Interval, b: Interval) -> Interval:
@@ -275,11 +276,12 @@ def _read(e: Expr, args: list[Interval], rises: bool) -> Interval:
         return Expr(e.op, tuple(low), e.attr, e.dtype), Expr(e.op, tuple(high), e.attr, e.dtype)
     if names(e) & {"j", "j0", "j1"}:
         return UNKNOWN
-    if e.dtype == "bool":
-        return _ne(_rows(where(e, 1, 0)), ZERO)
+    if e.dtype == "bool":  # counted, for a reduction of flags is not a thing everywhere
+        least, greatest = _rows(where(e, 1, 0))
+        return least > 0, greatest > 0
     return _rows(e)
 
 
-def _rows(e: Expr) -> Interval:
+def _rows(e: Expr) -> tuple[Expr, Expr]:
     dtype = e.dtype if e.dtype in INTS else "f32"
     return Expr("rows_min", (e,), None, dtype), Expr("rows_max", (e,), None, dtype)
