@@ -44,7 +44,6 @@ class Arg:
 Signature = tuple[Arg, ...]
 Vocabulary = Mapping[str, Signature]
 Stairs = tuple[tuple[int | None, str], ...]
-Value = "Expr | str | bool | tuple[Expr, ...] | Bound | Stairs"
 
 
 @dataclass(frozen=True, slots=True)

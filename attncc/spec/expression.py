@@ -132,7 +132,7 @@ def syntax(snippet: Snippet) -> tuple[Snippet, ast.expr]:
             warnings.simplefilter("ignore")
             return trimmed, ast.parse(text, mode="eval").body
     except SyntaxError as e:
-        start = min(max(0, (e.offset or 1) - 1), len(text) - 1)
+        start = min((e.offset or len(text)) - 1, len(text) - 1)
         end = max(start + 1, min((e.end_offset or 0) - 1, len(text)))
         message = (e.msg or "it cannot be read").split(" (<")[0]
         raise SpecError(f"not an expression: {message}", trimmed.part(start, end)) from None

@@ -14,6 +14,7 @@ b, i, j, row = (name(word) for word in ("b", "i", "j", "row"))
 sq, sk = name("Sq"), name("Sk")
 
 TREE_WORD_BITS: Final = 31
+MAX_IMAGE_AXES: Final = 4
 
 LOAD_DTYPES: Final[dict[str, Dtype]] = {
     "fp32": "f32",
@@ -121,6 +122,8 @@ def _neighborhood(shape: tuple[int, ...], kernel: tuple[int, ...]) -> Expr:
 
     Tokens are the cells of `shape` in row-major order.
     """
+    if len(shape) > MAX_IMAGE_AXES:
+        raise Fault(f"neighborhood: at most {MAX_IMAGE_AXES} axes")
     if len(kernel) == 1:
         kernel = kernel * len(shape)
     if len(kernel) != len(shape):

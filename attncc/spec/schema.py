@@ -7,8 +7,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
-from pydantic.json_schema import GetJsonSchemaHandler, JsonSchemaValue
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    PlainValidator,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from attncc.spec import vocabulary
@@ -225,10 +234,13 @@ class NumericsModel(Model):
     """What may vary in the last bits."""
 
     reproducible: Literal["run", "batch", "config"] = Field(
-        "run", description="same bits for the same call, whatever the neighbours in the batch, or whatever the config"
+        default="run",
+        description="same bits for the same call, whatever the neighbours in the batch, or whatever the config",
     )
-    exp: Literal["exact", "fast"] = Field("fast", description="whether hardware approximations of exp may serve")
-    accumulate: Literal["fp32"] = Field("fp32", description="the dtype sums are kept in")
+    exp: Literal["exact", "fast"] = Field(
+        default="fast", description="whether hardware approximations of exp may serve"
+    )
+    accumulate: Literal["fp32"] = Field(default="fp32", description="the dtype sums are kept in")
 
 
 class SpecModel(BranchModel):
@@ -249,7 +261,7 @@ class SpecModel(BranchModel):
     align: Annotated[str, Field(pattern=IDENTIFIER)] = Field(
         "bottom_right", description="where query row 0 stands: bottom_right, top_left, or an input of offsets"
     )
-    quantize: QuantizeModel = Field(QuantizeModel(), description="quantised operands")
+    quantize: QuantizeModel = Field(default_factory=QuantizeModel, description="quantised operands")
     parts: Annotated[list[PartModel], Field(min_length=1, max_length=8)] | None = Field(
         None, description="several branches, each with score, mask, normalizer, dropout, kv, select, state"
     )
@@ -262,7 +274,7 @@ class SpecModel(BranchModel):
     modes: Annotated[list[Literal["prefill", "decode", "backward", "jvp"]], Field(min_length=1)] = Field(
         ["prefill", "decode"], description="what is to be emitted"
     )
-    numerics: NumericsModel = Field(NumericsModel(), description="what may vary in the last bits")
+    numerics: NumericsModel = Field(default_factory=NumericsModel, description="what may vary in the last bits")
     schedule: str = _call(vocabulary.SCHEDULE, "auto", "a wish for the schedule")
     tune: Annotated[list[dict[str, TuneValue]], Field(max_length=64)] = Field(
         [], description="shapes and sparsity to tune on"

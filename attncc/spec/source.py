@@ -27,7 +27,7 @@ from ruamel.yaml.events import (
     SequenceStartEvent,
 )
 
-from attncc.errors import Location, SpecError, nearest
+from attncc.errors import Location, SpecError
 
 MAX_BYTES: Final = 1 << 20
 MAX_LINE: Final = 16_384
@@ -287,8 +287,3 @@ class _Composer:
             values[key.value] = self.node(next(events), events, depth + 1)
         first_key = next((k.location for k in keys.values()), None)
         return Node(values, Snippet("", first_key or self.where(start)), keys)
-
-
-def unknown_key(key: str, known: list[str], place: Location | None) -> SpecError:
-    """The refusal of a key that the schema does not have."""
-    return SpecError(f"unknown key '{key}'", place, nearest(key, known))

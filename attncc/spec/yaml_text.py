@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from attncc.spec.source import resolve
 
-_PLAIN = re.compile(r"(?:[A-Za-z_(~0-9.]|-[A-Za-z0-9(.])[^:#\n\r\t]*")
+_PLAIN = re.compile(r"(?:[A-Za-z_(~0-9.]|-[A-Za-z0-9(.])[^:#\x00-\x1f]*")
 _UNPRINTABLE = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 
 TALL: Final = frozenset({"inputs", "select", "quantize", "state"})
