@@ -35,7 +35,8 @@ def check(attn: Attention, source: Source) -> None:
     """Raises the first impossible combination at its key."""
     for rule in RULES:
         for path, message, hint in rule(attn):
-            raise SpecError(message, source.locate(path), hint)
+            written = source.node(path[:1]) is not None
+            raise SpecError(message, source.locate(path) if written else source.locate_key(("parts",)), hint)
     for k, part in enumerate(attn.parts):
         at: Path_ = ("parts", k) if source.node(("parts",)) else ()
         for rule in PART_RULES:

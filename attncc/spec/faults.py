@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Final, get_args
+from typing import Any, Final, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -66,10 +66,14 @@ def _missing_hint(path: Path_) -> str:
 
 
 def _keys(model: Any, path: Path_) -> list[str]:
-    """The keys of the model at `path` below `model`."""
+    """The keys of the model at `path` below `model`; in a mapping of models the names are the user's own."""
+    own_name = False
     for step in path:
-        if isinstance(step, str) and isinstance(model, type) and issubclass(model, BaseModel):
-            model = _model_in(model.model_fields[step].annotation) if step in model.model_fields else None
+        if isinstance(step, int) or own_name:
+            own_name = False
+        elif isinstance(model, type) and issubclass(model, BaseModel) and step in model.model_fields:
+            annotation = model.model_fields[step].annotation
+            model, own_name = _model_in(annotation), get_origin(annotation) is dict
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
 
 
@@ -119,7 +123,10 @@ def _pattern(details: ErrorDetails) -> tuple[str, str]:
 
 
 def _length(what: str, key: str) -> Explain:
-    return lambda details: (f"{what} {details.get('ctx', {}).get(key)}", "")
+    def explain(details: ErrorDetails) -> tuple[str, str]:
+        return "is empty" if details["input"] == "" else f"{what} {details.get('ctx', {}).get(key)}", ""
+
+    return explain
 
 
 EXPLANATIONS: Final[Mapping[str, Explain]] = {
@@ -140,5 +147,5 @@ EXPLANATIONS: Final[Mapping[str, Explain]] = {
     "too_long": _length("too many entries; at most", "max_length"),
     "too_short": _length("too few entries; at least", "min_length"),
     "string_too_long": _length("too long; at most this many characters:", "max_length"),
-    "string_too_short": lambda _: ("is empty", ""),
+    "string_too_short": _length("too short; at least", "min_length"),
 }
