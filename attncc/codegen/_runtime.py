@@ -43,7 +43,7 @@ class Scratch:
 class Kernel:
     """One launch: the kernel, how many programs, and what its parameters are.
 
-    A parameter is ("tile", tensor, rows knob, columns), ("tensor", name), ("stride", tensor, axis), ("size", name),
+    A parameter is ("tile", tensor, rows, columns), ("tensor", name), ("stride", tensor, axis), ("size", name),
     ("scale",), ("knob", name), ("constant", number) or ("flag", name).
     """
 
@@ -169,15 +169,15 @@ class Runner:
             if launch.scale_at >= 0:
                 arguments[launch.scale_at] = scale
             for at, name, block in launch.tiles:
-                arguments[at] = self.descriptor(launch, at, named[name], block)
+                arguments[at] = self.descriptor(launch, at, named[name], self.variant.axes[name], block)
             start(launch, arguments)
 
-    def descriptor(self, launch: Launch, at: int, t: torch.Tensor, block: list[int]) -> Any:
+    def descriptor(self, launch: Launch, at: int, t: torch.Tensor, axes: str, block: list[int]) -> Any:
         """A tensor map of [b, h, row, column], kept by address: shape and strides are the plan's."""
         address = t.data_ptr()
         found = launch.descriptors.get((at, address))
         if found is None:
-            view = operand_view(t, self.variant.axes["q"])
+            view = operand_view(t, axes)
             made = TensorDescriptor(view, list(view.shape), list(map(int, tma_strides(view))), block)
             if launch.compiled is None:  # triton compiles from the real thing
                 return made
@@ -239,7 +239,7 @@ class Runner:
             match parameter:
                 case ("tile", name, rows, columns):
                     if flags["TMA"]:
-                        launch.tiles.append((at, name, [1, 1, sizes[rows], columns]))
+                        launch.tiles.append((at, name, [1, 1, *(sizes.get(d, d) for d in (rows, columns))]))
                     else:
                         launch.places.append((at, name))
                 case ("tensor", name):

@@ -27,6 +27,21 @@ def load_tile(
 
 
 @triton.jit
+def load_block(
+    X, b, h, row, column, stride_b, stride_h, stride_s,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """X[b, h] from (row, column) on, as [ROWS, COLUMNS], all of it inside."""
+    if TMA:
+        x = X.load([b, h, row, column]).reshape([ROWS, COLUMNS])
+    else:
+        r = row + tl.arange(0, ROWS)
+        c = column + tl.arange(0, COLUMNS)
+        x = tl.load(X + b * stride_b + h * stride_h + r.to(tl.int64)[:, None] * stride_s + c[None, :])
+    return x
+
+
+@triton.jit
 def store_tile(
     X, x, b, h, row, column: tl.constexpr, stride_b, stride_h, stride_s, rows,
     DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,

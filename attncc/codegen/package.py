@@ -10,7 +10,7 @@ from attncc.codegen.host import host_expr, host_function
 from attncc.codegen.source import Writer, module_text
 from attncc.codegen.triton import handles, print_kernels, strides
 from attncc.ir.attention import Attention
-from attncc.ir.expr import Dtype, Expr
+from attncc.ir.expr import Dim, Dtype, Expr
 from attncc.ir.rewrite import names
 from attncc.ir.tile import Kernel, Param, Program
 
@@ -18,7 +18,10 @@ TORCH_DTYPE: Final[Mapping[str, str]] = {
     "bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "int32": "int32", "int64": "int64", "int8": "int8",
     "uint8": "uint8", "bool": "bool",
 }  # fmt: skip
-SCRATCH_DTYPE: Final[Mapping[Dtype, str]] = {"i32": "int32", "f32": "float32"}
+SCRATCH_DTYPE: Final[Mapping[Dtype, str]] = {
+    "i32": "int32", "i64": "int64", "i8": "int8", "u8": "uint8", "f16": "float16", "bf16": "bfloat16", "f32": "float32",
+    "bool": "bool",
+}  # fmt: skip
 AXES: Final[Mapping[str, tuple[str, ...]]] = {
     "bhsd": ("B", "H", "S", "D"), "bshd": ("B", "S", "H", "D"), "varlen": ("T", "H", "D"),
 }  # fmt: skip
@@ -183,6 +186,12 @@ def _variant(
     w.line(")")
 
 
+def _operand_axes(attn: Attention, program: Program) -> dict[str, str]:
+    """Where each operand's axes are; scratch operands have them in the kernel's order."""
+    scratch = {p.name: "bhsd" for k in program.kernels for p in k.params if p.role == "operand" and p.extent is None}
+    return dict.fromkeys("qkvo", STRIDED[attn.layout]) | scratch
+
+
 def _quoted(target: str) -> str:
     return f'"{target}": {target}'
 
@@ -269,7 +278,11 @@ def _kernel(w: Writer, k: Kernel, flags: Sequence[str], constants: Mapping[str, 
 def _handle_entries(p: Param) -> list[str]:
     if not p.tiles:
         return [f'("tensor", "{_argument(p)}")'] * len(handles(p))
-    return [f'("tile", "{_argument(p)}", "{rows}", {columns})' for rows, columns in p.tiles]
+    return [f'("tile", "{_argument(p)}", {_dim(rows)}, {_dim(columns)})' for rows, columns in p.tiles]
+
+
+def _dim(d: Dim) -> str:
+    return str(d) if isinstance(d, int) else f'"{d}"'
 
 
 def _argument(p: Param) -> str:

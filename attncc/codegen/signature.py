@@ -39,5 +39,6 @@ def types(
 def _handle_types(p: Param, config: Mapping[str, int], tma: bool) -> list[str]:
     kind = POINTEE[p.dtype]
     if p.role == "operand" and p.tiles and tma:
-        return [f"tensordesc<{kind}[1, 1, {extent_of(rows, config)}, {columns}]>" for rows, columns in p.tiles]
+        blocks = [", ".join(str(extent_of(d, config)) for d in (1, 1, *tile)) for tile in p.tiles]
+        return [f"tensordesc<{kind}[{block}]>" for block in blocks]
     return [f"*{kind}"] * len(handles(p))

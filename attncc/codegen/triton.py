@@ -144,8 +144,11 @@ class Printer:
             *at, x, entries = e.args
             row = self.pointer(p, at)
             return f"count_up_to({row}, {strides(p)[-1]}, {self.expr(entries)}, {self.expr(x)})"
-        b, h, row0, column = map(self.expr, e.args)
-        return f"load_tile({self.handle(p, e.shape)}, {b}, {h}, {row0}, {column}, {self.bounds(p, e.shape)})"
+        at = ", ".join(map(self.expr, e.args))
+        if p.extent is None:
+            sizes = [*strides(p), *map(dim, e.shape), self.flag("TMA")]
+            return f"load_block({self.handle(p, e.shape)}, {at}, {', '.join(sizes)})"
+        return f"load_tile({self.handle(p, e.shape)}, {at}, {self.bounds(p, e.shape)})"
 
     def bounds(self, p: Param, shape: tuple[Dim, ...]) -> str:
         """The arguments of a tile access that say how its operand lies in memory."""

@@ -93,7 +93,7 @@ def read(buffer: Param, *index: Value, mask: Expr | None = None) -> Expr:
     return Expr("load", at if mask is None else (*at, mask), buffer.name, buffer.dtype, shape)
 
 
-def tile(operand: Param, b: Value, h: Value, row0: Value, column0: int, shape: tuple[Dim, int]) -> Expr:
+def tile(operand: Param, b: Value, h: Value, row0: Value, column0: int, shape: tuple[Dim, Dim]) -> Expr:
     """A [rows, columns] tile of an operand, zero beyond its extent."""
     args = (lift(b), lift(h), lift(row0), const(column0))
     return Expr("tile", args, operand.name, operand.dtype, shape)

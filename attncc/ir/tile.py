@@ -156,10 +156,11 @@ class Param:
     """buffer: its number of axes."""
     shape: Shape = ()
     """value: its dims."""
-    tiles: tuple[tuple[Dim, int], ...] = ()
+    tiles: tuple[tuple[Dim, Dim], ...] = ()
     """operand: the (rows, columns) of each tile shape in which it is read or written."""
     extent: tuple[Expr, int] | None = None
-    """operand: its number of rows and columns; what lies beyond reads as 0 and is not written."""
+    """operand: its number of rows and columns, beyond which it reads as 0 and is not written; None where nothing ever
+    reaches beyond."""
     doc: str = ""
 
 

@@ -80,7 +80,8 @@ def _scratch_order(program: Program) -> Iterator[Fault]:
         written |= wrote
         for p in kernel.params:
             made = scratch.get(p.name)
-            if made is not None and (p.role != "buffer" or p.dtype != made.dtype or p.rank != len(made.shape)):
+            rank = 4 if p.role == "operand" else p.rank
+            if made is not None and (p.dtype != made.dtype or rank != len(made.shape)):
                 yield f"kernel {kernel.name}", f"'{p.name}' is scratch {made.dtype} of rank {len(made.shape)}"
 
 

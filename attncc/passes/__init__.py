@@ -9,6 +9,7 @@ from attncc.errors import CompilerBug
 from attncc.ir.attention import Attention
 from attncc.passes.canonicalize import canonicalize
 from attncc.passes.fuse import fuse
+from attncc.passes.legalize import legalize
 from attncc.passes.sparsify import sparsify
 
 Pass = Callable[[Attention], Attention]
@@ -16,7 +17,8 @@ Pass = Callable[[Attention], Attention]
 PIPELINE: Final[tuple[tuple[str, Pass], ...]] = (
     ("canonicalize", canonicalize),  # first: the others know one form of every formula, with known sizes as numbers
     ("sparsify", sparsify),  # after it: `window(Dv)` has a width, and a flipped comparison is already flipped
-    ("fuse", fuse),  # last: it moves steps into loads and stores, and formulas no longer change
+    ("fuse", fuse),  # it moves steps into loads and stores
+    ("legalize", legalize),  # last: formulas no longer change, so what it proves of their integers holds
 )
 
 

@@ -7,7 +7,7 @@ the mask, both stepping the normaliser through the device function `key_tile`; t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Final
@@ -17,12 +17,13 @@ from attncc.ir.build import Builder, column, dot, full, function, iota, program,
 from attncc.ir.expr import TRUE, Expr, cast_to, const, eq, ew, maximum, minimum, name, where
 from attncc.ir.rewrite import names, transform, walk
 from attncc.ir.tile import Function, Kernel, Launch, Param, Program, Scratch
-from attncc.passes.lower import classify
+from attncc.passes.lower import classify, skew
 from attncc.passes.lower.grid import CU_K, CU_Q, QueryTile, is_varlen, programs, query_tile, size_parameters
 from attncc.passes.lower.knobs import KNOBS
 from attncc.passes.lower.normalizers import LOG2E, NORMALIZERS, VALUE_DTYPE, Rule, Tile
 from attncc.passes.lower.pieces import pieces
 from attncc.passes.lower.scores import Scope, hoist, input_param, regroup, share_reads, split_multiplier
+from attncc.passes.lower.skew import Diagonal
 from attncc.passes.lower.walk import Runs, for_each_tile, solve_runs
 
 MASKED: Final = name("MASKED", "bool")
@@ -42,6 +43,8 @@ class Formulas:
     c: Expr
     """The multiplier, times log2(e) where the normaliser is exponential."""
     mask: Expr
+    diagonals: Mapping[str, Diagonal]
+    """Reads of skewed copies, by their names."""
     scope: Scope
     """Rows as columns: what is bound in it broadcasts to [BM, BN]."""
 
@@ -74,9 +77,11 @@ def dense_forward(attn: Attention) -> Program:
         programs(attn),
         f"Forward pass of {attn.name}: one program per query tile and head.",
     )
-    kernels, scratch = (forward,), ()
+    _, diagonals = skew.split_diagonals(attn)
+    kernels: tuple[Kernel, ...] = (*(skew.kernel(attn, d) for d in diagonals), forward)
+    scratch = skew.scratch(attn, diagonals)
     if _key_tiles(attn).listed:
-        kernels, scratch = (classify.kernel(attn), forward), classify.scratch(attn)
+        kernels, scratch = (classify.kernel(attn), *kernels), (*classify.scratch(attn), *scratch)
     launches = tuple(Launch(k.name) for k in kernels)
     if hides:
         scratch = (*scratch, Scratch(LOST.name, (programs(attn),), "i32"))
@@ -116,6 +121,7 @@ def _parameters(attn: Attention) -> dict[str, Param]:
     out += [CU_Q, CU_K] if is_varlen(attn) else []
     out += map(input_param, attn.inputs)
     out += classify.LISTS if _key_tiles(attn).listed else ()
+    out += [d.operand for d in skew.split_diagonals(attn)[1]]
     out += [LOST] if may_hide_values(attn) else []
     out += size_parameters(attn)
     out.append(Param("scale", "scalar", "f32"))
@@ -168,12 +174,14 @@ def _mark_lost(b: Builder, attn: Attention) -> None:
 def _formulas(b: Builder, attn: Attention, t: QueryTile, rule: Rule) -> Formulas:
     part = attn.part
     columns = t.scope.with_(i=column(t.scope.values["i"]), row=column(t.scope.values["row"]))
-    score, multiplier = split_multiplier(regroup(part.score))
+    score, diagonals = skew.split_diagonals(attn)
+    score, multiplier = split_multiplier(regroup(score))
     c = t.scope.bind(multiplier * LOG2E if rule.exponential else multiplier)
     if c.value is None:
         c = b.let("c", c, "to units of log 2" if rule.exponential else "")
     score = hoist(b, score, columns, "score")
-    return Formulas(score, c, hoist(b, part.mask, columns, "mask"), columns)
+    mask = hoist(b, part.mask, columns, "mask")
+    return Formulas(score, c, mask, {d.name: d for d in diagonals}, columns)
 
 
 def _walk(b: Builder, attn: Attention, t: QueryTile, runs: Runs, step: Function, *, careful: bool = False) -> None:
@@ -217,7 +225,7 @@ def _key_tile(outer: Builder, attn: Attention, t: QueryTile, rule: Rule, formula
         b.let("inside", t.keys > J)
         b.let("j", minimum(J, t.keys - 1), "past the end, the last one again")
     scope = formulas.scope.with_(j=row(J))
-    score = _read_early(b, formulas.score, scope)
+    score = _read_early(b, attn, t, formulas, scope)
     s: Expr | None = None
     for p, k in zip(columns, keys, strict=True):
         s = dot(name("q" + p.suffix(columns), k.dtype, ("BM", p.width)), trans(k), s)
@@ -242,19 +250,24 @@ def _key_tile(outer: Builder, attn: Attention, t: QueryTile, rule: Rule, formula
     return function("key_tile", b, [*state, *rule.state], (*flags, "BM", "BN"), "Adds the keys from n on to the state.")
 
 
-def _reads_at_keys(e: Expr) -> bool:
-    return any(node.op in ("load", "bucket") and "j" in names(node) for node in walk(e))
+def _reads_at_keys(e: Expr, tiled: Collection[str] = ()) -> bool:
+    """Whether a formula reads single elements at keys; those of `tiled` come as whole tiles."""
+    return any(node.op in ("load", "bucket") and node.attr not in tiled and "j" in names(node) for node in walk(e))
 
 
-def _read_early(b: Builder, score: Expr, scope: Scope) -> Expr:
+def _read_early(b: Builder, attn: Attention, t: QueryTile, formulas: Formulas, scope: Scope) -> Expr:
     """Binds the reads that move with the key but not with qk, before the product whose latency hides theirs."""
 
     def step(node: Expr) -> Expr | None:
-        if node.op in ("load", "bucket") and "qk" not in names(node):
+        if node.op not in ("load", "bucket") or "qk" in names(node):
+            return None
+        diagonal = formulas.diagonals.get(str(node.attr))
+        if diagonal is None:
             return b.let(f"{node.attr}_ij", scope.bind(node))
-        return None
+        value = skew.read_tile(diagonal, attn, t, name("n"))
+        return cast_to(b.let(f"{diagonal.read.attr}_ij", value), node.dtype)
 
-    return transform(score, step)
+    return transform(formulas.score, step)
 
 
 def _values(b: Builder, attn: Attention, v: Expr, suffix: str) -> Expr:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final, NamedTuple
 
 from attncc.errors import Unsupported
@@ -74,5 +75,5 @@ def select(attn: Attention) -> Program:
             )
     for skeleton in SKELETONS:
         if skeleton.applies(attn):
-            return skeleton.build(attn)
+            return replace(skeleton.build(attn), why=skeleton.why)
     raise Unsupported("no skeleton carries this variant", "parts", hint="attncc explain shows its IR")

@@ -1,0 +1,113 @@
+"""Launch configs where nothing was tuned: ordered rules an architecture, the first that holds wins.
+
+The rules for sm_90 were measured on an H200 (`benchmarks/results/`): what wins there is three or four programs on a
+multiprocessor rather than a deep pipeline, so few registers and one stage. The others are safe, not tuned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Final, NamedTuple
+
+from attncc.device import Device
+from attncc.ir.attention import Attention
+from attncc.ir.expr import TRUE
+from attncc.passes.lower.skew import split_diagonals
+
+Config = Mapping[str, int]
+Row = tuple[Mapping[str, int], Config]
+
+
+class Rule(NamedTuple):
+    """`config` for the variants for which `applies`; `why` goes into the emitted file."""
+
+    why: str
+    applies: Callable[[Attention], bool]
+    config: Config
+
+
+def _config(bm: int, bn: int, warps: int, stages: int, registers: int = 0, tma: int = 0) -> Config:
+    """`registers` caps a thread's registers, 0 leaves them to the compiler."""
+    knobs = {"BM": bm, "BN": bn, "GROUP": 8, "TMA": tma}
+    return {**knobs, "num_warps": warps, "num_stages": stages, "maxnreg": registers}
+
+
+def _widest(attn: Attention) -> int:
+    return max(attn.dims.qk, attn.dims.v)
+
+
+def _is_fp32(attn: Attention) -> bool:
+    return attn.dtype == "fp32"
+
+
+def _up_to(dim: int) -> Callable[[Attention], bool]:
+    return lambda attn: _widest(attn) <= dim
+
+
+def _always(_: Attention) -> bool:
+    return True
+
+
+def _reads_tiles(attn: Attention) -> bool:
+    return bool(split_diagonals(attn)[1])
+
+
+HOPPER: Final = (
+    Rule(
+        "fp32 products take no tensor core: small tiles",
+        lambda a: _is_fp32(a) and _widest(a) <= 128,
+        _config(64, 32, 4, 1, tma=1),
+    ),
+    Rule("fp32, wide heads", _is_fp32, _config(32, 16, 4, 1, tma=1)),
+    Rule(
+        "a tile of the bias beside the scores",
+        lambda a: _reads_tiles(a) and _widest(a) <= 128,
+        _config(64, 64, 4, 1, 144, tma=1),
+    ),
+    Rule(
+        "narrow heads, no mask",
+        lambda a: _widest(a) <= 64 and a.parts[0].mask == TRUE,
+        _config(64, 128, 4, 1, 160, tma=1),
+    ),
+    Rule("narrow heads", _up_to(64), _config(64, 128, 4, 2, 160, tma=1)),
+    Rule("heads up to 128: three programs a multiprocessor", _up_to(128), _config(64, 128, 4, 1, 168, tma=1)),
+    Rule("heads up to 256", _up_to(256), _config(64, 128, 4, 1, tma=1)),
+    Rule("the widest heads", _always, _config(64, 32, 8, 1, tma=1)),
+)
+BLACKWELL: Final = (
+    Rule("fp32 products", _is_fp32, _config(32, 16, 4, 1, tma=1)),
+    Rule("heads up to 128", _up_to(128), _config(128, 64, 4, 2, tma=1)),
+    Rule("heads up to 256", _up_to(256), _config(64, 64, 4, 1, tma=1)),
+    Rule("the widest heads", _always, _config(64, 32, 8, 1, tma=1)),
+)
+AMPERE: Final = (
+    Rule("fp32 products, wide heads", lambda a: _is_fp32(a) and _widest(a) > 128, _config(16, 16, 4, 1)),
+    Rule("fp32 products", _is_fp32, _config(32, 32, 4, 1)),
+    Rule("heads up to 128", _up_to(128), _config(64, 64, 4, 2)),
+    Rule("heads up to 256", _up_to(256), _config(64, 32, 4, 1)),
+    Rule("the widest heads", _always, _config(32, 16, 8, 1)),
+)
+CDNA: Final = (
+    Rule("fp32 products", _is_fp32, _config(32, 16, 4, 1)),
+    Rule("heads up to 128", _up_to(128), _config(64, 64, 4, 1)),
+    Rule("wide heads", _always, _config(32, 32, 4, 1)),
+)
+INTERPRETED: Final = (Rule("Triton's interpreter: few, large steps", _always, _config(64, 64, 4, 1)),)
+RULES: Final[Mapping[str, tuple[Rule, ...]]] = {
+    "sm_80": AMPERE,
+    "sm_86": AMPERE,
+    "sm_89": AMPERE,
+    "sm_90": HOPPER,
+    "sm_100": BLACKWELL,
+    "gfx942": CDNA,
+    "cpu": INTERPRETED,
+}
+SHORT: Final = 16
+"""Up to so many queries a tile of 16 rows holds them all."""
+
+
+def default_configs(attn: Attention, device: Device) -> tuple[tuple[Row, ...], str]:
+    """Rows of (upper bounds of sizes, config) for a device, and the rule they come from."""
+    rule = next(r for r in RULES[device.arch] if r.applies(attn))
+    few = {**rule.config, "BM": 16, "maxnreg": 0, "num_stages": 1}
+    return (({"Sq": SHORT}, few), ({}, rule.config)), rule.why
