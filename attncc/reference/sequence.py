@@ -1,7 +1,7 @@
 """One sequence through all parts of a variant, some query rows at a time.
 
-Expressions are evaluated only where the mask is true, and rows and keys that take no part are zeroed before
-they are multiplied, so what lies in memory there can be anything: neither outputs nor gradients see it.
+Rows and keys that take no part are zeroed before they are multiplied, and scores count only where the mask
+is true, so what lies in memory there can be anything: neither outputs nor gradients see it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from attncc.ir.attention import Attention, Part
-from attncc.ir.expr import TRUE, Expr
+from attncc.ir.expr import Expr
 from attncc.reference.evaluate import Scope, evaluate, read
 from attncc.reference.normalize import column_weights, logaddexp, softmax, weights
 from attncc.reference.operands import Sequence
@@ -127,8 +127,8 @@ def _rows(attn: Attention, sequence: Sequence, numbers: Numbers) -> Rows:
     names["row"], names["i"] = row[None, :, None], (row + offset)[None, :, None]
     names["j"] = torch.arange(sequence.k.shape[1], device=device)[None, None, :]
     scope = Scope(names, numbers.inputs, numbers.elementwise, device)
-    scale = evaluate(attn.scale, scope) if numbers.scale is None else torch.as_tensor(numbers.scale, device=device)
-    names["scale"] = scale.to(numbers.elementwise)
+    scale = evaluate(attn.scale, scope) if numbers.scale is None else numbers.scale
+    names["scale"] = torch.as_tensor(scale, dtype=numbers.elementwise, device=device)
     return Rows(sequence.q, sequence.k[hk], sequence.v[hv], scope, numbers)
 
 
@@ -202,18 +202,31 @@ def _listed(part: Part, rows: Rows) -> Tensor:
 
 def _scores(part: Part, rows: Rows, seen: Tensor, fill: float) -> Tensor:
     """The scores [Hq, rows, Sk], `fill` where a key is not seen."""
-    matmul, elementwise = rows.numbers.matmul, rows.numbers.elementwise
+    matmul = rows.numbers.matmul
     q = _zero_unused(rows.q, seen.any(2)).to(matmul)
     k = _zero_unused(rows.k, seen.any(1)).to(matmul)
-    qk = (q @ k.transpose(1, 2)).to(elementwise)
+    qk = (q @ k.transpose(1, 2)).to(rows.numbers.elementwise)
     names = {**rows.scope.names, "qk": qk}
-    if part.mask == TRUE and part.kv.kind != "gathered":
-        return evaluate(part.score, replace(rows.scope, names=names)).to(elementwise).expand(rows.shape)
-    # only the visible positions enter the formula, which may be anything but a number elsewhere
+    if bool(seen.all()):
+        return _formula(part.score, rows, names, rows.shape)
+    if not _tracked(rows, qk):
+        return torch.where(seen, _formula(part.score, rows, names, rows.shape), fill)
+    # a formula may be no number where a key is hidden, and 0 * NaN would enter the gradient: leave those out
     at = seen.nonzero(as_tuple=True)
     visible = {name: x.expand(rows.shape)[at] if x.ndim else x for name, x in names.items()}
-    s = evaluate(part.score, replace(rows.scope, names=visible)).to(elementwise).expand(at[0].shape)
+    s = _formula(part.score, rows, visible, at[0].shape)
     return s.new_full(rows.shape, fill).index_put(at, s)
+
+
+def _formula(e: Expr, rows: Rows, names: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+    value = evaluate(e, replace(rows.scope, names=names))
+    return value.to(rows.numbers.elementwise).expand(shape)
+
+
+def _tracked(rows: Rows, qk: Tensor) -> bool:
+    """Whether a gradient will flow through the scores."""
+    leaves = (qk, rows.scope.names["scale"], *rows.scope.inputs.values())
+    return torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
 
 
 def _zero_unused(x: Tensor, used: Tensor) -> Tensor:
