@@ -292,7 +292,8 @@ OPS: Final[dict[str, Op]] = {
 def fold(e: Expr) -> Expr:
     """Exact folding: integer and boolean constants, and neutral elements of either."""
     values = [a.value for a in e.args]
-    if e.dtype in ("i32", "i64", "bool") and None not in values and e.op != "pow":
+    floats = any(a.dtype in FLOATS for a in (e, *e.args))  # their constants are still to be rounded
+    if not floats and None not in values and e.op != "pow":
         return _fold_constants(e, values)
     rule = NEUTRAL.get(e.op)
     new = rule(*e.args) if rule else None

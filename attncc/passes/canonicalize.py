@@ -24,7 +24,7 @@ def canonicalize(attn: Attention) -> Attention:
     casts, sizes = Casts.of(attn), fixed_sizes(attn)
 
     def canonical(e: Expr) -> Expr:
-        return transform(substitute(e, sizes), lambda node: simplify(casts.explicit(node)))
+        return transform(transform(substitute(e, sizes), casts.explicit), simplify)
 
     drops = len(attn.parts) == 1 and not any(map(attn.wants, SHOWS_ROW_TERMS))
     parts = tuple(_canonical_part(part, canonical, drops) for part in attn.parts)

@@ -51,7 +51,7 @@ def fold_floats(e: Expr) -> Expr | None:
         result = OPS[e.op].numpy(*(v if isinstance(v, bool) else np.float32(v) for v in values if v is not None))
     if e.dtype == "bool":
         return const(bool(result))
-    number = float(np.float32(result))
+    number = float(str(np.float32(result)))  # the shortest of the numbers that fp32 rounds to this one
     return const(number, "f32") if e.dtype == "f32" and isfinite(number) else None
 
 

@@ -132,6 +132,7 @@ def test_folds(folded: Expr, expected: Expr) -> None:
         const(1) % 0,
         const(2**62) * 4,
         const(0.5) + 0.5,
+        const(0.1) < 0.2,
         ew("pow", const(2), 100),
     ],
 )

@@ -119,6 +119,7 @@ SIMPLER: dict[str, tuple[Expr, Expr]] = {
     "a sign into a number": (-qk * 3.0, qk * -3.0),
     "sums keep their order": ((qk + 1.0) + 2.0, (qk + 1.0) + 2.0),
     "constants": (qk * (const(2.0) * 0.25 + 1.0), qk * 1.5),
+    "constants stay short": (qk * (const(0.1) * 3.0), qk * 0.3),
     "no number for infinity": (qk * (const(1.0) / 0.0), qk * (const(1.0) / 0.0)),
     "square": (ew("pow", qk, 2), qk * qk),
     "sizes": (qk * name("Dqk"), qk * 16.0),

@@ -30,6 +30,7 @@ from scalar_numpy import Scope, evaluate
 
 from attncc.ir.attention import KeyRange, KeyTiles
 from attncc.ir.expr import FALSE, TRUE, Expr, const, ew, load, name
+from attncc.passes.canonicalize import canonicalize
 from attncc.passes.sparsify import sparsify
 
 
@@ -95,9 +96,9 @@ def covered(tiles: KeyTiles, scope: Scope, sk: int) -> tuple[np.ndarray, np.ndar
 
 
 @settings(max_examples=400, deadline=None)
-@given(masks, cases, st.integers(1, 16))
-def test_ranges_are_sound(mask: Expr, case: Case, width: int) -> None:
-    solved = key_tiles(mask)
+@given(masks, cases, st.integers(1, 16), st.booleans())
+def test_ranges_are_sound(mask: Expr, case: Case, width: int, canonical: bool) -> None:
+    solved = key_tiles(canonicalize(attention(mask)).part.mask if canonical else mask)
     visible = case.visible(mask)
     for rows, scope in case.tiles():
         seen, full = covered(solved, scope, case.sk)
