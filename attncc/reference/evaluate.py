@@ -1,7 +1,8 @@
 """The value of an expression over torch tensors: an environment of named tensors in, a tensor out.
 
-Integers are computed in int64, so the oracle never overflows, and floats in the environment's dtype. A read
-outside of an input's axis gives 0, so that `where(j < n, x[j], 0)` means what it says.
+Integers are computed in int64, so the oracle never overflows, and floats in the environment's dtype; but what
+decides (a comparison, a floor) decides by fp32, or no kernel could agree. A read outside of an input's axis gives
+0, so that `where(j < n, x[j], 0)` means what it says.
 """
 
 from __future__ import annotations
@@ -81,16 +82,34 @@ TORCH: Final[dict[str, Callable[..., Tensor]]] = {
 }
 
 
+DECIDING: Final = frozenset({"lt", "le", "gt", "ge", "eq", "ne", "floor", "floordiv", "mod", "cast"})
+"""Operators whose result can jump with their argument's last bit: the bits are those of fp32, as in a kernel."""
+
+
 def evaluate(e: Expr, scope: Scope) -> Tensor:
     """The value of a scalar-level expression, elementwise over the names of `scope`."""
     memo: dict[int, Tensor] = {}
 
     def go(node: Expr) -> Tensor:
         if id(node) not in memo:
-            memo[id(node)] = _node(node, [go(a) for a in node.args], scope)
+            memo[id(node)] = (
+                _decision(node, scope) if _decides(node) else _node(node, [go(a) for a in node.args], scope)
+            )
         return memo[id(node)]
 
     return go(e)
+
+
+def _decides(e: Expr) -> bool:
+    jumps = e.op in DECIDING and not (e.op == "cast" and e.dtype in FLOATS)
+    return jumps and any(a.dtype in FLOATS for a in e.args)
+
+
+def _decision(e: Expr, scope: Scope) -> Tensor:
+    """A deciding operator over arguments in float32."""
+    names = {name: x.float() if x.is_floating_point() else x for name, x in scope.names.items()}
+    narrow = Scope(names, scope.inputs, torch.float32, scope.device)
+    return _as(_node(e, [evaluate(a, narrow) for a in e.args], narrow), e.dtype, scope)
 
 
 def _node(e: Expr, args: list[Tensor], scope: Scope) -> Tensor:

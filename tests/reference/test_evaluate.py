@@ -144,6 +144,29 @@ def test_reads_of_every_dtype() -> None:
     assert value(load("x", 0, dtype="bool"), {"x": torch.ones(1, dtype=torch.bool)}).dtype == torch.bool
 
 
+@pytest.mark.parametrize("x", [0.1, 0.2, 0.3, 0.7, 1 / 3])
+def test_fp32_decides(x: float) -> None:
+    """An fp32 input equals the constant it was made from, though not in float64."""
+    stored = {"x": torch.tensor([x], dtype=torch.float32)}
+    assert float(stored["x"]) != x
+    read = load("x", 0)
+    for e in (ew("eq", read, x), read <= x, read >= x, ~(read < x), ~(read > x), ~ew("ne", read, x)):
+        assert bool(value(e, stored))
+    assert float(value(where(read <= x, read * 2.0, 0.0), stored)) == 2 * float(stored["x"])
+
+
+def test_fp32_rounds_down() -> None:
+    """29 * 0.1 and its like: where float64 and fp32 fall on two sides of an integer, fp32 counts."""
+    i = torch.arange(1000)
+    by_fp32 = torch.floor(i.float() * torch.tensor(0.7, dtype=torch.float32))
+    assert not torch.equal(by_fp32.double(), torch.floor(i.double() * 0.7))
+    got = value(ew("floor", name("i") * 0.7), i=i)
+    assert got.dtype == torch.float64
+    assert torch.equal(got, by_fp32.double())
+    assert torch.equal(value(cast_to(name("i") * 0.7, "i32"), i=i), by_fp32.long())
+    assert torch.equal(value((name("i") * 0.7) // 1.0, i=i), by_fp32.double())
+
+
 def test_an_unknown_operator_is_no_number() -> None:
     with pytest.raises(NotImplementedError, match="'rows_min'"):
         value(Expr("rows_min", (name("i"),), None, "i32"), i=3)
