@@ -153,10 +153,6 @@ def _steps(attn: Attention) -> Iterator[Finding]:
             for word in words:
                 path: Path_ = (key,) if key == "combine" else (key, k)
                 yield from _float_input(attn, path, str(word), step.name)
-    for k, step in enumerate(attn.epilogue):
-        needs_v = step.name in ("lerp_v", "skip")
-        if needs_v and attn.heads.q % attn.heads.v:
-            yield ("epilogue", k), f"'{step.name}' needs a value head for each query head", ""
 
 
 def _varlen(attn: Attention) -> Iterator[Finding]:

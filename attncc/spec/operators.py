@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from attncc.ir.expr import FLOATS, INTS, OPS, Expr, const, ew
+from attncc.ir.expr import FLOATS, INTS, OPS, Expr, cast_to, const, ew
 
 MAX_EXPONENT: Final = 1024
 INT_BITS: Final = 63
@@ -83,7 +83,14 @@ def apply(op: str, *args: Expr) -> Expr:
         return _int_arithmetic(op, *args)
     if op == "neg" and is_float(args[0]) and args[0].value is not None:
         return const(-args[0].value, args[0].dtype)
-    return ew(op, *_meet(args))
+    return _tidy(ew(op, *_meet(args)))
+
+
+def _tidy(e: Expr) -> Expr:
+    """Folding may leave an int in a wider type than its value needs; the language has no such int."""
+    if e.op == "cast" and is_int(e) and is_int(e.args[0]):
+        return e.args[0]
+    return integer(e.value) if is_int(e) and isinstance(e.value, int) else e
 
 
 def _meet(args: tuple[Expr, ...]) -> tuple[Expr, ...]:
@@ -105,7 +112,7 @@ def as_float(e: Expr, what: str) -> Expr:
     if is_int(e) and e.value is not None:
         return const(float(e.value))
     if not is_float(e):
-        hint = "write 1.0 * (…)" if is_int(e) else "write where(…, 1.0, 0.0)"
+        hint = "write float(…)" if is_int(e) else "write where(…, 1.0, 0.0)"
         raise Fault(f"{what} must be a float, this is {'an int' if is_int(e) else 'a bool'}", hint)
     return e
 
@@ -125,6 +132,12 @@ def as_int(e: Expr, what: str) -> Expr:
 def truth_as_int(e: Expr) -> Expr:
     """A bool as 0 or 1, which is how torch counts with it."""
     return ew("where", e, 1, 0) if e.dtype == "bool" else e
+
+
+def to_float(x: Expr) -> Expr:
+    """The float of an int; floats stay what they are."""
+    _want_numbers("float", (x,))
+    return x if is_float(x) else cast_to(x, "f32")
 
 
 def softcap(x: Expr, c: Expr) -> Expr:
@@ -215,6 +228,7 @@ FUNCTIONS: Final[dict[str, Function]] = {
     },
     "min": Function(2, 16, _variadic("min")),
     "max": Function(2, 16, _variadic("max")),
+    "float": Function(1, 1, to_float),
     "softcap": Function(2, 2, softcap),
     "clamp": Function(3, 3, clamp),
 }

@@ -57,6 +57,8 @@ def _render(e: Expr) -> tuple[str, int]:
         return _leaf(e)
     if idiom := _idiom(e):
         return idiom, ATOM
+    if e.op == "cast" and e.dtype == "f32":
+        return f"float({expression(e.args[0])})", ATOM
     if e.op in FUNCTIONS:
         return f"{e.op}({', '.join(map(expression, e.args))})", ATOM
     if e.op not in PRECEDENCE:

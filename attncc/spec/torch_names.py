@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from attncc.ir.expr import FALSE, TRUE, Expr, const
+from attncc.spec import operators
 from attncc.spec.operators import Fault, apply, clamp, is_float, is_int, truth_as_int
 
 Meaning = Callable[..., Expr]
@@ -65,9 +66,7 @@ def clamp_between(x: Expr, min: Expr | None = None, max: Expr | None = None) -> 
 
 
 def to_float(x: Expr) -> Expr:
-    if x.dtype == "bool":
-        return apply("where", x, const(1.0), const(0.0))
-    return x if is_float(x) else apply("mul", x, const(1.0))
+    return apply("where", x, const(1.0), const(0.0)) if x.dtype == "bool" else operators.to_float(x)
 
 
 def to_int(x: Expr) -> Expr:

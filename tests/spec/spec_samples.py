@@ -21,6 +21,7 @@ inputs:
   edges: {shape: [E], dtype: int32, sorted: true}
   lengths: {shape: [B], dtype: int32}
   blocks: {shape: [M, M], dtype: bool}
+  grid: {shape: [M, M], dtype: int32}
   tree_bits: {shape: [B, Sq], dtype: int32}
   tree_words: {shape: [B, Sq, T], dtype: int32}
 """

@@ -9,7 +9,7 @@ import pytest
 from scalar_numpy import Scope, evaluate
 from spec_samples import HEAD, INPUTS, mask, refusal, score, spec, underlined
 
-from attncc.ir.expr import TRUE, Expr, bucket, const, eq, ew, load, maximum, minimum, name, where
+from attncc.ir.expr import TRUE, Expr, bucket, cast_to, const, eq, ew, load, maximum, minimum, name, where
 
 QK, SCALE = name("qk", "f32"), name("scale", "f32")
 B, H, I, J, ROW = (name(n) for n in ("b", "h", "i", "j", "row"))
@@ -45,6 +45,9 @@ SQ, SK = name("Sq"), name("Sk")
         ("qk * (7 // -2)", QK * -4.0),
         ("qk * (-7 % 3)", QK * 2.0),
         ("  qk  ", QK),
+        ("float(i) * qk", cast_to(I, "f32") * QK),
+        ("float(qk) + float(3)", QK + 3.0),
+        ("float(where(true, i, 0.5))", cast_to(I, "f32")),
     ],
 )
 def test_scores(text: str, expected: Expr) -> None:
@@ -113,7 +116,8 @@ def test_fixed_sizes_are_numbers() -> None:
         ("qk + slopes[j // 0]", "by zero", "j // 0", ""),
         ("qk + slopes[j % 0]", "by zero", "j % 0", ""),
         ("causal", "must be a float", "causal", "where"),
-        ("i - j", "must be a float", "i - j", "1.0 *"),
+        ("float(causal)", "takes numbers", "float(causal)", ""),
+        ("i - j", "must be a float", "i - j", "float(…)"),
         ("qk + causal", "takes numbers", "qk + causal", "where"),
         ("qk & scale", "joins bools", "qk & scale", "bind weaker"),
         ("exp(causal)", "takes numbers", "exp(causal)", ""),
