@@ -7,11 +7,26 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from attncc.driver import check, compile, explain
+    from attncc.errors import AttnccError, SpecError, Unsupported
     from attncc.spec import Spec, attention, load, loads
 
-__all__ = ["Spec", "attention", "check", "compile", "explain", "load", "loads"]
+__all__ = [
+    "AttnccError",
+    "Spec",
+    "SpecError",
+    "Unsupported",
+    "attention",
+    "check",
+    "compile",
+    "explain",
+    "load",
+    "loads",
+]
 
 _HOME: Final = {
+    "AttnccError": "attncc.errors",
+    "SpecError": "attncc.errors",
+    "Unsupported": "attncc.errors",
     "Spec": "attncc.spec",
     "attention": "attncc.spec",
     "check": "attncc.driver",
