@@ -120,7 +120,7 @@ def _classify(b: Builder, attn: Attention, t: QueryTile) -> None:
     if coarse_rows:
         b.note("the mask is constant on blocks no smaller than a tile: its first and last row speak for all")
         end = iota(2)
-        i = b.let("i", where(end < 1, t.scope.values["i0"], t.scope.values["i1"]))
+        i = b.let("ends", where(end < 1, t.scope.values["i0"], t.scope.values["i1"]))
         row_ = where(end < 1, t.row0, t.scope.values["row1"])
     scope = t.scope.with_(i=column(i), row=column(row_))
     mask = hoist(b, attn.part.mask, scope, "mask")

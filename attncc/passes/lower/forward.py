@@ -278,7 +278,7 @@ def _values(b: Builder, attn: Attention, v: Expr, suffix: str) -> Expr:
     with b.when(CAREFUL):
         dtype, acc = v.dtype, name("acc" + suffix, "f32", ("BM", v.shape[1]))
         bad = b.let("bad", ew("ne", v - v, const(0.0, dtype)))
-        keep = name("keep", "bool", ("BM", "BN") if attn.part.mask != TRUE else (1, "BN"))
+        keep = name("keep", "bool", ("BM" if names(attn.part.mask) & {"i", "row"} else 1, "BN"))
         seen = full(("BM", "BN"), 1.0, dtype) * where(keep, const(1.0, dtype), const(0.0, dtype))
         hits = dot(seen, where(bad, const(1.0, dtype), const(0.0, dtype)))
         b.let("acc" + suffix, where(hits > 0.0, math.nan, acc))

@@ -98,14 +98,14 @@ def place_dense(b: Builder, attn: Attention, batch: Expr, h: Expr, number: Expr)
 
 
 def place_packed(b: Builder, attn: Attention, h: Expr, number: Expr) -> QueryTile:
-    """Finds the tile's sequence on the device: sequence s owns tiles from cu_q[s] // BM + s on."""
-    b.note("the last sequence whose first tile, cu_seqlens_q[s] // BM + s, is not behind this one")
-    low = b.let("s", const(0))
+    """Finds the tile's sequence on the device: sequence `seq` owns tiles from cu_q[seq] // BM + seq on."""
+    b.note("the last sequence whose first tile, cu_seqlens_q[seq] // BM + seq, is not behind this one")
+    low = b.let("seq", const(0))
     high = b.let("end", name("B"))
     with b.loop("_", const(0), const(32)):
         middle = b.let("middle", quotient(low + high, 2))
         owner = b.let("owner", quotient(read(CU_Q, middle), BM) + middle <= number)
-        b.let("s", where(owner, middle, low))
+        b.let("seq", where(owner, middle, low))
         b.let("end", where(owner, high, middle))
     begin = b.let("begin", read(CU_Q, low))
     row0 = b.let("row0", (number - quotient(begin, BM) - low) * BM)
