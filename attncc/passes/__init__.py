@@ -7,6 +7,7 @@ from typing import Final
 
 from attncc.errors import CompilerBug
 from attncc.ir.attention import Attention
+from attncc.ir.verify import verify_attention
 from attncc.passes.canonicalize import canonicalize
 from attncc.passes.fuse import fuse
 from attncc.passes.legalize import legalize
@@ -27,6 +28,7 @@ def run(attn: Attention, on_pass: Callable[[str, Attention], None] | None = None
     for name, rewrite in PIPELINE:
         try:
             attn = rewrite(attn)
+            verify_attention(attn)
         except CompilerBug as bug:
             raise CompilerBug(f"pass '{name}': {bug}") from bug
         if on_pass is not None:

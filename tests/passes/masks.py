@@ -23,6 +23,7 @@ INPUTS = (
     Input("flag", ("Sk",), "bool"),
     Input("blocks", (16, 16), "bool"),
     Input("bias", ("Sk",), "fp32"),
+    Input("sized", ("n",), "fp32"),
 )
 
 

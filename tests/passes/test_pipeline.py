@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from masks import attention, causal, window
+from hypothesis import given, settings
+from masks import attention, causal, masks, window
 
 from attncc import passes
 from attncc.errors import CompilerBug, Unsupported
 from attncc.ir.attention import Attention, Call
+from attncc.ir.expr import Expr
 from attncc.passes.fuse import fuse
 
 
@@ -28,6 +30,13 @@ def test_passes_are_pure_and_idempotent() -> None:
     assert passes.run(once) == once
 
 
+@settings(max_examples=200, deadline=None)
+@given(masks)
+def test_every_result_is_legal(mask: Expr) -> None:
+    """`run` verifies after each pass."""
+    assert passes.run(attention(mask)).part.key_tiles is not None
+
+
 @pytest.mark.parametrize("key", ["prologue", "epilogue"])
 def test_steps_are_refused_by_key_and_name(key: str) -> None:
     attn = replace(attention(causal), **{key: (Call("rope"), Call("gate"))})
@@ -42,4 +51,10 @@ def test_a_bug_names_its_pass(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(passes, "PIPELINE", (("break things", broken),))
     with pytest.raises(CompilerBug, match="pass 'break things': lost a part"):
+        passes.run(attention(causal))
+
+
+def test_an_illegal_result_is_blamed_on_its_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "PIPELINE", (("drop", lambda attn: replace(attn, parts=())),))
+    with pytest.raises(CompilerBug, match="pass 'drop'"):
         passes.run(attention(causal))
