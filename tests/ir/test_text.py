@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from ir_samples import FULL, PLAIN, b, formulas, h, i, j, qk, scale
+from tile_samples import attention, copy
 
 from attncc.ir.attention import Align, Input
 from attncc.ir.build import column, dot, expand, full, iota, program, quotient, reduce, remainder, reshape, row, trans
@@ -176,6 +178,10 @@ def _other(x: Any) -> Any:
             return None
 
 
+PAIR = re.compile(r"(kwargs|tiles|constants)\[\d+\]$|\.extent$")
+"""Tuples whose length is fixed."""
+
+
 def _mutations(x: Any, path: str) -> Iterator[tuple[str, Any]]:
     """`x` with one thing inside it changed, in every way `_other` knows."""
     if isinstance(x, Expr):
@@ -185,7 +191,7 @@ def _mutations(x: Any, path: str) -> Iterator[tuple[str, Any]]:
             for at, new in _mutations(getattr(x, f.name), f"{path}.{f.name}"):
                 yield at, replace(x, **{f.name: new})
     elif isinstance(x, tuple):
-        if x and "kwargs[" not in path:
+        if x and not PAIR.search(path):
             yield f"{path}[:]", _other(x)
         for n, entry in enumerate(x):
             for at, new in _mutations(entry, f"{path}[{n}]"):
@@ -209,6 +215,32 @@ def test_a_changed_field_shows(path: str) -> None:
 def test_texts_of_different_variants_differ() -> None:
     texts = {text(m): path for path, m in MUTATIONS.items()}
     assert len(texts) == len({repr(m) for m in MUTATIONS.values()})
+
+
+PROGRAM_MUTATIONS = dict(_mutations(replace(attention(), why="because", skeleton="by_hand"), "program"))
+
+
+def test_every_part_of_a_program_shows() -> None:
+    whole = text(replace(attention(), why="because", skeleton="by_hand"))
+    assert len(PROGRAM_MUTATIONS) > 200
+    hidden = [path for path, other in PROGRAM_MUTATIONS.items() if text(other) == whole]
+    assert hidden == []
+
+
+def test_program_text_and_its_parts() -> None:
+    shown = text(copy())
+    for line in (
+        "    knob BM: 16 | 8 | 4\n",
+        "    launch copy\n",
+        "kernel copy, grid quotient(N + (BM - 1), BM):\n",
+        "    buffer x: f32 rank 1\n",
+        "    scalar N: i32\n",
+        "    at: i32[BM] = program(0) * BM + iota(BM)\n",
+        "    store y[at, mask=inside] = x[at, mask=inside]\n",
+    ):
+        assert line in shown
+    assert text(copy().kernels[0]) in shown
+    assert digest(copy()) == digest(copy()) != digest(attention())
 
 
 def test_words_and_formulas_are_told_apart() -> None:
