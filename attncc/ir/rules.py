@@ -32,7 +32,7 @@ class Tensor:
 
     dtype: Dtype
     rank: int
-    tiles: tuple[tuple[Dim, int], ...] = ()
+    tiles: tuple[tuple[Dim, Dim], ...] = ()
     """operand: the shapes in which it may be read; any where it names none."""
     is_operand: bool = False
 
