@@ -14,8 +14,8 @@ def main() -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sq, sk = (4096, 4096) if device == "cuda" else (40, 72)
-    q = torch.randn(1, 8, sq, 128, dtype=torch.bfloat16, device=device)
-    k, v = (torch.randn(1, 4, sk, 128, dtype=torch.bfloat16, device=device) for _ in "kv")
+    q = torch.randn(1, 32, sq, 128, dtype=torch.bfloat16, device=device)
+    k, v = (torch.randn(1, 16, sk, 128, dtype=torch.bfloat16, device=device) for _ in "kv")
     o, lse = attention(q, k, v, return_lse=True)
     config, rule = choose(device, Sq=sq, Sk=sk)
     print(f"o {tuple(o.shape)} {o.dtype}, lse {tuple(lse.shape)} on {device}")

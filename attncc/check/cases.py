@@ -73,17 +73,17 @@ SMALL: Final = (
 
 LARGE: Final = (*SMALL, (2, 1000, 1000), (1, 129, 2050), (1, 2050, 129), (4, 1, 4097), (1, 2048, 2048))
 
-ODD: Final = (2, 67, 93)
-"""The shape of the cases with a trait."""
+ODD: Final = (2, 35, 130)
+LARGE_ODD: Final = (2, 300, 700)
+"""The shapes of the cases with a trait: a ragged query tile, whole and cut key tiles."""
 
 
 def cases(attn: Attention, shapes: Iterable[Mapping[str, int]] | None = None, large: bool = False) -> tuple[Case, ...]:
     """Every shape with random operands, then every other trait on one shape; all within the spec's bounds."""
     if shapes is None:
-        wanted = list(LARGE if large else SMALL)
-        odd = ODD
+        wanted, odd = (LARGE, LARGE_ODD) if large else (SMALL, ODD)
     else:
-        wanted = [_shape(s) for s in shapes]
+        wanted = tuple(_shape(s) for s in shapes)
         odd = max(wanted, key=lambda s: s[0] * s[1] * s[2], default=ODD)
     plain = [Case(*_within(attn, shape)) for shape in wanted]
     traits = [Case(*_within(attn, odd), trait) for trait in TRAITS if trait != "random"]

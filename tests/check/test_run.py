@@ -72,7 +72,6 @@ def test_a_right_package_passes(tmp_path: Path) -> None:
         report.summary
         == f"plain: {len(report.outcomes)} of {len(report.outcomes)} cases agree with the oracle on cpu in fp16"
     )
-    assert any("interpreter" in note for note in report.notes)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from house.own_code import Module, dotted, imported, modules
 
 BELOW: dict[str, set[str]] = {
     "errors": set(),
+    "version": set(),
     "device": {"errors"},
     "ir": {"errors"},
     "spec": {"errors", "ir"},
@@ -16,7 +17,7 @@ BELOW: dict[str, set[str]] = {
     "codegen": {"errors", "device", "ir"},
     "reference": {"errors", "ir"},
     "check": {"errors", "device", "ir", "reference"},
-    "driver": {"errors", "device", "ir", "spec", "passes", "codegen", "reference", "check"},
+    "driver": {"errors", "version", "device", "ir", "spec", "passes", "codegen", "reference", "check"},
     "cli": {"errors", "device", "driver"},
     "__main__": {"cli"},
     "attncc": {"errors", "device", "spec", "driver"},

@@ -1,0 +1,55 @@
+"""`attncc check`: a compiled package against the oracle, on this machine."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from attncc import driver
+from attncc.cli.output import FAILED, Json, SpecPath, guarded, print_json, print_table, progress
+from attncc.errors import SpecError
+
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option("--shape", metavar="B=2,Sq=100,Sk=300", help="Repeatable. Default: shapes known to be hard."),
+]
+Seed = Annotated[int, typer.Option(help="Of the random operands.")]
+
+
+@guarded
+def command(spec: SpecPath, shape: Shapes = None, seed: Seed = 0, as_json: Json = False) -> None:
+    """Compile SPEC for this machine and compare it with the float64 oracle, on hard operands too.
+
+    Without a GPU the kernels run in Triton's interpreter, on small shapes.
+    """
+    shapes = None if shape is None else [parse_shape(s) for s in shape]
+    with progress(as_json) as report:
+        result = driver.check(spec, shapes, report, seed)
+    if as_json:
+        print_json(result.as_data())
+    else:
+        print_table(("case", "verdict", "error", "limit", "detail"), map(_row, result.outcomes))
+        for note in result.notes:
+            typer.echo(f"note: {note}")
+        typer.echo(result.summary)
+    if not result.passed:
+        raise typer.Exit(FAILED)
+
+
+def parse_shape(text: str) -> dict[str, int]:
+    """`B=2,Sq=100` as sizes by name."""
+    sizes: dict[str, int] = {}
+    for entry in text.split(","):
+        key, equals, number = entry.strip().partition("=")
+        if not equals or not number.isdecimal():
+            raise SpecError(f"'{entry}' in --shape is no size", hint="write B=2,Sq=100,Sk=300")
+        sizes[key] = int(number)
+    return sizes
+
+
+def _row(outcome: driver.Outcome) -> tuple[str, ...]:
+    """A case's worst output, by its share of what is allowed."""
+    worst = max(outcome.deviations, key=lambda d: d.error / d.limit, default=None)
+    figures = (f"{worst.error:.1e}", f"{worst.limit:.1e}") if worst else ("", "")
+    return str(outcome.case), outcome.verdict, *figures, outcome.detail

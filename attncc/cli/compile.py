@@ -1,0 +1,28 @@
+"""`attncc compile`: a spec becomes a package on disk."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from attncc import driver
+from attncc.cli.output import Json, SpecPath, guarded, print_json, progress
+
+Out = Annotated[str, typer.Option("-o", "--out", metavar="DIR", help="The package is written to DIR/<name>.")]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option("-t", "--target", metavar="TARGET", help="Repeatable. Default: the GPUs here, else the CPU."),
+]
+
+
+@guarded
+def command(spec: SpecPath, out: Out = ".", target: Targets = None, as_json: Json = False) -> None:
+    """Compile SPEC into an importable package that needs torch and triton, never attncc."""
+    with progress(as_json) as report:
+        package = driver.compile(spec, out, target, report)
+    if as_json:
+        names = [d.name for d in driver.resolve(target)]
+        print_json({"package": str(package), "targets": names})
+    else:
+        typer.echo(package)

@@ -1,0 +1,197 @@
+"""What the command line and Python callers do with a spec: compile it, explain it, check it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from attncc import passes, spec
+from attncc.check.run import Outcome, Report, check_package
+from attncc.check.stand_in import stand_in
+from attncc.codegen.package import TargetConfigs, emit
+from attncc.device import DEVICES, Device, find, here
+from attncc.errors import CompilerBug, SpecError, Unsupported, nearest
+from attncc.ir.attention import Attention
+from attncc.ir.text import digest, text
+from attncc.ir.tile import Program
+from attncc.ir.verify import verify_attention, verify_program
+from attncc.passes.lower.defaults import default_configs
+from attncc.passes.lower.select import select
+from attncc.spec import Spec
+from attncc.version import VERSION
+
+__all__ = ["Outcome", "Progress", "Report", "Stage", "check", "compile", "explain", "load", "schema", "targets"]
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how many steps are done, and how many there are."""
+
+SPEC_STAGE: Final = "spec"
+PROGRAM_STAGE: Final = "lower"
+STAGES: Final = (SPEC_STAGE, *(name for name, _ in passes.PIPELINE), PROGRAM_STAGE)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """The IR as it stands behind one step of the compiler."""
+
+    name: str
+    text: str
+
+
+def load(source: Spec | str | os.PathLike[str]) -> Spec:
+    """The spec itself, or the one in the file of this name."""
+    return source if isinstance(source, Spec) else spec.load(Path(source))
+
+
+def compile(
+    source: Spec | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    targets: Sequence[str | Device] | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Writes the package of a spec into the directory `out`, and returns its path, out/<name>.
+
+    An earlier package there is replaced in one step; anything else of that name is refused.
+    """
+    report = progress or _silent
+    loaded = load(source)
+    devices = resolve(targets)
+    goal = Path(out) / loaded.attention.name
+    if goal.exists() and not _is_package(goal):
+        raise SpecError(f"{goal} exists and is no attncc package", hint="choose another -o, or remove it")
+    report("passes", 0, 3)
+    with _place(loaded):
+        attn, program = lower(loaded.attention)
+        report("printing", 1, 3)
+        configs = [default_config(attn, device) for device in devices]
+        files = emit(attn, program, loaded.text, configs, f"attncc {VERSION}", digest(loaded.attention))
+    report("writing", 2, 3)
+    _replace_tree(goal, files)
+    report("done", 3, 3)
+    return goal
+
+
+def resolve(targets: Sequence[str | Device] | None) -> tuple[Device, ...]:
+    """The devices of these names; the GPUs that are here, else the CPU, where none is named."""
+    if not targets:
+        return here()
+    return tuple(dict.fromkeys(t if isinstance(t, Device) else find(t) for t in targets))
+
+
+def lower(attn: Attention) -> tuple[Attention, Program]:
+    """A variant as the passes leave it, and its tile program; both verified."""
+    rewritten = passes.run(attn)
+    verify_attention(rewritten)
+    program = select(rewritten)
+    verify_program(program)
+    return rewritten, program
+
+
+def default_config(attn: Attention, device: Device) -> TargetConfigs:
+    """What a device gets while nothing is tuned for it."""
+    rows, why = default_configs(attn, device)
+    return TargetConfigs(device.name, rows, f"Not tuned here; a default rule for {device.arch}: {why}.")
+
+
+def explain(source: Spec | str | os.PathLike[str], pass_name: str | None = None) -> tuple[Stage, ...]:
+    """The IR as loaded, behind each pass, and as tile program with the reason for its skeleton.
+
+    `pass_name` leaves one of the stages only; a variant that cannot be lowered still shows its passes then.
+    """
+    if pass_name is not None and pass_name not in STAGES:
+        raise SpecError(f"unknown pass '{pass_name}'", hint=nearest(pass_name, STAGES))
+    loaded = load(source)
+    stages = [Stage(SPEC_STAGE, text(loaded.attention))]
+    with _place(loaded):
+        rewritten = passes.run(loaded.attention, lambda name, attn: stages.append(Stage(name, text(attn))))
+        if pass_name in (None, PROGRAM_STAGE):
+            program = select(rewritten)
+            verify_program(program)
+            why = f"# skeleton: {program.skeleton}\n# because: {program.why}\n"
+            stages.append(Stage(PROGRAM_STAGE, why + text(program)))
+    return tuple(s for s in stages if pass_name in (None, s.name))
+
+
+def check(
+    source: Spec | str | os.PathLike[str],
+    shapes: Iterable[Mapping[str, int]] | None = None,
+    progress: Progress | None = None,
+    seed: int = 0,
+) -> Report:
+    """Compiles a spec for this machine and runs the package against the oracle.
+
+    Without a GPU it runs in Triton's interpreter, where a variant like it may stand in; the report's notes say so.
+    """
+    loaded = load(source)
+    device = here()[0]
+    attn, notes = stand_in(loaded.attention, device)
+    with tempfile.TemporaryDirectory(prefix="attncc-check-") as folder:
+        package = compile(replace(loaded, attention=attn), folder, [device])
+        report = check_package(attn, package, device, shapes, progress or _silent, seed, loaded.captured)
+    return replace(report, notes=(*notes, *report.notes))
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of a spec."""
+    return spec.schema()
+
+
+def targets() -> tuple[Device, ...]:
+    """Every device that can be named as a target."""
+    return tuple(DEVICES.values())
+
+
+# -- errors with their place ---------------------------------------------------------------------
+
+
+@contextmanager
+def _place(loaded: Spec) -> Iterator[None]:
+    """Adds the spec's line to what is unsupported, and the variant's name to our own faults."""
+    try:
+        yield
+    except Unsupported as error:
+        raise error.at(loaded.locate(error.key)) from None
+    except CompilerBug as error:
+        error.add_note(f"while compiling '{loaded.attention.name}' of {loaded.file}")
+        raise
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """Reports to nobody."""
+
+
+# -- packages on disk ----------------------------------------------------------------------------
+
+
+def _is_package(path: Path) -> bool:
+    """Whether an earlier `compile` wrote it (or it is empty, so that nothing is lost)."""
+    if not path.is_dir():
+        return False
+    return not any(path.iterdir()) or all(
+        (path / name).is_file() for name in ("__init__.py", "kernels.py", "spec.yaml")
+    )
+
+
+def _replace_tree(goal: Path, files: Mapping[str, str | bytes]) -> None:
+    """Writes files into a new directory beside `goal` and puts it in goal's place."""
+    goal.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{goal.name}-", dir=goal.parent) as scratch:
+        fresh = Path(scratch) / "new"
+        for name, content in files.items():
+            path = fresh / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content.encode() if isinstance(content, str) else content)
+        if goal.exists():
+            old = goal.rename(Path(scratch) / "old")
+            try:
+                fresh.rename(goal)
+            except OSError:
+                old.rename(goal)
+                raise
+        else:
+            fresh.rename(goal)

@@ -1,0 +1,222 @@
+"""The driver: packages on disk, errors with their place, the stages of the IR, and the same bytes every time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from attncc import driver, spec
+from attncc.device import find
+from attncc.errors import CompilerBug, SpecError, Unsupported
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+SPEC = """attncc: 1
+name: tiny
+heads: {q: 4, kv: 2}
+dims: {qk: 16, v: 24}
+dtype: fp16
+inputs:
+  slopes: {shape: [Hq], dtype: fp32}
+score: qk * scale - slopes[h] * abs(i - j)
+mask: causal & (window(20) | sink(3))
+"""
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# -- compile -------------------------------------------------------------------------------------
+
+
+def test_the_package_is_where_it_should_be(tmp_path: Path) -> None:
+    path = driver.compile(spec.loads(SPEC), tmp_path / "deep" / "out", ["sm_90", "sm_80"])
+    assert path == tmp_path / "deep" / "out" / "tiny"
+    files = tree(path)
+    assert {"__init__.py", "kernels.py", "spec.yaml", "configs/sm_80.py", "configs/sm_90.py"} <= set(files)
+    assert files["spec.yaml"].decode() == SPEC
+    assert os.listdir(path.parent) == ["tiny"]
+
+
+def test_a_file_is_a_spec_too(tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(SPEC)
+    from_file = tree(driver.compile(tmp_path / "tiny.yaml", tmp_path / "a", ["cpu"]))
+    from_name = tree(driver.compile(str(tmp_path / "tiny.yaml"), tmp_path / "b", [find("cpu")]))
+    assert from_file == from_name
+
+
+def test_an_earlier_package_is_replaced_whole(tmp_path: Path) -> None:
+    first = driver.compile(spec.loads(SPEC), tmp_path, ["sm_80"])
+    (first / "kernels.py").write_text("broken")
+    (first / "left_over.py").write_text("")
+    second = driver.compile(spec.loads(SPEC), tmp_path, ["sm_90"])
+    assert second == first
+    assert "configs/sm_80.py" not in tree(second)
+    assert "left_over.py" not in tree(second)
+    assert (second / "kernels.py").read_text() != "broken"
+
+
+@pytest.mark.parametrize("content", ["thesis.tex", "__init__.py"])
+def test_anything_else_is_not_overwritten(tmp_path: Path, content: str) -> None:
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / content).write_text("precious")
+    with pytest.raises(SpecError, match="no attncc package"):
+        driver.compile(spec.loads(SPEC), tmp_path, ["cpu"])
+    assert tree(tmp_path) == {f"tiny/{content}": b"precious"}
+
+
+def test_a_file_in_the_way_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "tiny").write_text("precious")
+    with pytest.raises(SpecError, match="no attncc package"):
+        driver.compile(spec.loads(SPEC), tmp_path, ["cpu"])
+
+
+def test_a_failure_leaves_the_earlier_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = tree(driver.compile(spec.loads(SPEC), tmp_path, ["cpu"]))
+    real = Path.write_bytes
+
+    def full_disk(path: Path, data: bytes) -> int:
+        if path.name == "kernels.py":
+            raise OSError("no space left")
+        return real(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        driver.compile(spec.loads(SPEC), tmp_path, ["sm_90"])
+    assert tree(tmp_path / "tiny") == before
+    assert os.listdir(tmp_path) == ["tiny"]
+
+
+def test_progress_reaches_its_end(tmp_path: Path) -> None:
+    steps: list[tuple[str, int, int]] = []
+    driver.compile(spec.loads(SPEC), tmp_path, ["cpu"], lambda *step: steps.append(step))
+    assert [done for _, done, _ in steps] == sorted(done for _, done, _ in steps)
+    assert steps[-1][1] == steps[-1][2]
+
+
+def test_the_package_needs_no_attncc(tmp_path: Path) -> None:
+    driver.compile(spec.loads(SPEC), tmp_path, ["cpu"])
+    code = """
+import sys
+sys.modules["attncc"] = None
+import torch, tiny
+q, k, v, slopes = torch.randn(1, 4, 9, 16), torch.randn(1, 2, 12, 16), torch.randn(1, 2, 12, 24), torch.rand(4)
+o = tiny.attention(q.half(), k.half(), v.half(), slopes=slopes)
+assert o.shape == (1, 4, 9, 24) and o.isfinite().all()
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+
+
+def test_the_same_bytes_under_any_hash_seed(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from attncc import driver
+for path in sorted(Path("examples").glob("*.yaml")):
+    driver.compile(path, sys.argv[1], ["sm_90", "cpu"])
+"""
+    seeds = ("0", "1234")
+    for seed in seeds:
+        command = [sys.executable, "-c", code, str(tmp_path / seed)]
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": path}
+        subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    first, second = (tree(tmp_path / seed) for seed in seeds)
+    assert first == second
+    assert len(first) > 8 * len(EXAMPLES)
+
+
+# -- errors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        ("dropout: 0.1", "dropout"),
+        ("kv: paged(16)", "kv"),
+        ("modes: [prefill, backward]", "modes"),
+        ("quantize: {q: int8(per=token)}", "quantize"),
+    ],
+)
+def test_what_is_unsupported_has_its_line(line: str, key: str, tmp_path: Path) -> None:
+    loaded = spec.loads(SPEC + line + "\n", "variant.yaml")
+    for action in (lambda: driver.compile(loaded, tmp_path), lambda: driver.explain(loaded)):
+        with pytest.raises(Unsupported) as error:
+            action()
+        assert error.value.key.startswith(key)
+        assert error.value.location is not None
+        assert error.value.location.line == 10
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bug_names_the_variant(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(_: object) -> None:
+        raise CompilerBug("no such tile")
+
+    monkeypatch.setattr(driver, "verify_program", broken)
+    with pytest.raises(CompilerBug) as error:
+        driver.compile(spec.loads(SPEC, "variant.yaml"), tmp_path, ["cpu"])
+    assert error.value.__notes__ == ["while compiling 'tiny' of variant.yaml"]
+
+
+# -- explain -------------------------------------------------------------------------------------
+
+
+def test_stages_stand_in_the_order_of_the_pipeline() -> None:
+    stages = driver.explain(spec.loads(SPEC))
+    assert tuple(s.name for s in stages) == driver.STAGES
+    assert len({s.text for s in stages}) > 3
+    assert stages[-1].text.startswith("# skeleton: ")
+
+
+def test_one_stage() -> None:
+    loaded = spec.loads(SPEC)
+    whole = {s.name: s for s in driver.explain(loaded)}
+    for name in driver.STAGES:
+        assert driver.explain(loaded, name) == (whole[name],)
+
+
+def test_passes_can_be_seen_of_what_cannot_be_lowered() -> None:
+    loaded = spec.loads(SPEC + "dropout: 0.1\n")
+    (stage,) = driver.explain(loaded, "sparsify")
+    assert stage.text
+
+
+def test_an_unknown_stage_names_the_nearest() -> None:
+    with pytest.raises(SpecError, match="cannonicalize") as error:
+        driver.explain(spec.loads(SPEC), "cannonicalize")
+    assert "canonicalize" in error.value.hint
+
+
+# -- check ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"dtype: fp16": "dtype: bf16"},
+        {"dtype: fp16": "dtype: fp32"},
+        {"dtype: fp16": "layout: bshd\ndtype: fp16"},
+        {"dtype: fp16": "layout: varlen\ndtype: fp16"},
+    ],
+)
+def test_check_agrees_on_this_machine(change: dict[str, str]) -> None:
+    text = SPEC
+    for old, new in change.items():
+        text = text.replace(old, new)
+    report = driver.check(spec.loads(text), [{"B": 2, "Sq": 19, "Sk": 37}])
+    assert report.passed, [(str(o.case), o.verdict, o.detail, o.deviations) for o in report.outcomes if not o.passed]
+
+
+def test_check_says_what_stood_in_for_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "here", lambda: (find("cpu"),))
+    report = driver.check(spec.loads(SPEC.replace("fp16", "bf16")), [{"B": 1, "Sq": 3, "Sk": 5}])
+    assert report.dtype == "fp16"
+    assert any("bf16" in note for note in report.notes)

@@ -1,0 +1,17 @@
+"""Every example agrees with the oracle on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from attncc import driver
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
+def test_the_example_agrees_with_the_oracle(path: Path) -> None:
+    report = driver.check(path, [{"B": 2, "Sq": 20, "Sk": 70}])
+    assert report.passed, [(str(o.case), o.verdict, o.detail, o.deviations) for o in report.outcomes if not o.passed]
