@@ -12,7 +12,7 @@ from attncc.codegen.triton import handles, print_kernels, strides
 from attncc.ir.attention import Attention
 from attncc.ir.expr import Dim, Dtype, Expr
 from attncc.ir.rewrite import names
-from attncc.ir.tile import Kernel, Param, Program
+from attncc.ir.tile import Kernel, Launch, Param, Program
 
 TORCH_DTYPE: Final[Mapping[str, str]] = {
     "bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "int32": "int32", "int64": "int64", "int8": "int8",
@@ -54,6 +54,7 @@ def emit(
         "__init__.py": _init(attn, program, flags, targets, header),
         "kernels.py": _kernels(attn, texts, header),
         "_runtime.py": module_text("_runtime"),
+        "_launch.py": module_text("_launch"),
         "_checks.py": module_text("_checks"),
         "configs/__init__.py": '"""Launch configs, one module a device."""\n',
         **{f"configs/{t.target}.py": _configs(attn, t) for t in targets},
@@ -164,7 +165,7 @@ def _variant(
         with w.indented():
             w.block(_tensors(attn))
         w.line("),")
-        w.line(f"axes={_strings(dict.fromkeys('qkvo', STRIDED[attn.layout]))},")
+        w.line(f"axes={_strings(_operand_axes(attn, program))},")
         w.line(f"output={_axes(attn, 'Hq', 'Sq', attn.dims.v)},")
         lse = '("Hq", "Tq")' if attn.layout == "varlen" else '("B", "Hq", "Sq")'
         w.line(f"lse={_fixed(attn, lse) if _has_lse(attn) else None},")
@@ -173,7 +174,7 @@ def _variant(
         w.line("kernels=(")
         with w.indented():
             for launch in program.launches:
-                _kernel(w, program.kernel(launch.kernel), flags[launch.kernel], dict(launch.constants))
+                _kernel(w, program.kernel(launch.kernel), flags[launch.kernel], launch)
         w.line("),")
         w.line("scratch=(")
         with w.indented():
@@ -249,8 +250,9 @@ def arguments(attn: Attention) -> list[str]:
     return ["q", "k", "v", *(PACKED if attn.layout == "varlen" else ()), *(x.name for x in attn.inputs)]
 
 
-def _kernel(w: Writer, k: Kernel, flags: Sequence[str], constants: Mapping[str, int]) -> None:
+def _kernel(w: Writer, k: Kernel, flags: Sequence[str], launch: Launch) -> None:
     """A `Kernel(…)` entry; its parameters follow the printed signature."""
+    constants = dict(launch.constants)
     tensors = [p for p in k.params if p.role in ("operand", "buffer")]
     entries = [e for p in tensors for e in _handle_entries(p)]
     entries += [f'("stride", "{_argument(p)}", {axis})' for p in tensors for axis in range(len(strides(p)))]
@@ -272,6 +274,8 @@ def _kernel(w: Writer, k: Kernel, flags: Sequence[str], constants: Mapping[str, 
             for start in range(0, len(entries), 4):
                 w.line(", ".join(entries[start : start + 4]) + ",")
         w.line("),")
+        if launch.when is not None:
+            w.line(f"when={host_function(launch.when)},")
     w.line("),")
 
 
@@ -316,7 +320,8 @@ def _attention(w: Writer, attn: Attention) -> None:
         with w.indented():
             w.line("TypeError, ValueError: an argument's dtype, device, shape or stride is wrong; says which and how.")
         w.line('"""')
-        w.line(f"o, lse = _runtime.call(_RUNNER, _OP, [{', '.join(arguments(attn))}], scale)")
+        tensors = ", ".join(arguments(attn))
+        w.line(f"o, lse = _runtime.call(_RUNNER, _OP, ({tensors}), scale{', return_lse' if _has_lse(attn) else ''})")
         w.line("return (o, lse) if return_lse else o" if _has_lse(attn) else "return o")
 
 

@@ -3,9 +3,45 @@
 from __future__ import annotations
 
 import ast
+import itertools
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from importlib.resources import files
+
+WIDTH = 120
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """A statement that ends in a call, its arguments on lines of their own; other statements as they are."""
+    body, comment = text.split("  # ", 1) if "  # " in text else (text, "")
+    start, parts = _last_call(body)
+    if start < 0 or text.startswith("#"):
+        return [text]
+    lines: list[str] = []
+    for part in parts:
+        if lines and len(lines[-1]) + len(part) + 6 <= width:
+            lines[-1] += f" {part},"
+        else:
+            lines.append(f"    {part},")
+    return [body[: start + 1], *lines, ")" + (f"  # {comment}" if comment else "")]
+
+
+def _last_call(body: str) -> tuple[int, list[str]]:
+    """Where the parenthesis opens that the text ends with, and the arguments inside; -1 where there is none."""
+    if not body.endswith(")"):
+        return -1, []
+    depth, cuts = 0, [len(body) - 1]
+    for at in range(len(body) - 1, -1, -1):
+        if body[at] in ")]":
+            depth += 1
+        elif body[at] in "([":
+            depth -= 1
+        if depth == 0:
+            edges = [at, *reversed(cuts)]
+            return at, [body[a + 1 : b].strip() for a, b in itertools.pairwise(edges)]
+        if depth == 1 and body[at] == ",":
+            cuts.append(at)
+    return -1, []
 
 
 class Writer:
@@ -16,7 +52,10 @@ class Writer:
         self._depth = 0
 
     def line(self, text: str = "") -> None:
-        self.lines.append("    " * self._depth + text if text else "")
+        """One line; a call that is too long for it takes several."""
+        indent = "    " * self._depth
+        lines = wrapped(text, WIDTH - len(indent)) if len(indent) + len(text) > WIDTH else [text]
+        self.lines += [indent + part if part else "" for part in lines]
 
     def block(self, texts: Iterable[str]) -> None:
         for text in texts:

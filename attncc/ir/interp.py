@@ -43,6 +43,8 @@ def run(
             fill = math.nan if scratch.dtype in FLOATS else POISON
             tensors[scratch.name] = np.full(shape, fill).astype(NUMPY[scratch.dtype])
         for launch in program.launches:
+            if launch.when is not None and not _number(launch.when, {**scalars, **config}):
+                continue
             kernel = program.kernel(launch.kernel)
             _launch(kernel, tensors, {**scalars, **config, **dict(launch.constants)})
 

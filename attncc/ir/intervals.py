@@ -99,10 +99,18 @@ def _abs(a: Interval) -> Interval:
     return maximum(maximum(a[0], -a[1]), 0), maximum(a[1], -a[0])
 
 
+def _lesser(a: Expr, b: Expr) -> Expr:
+    return a & b if a.dtype == b.dtype == "bool" else minimum(a, b)
+
+
+def _greater(a: Expr, b: Expr) -> Expr:
+    return a | b if a.dtype == b.dtype == "bool" else maximum(a, b)
+
+
 def _where(c: Interval, a: Interval, b: Interval) -> Interval:
     """The hull of both branches, less a branch that the condition rules out."""
     every, some = c[0] or FALSE, c[1] or TRUE
-    low, high = _both(minimum, a[0], b[0]), _both(maximum, a[1], b[1])
+    low, high = _both(_lesser, a[0], b[0]), _both(_greater, a[1], b[1])
     return (
         _both(lambda x, y: where(every, x, y), a[0], _both(lambda x, y: where(some, x, y), low, b[0])),
         _both(lambda x, y: where(every, x, y), a[1], _both(lambda x, y: where(some, x, y), high, b[1])),

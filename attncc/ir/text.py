@@ -263,7 +263,8 @@ def _program(program: Program) -> Iterator[str]:
         yield f"{INDENT}scratch {_scratch(scratch)}"
     for launch in program.launches:
         given = "".join(f", {constant}={value}" for constant, value in launch.constants)
-        yield f"{INDENT}launch {launch.kernel}{given}"
+        when = "" if launch.when is None else f" when {text(launch.when)}"
+        yield f"{INDENT}launch {launch.kernel}{given}{when}"
     for kernel in program.kernels:
         yield ""
         yield from _kernel(kernel)

@@ -214,6 +214,8 @@ class Launch:
 
     kernel: str
     constants: tuple[tuple[str, int], ...] = ()
+    when: Expr | None = None
+    """Over sizes and knobs: launched only where it holds; None always."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ def program_faults(program: Program) -> Iterator[Fault]:
         for name in sorted({n for n in all_names if all_names.count(n) > 1}):
             yield f"{what} {name}", "defined twice"
     for knob in program.knobs:
-        if not knob.choices or min(knob.choices) < 1:
+        if not knob.choices or min(knob.choices) < 0:
             yield f"knob {knob.name}", f"impossible choices {list(knob.choices)}"
     yield from _launches(program)
     for kernel in program.kernels:

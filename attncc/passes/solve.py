@@ -12,7 +12,7 @@ from typing import Final, Literal
 from attncc.ir.attention import Input
 from attncc.ir.expr import FLOATS, Expr, bucket, const, ew, load, maximum, minimum, name, where
 from attncc.ir.intervals import interval, is_positive
-from attncc.ir.rewrite import names
+from attncc.ir.rewrite import names, walk
 from attncc.passes.linear import formula, linear, tidy
 
 Direction = Literal["le", "ge"]
@@ -21,12 +21,25 @@ Solved = Expr | None
 J: Final = name("j")
 LAST_KEY: Final = name("Sk") - 1
 
+MAX_CHOICES: Final = 6
+
 OPPOSITE: Final[Mapping[str, str]] = {"lt": "ge", "ge": "lt", "le": "gt", "gt": "le", "eq": "ne", "ne": "eq"}
 TURNED: Final[Mapping[Direction, Direction]] = {"le": "ge", "ge": "le"}
 
 
 def moves_with_key(e: Expr) -> bool:
     return "j" in names(e)
+
+
+def compares_conditions(e: Expr) -> bool:
+    """Whether `e` is == or != of two conditions."""
+    return e.op in ("eq", "ne") and e.args[0].dtype == e.args[1].dtype == "bool"
+
+
+def is_simple(e: Expr) -> bool:
+    """Whether `e` has few choices: spelling one out, or its interval, doubles what is inside."""
+    choices = [n for n in walk(e) if n.op in ("where", "abs", "mod") or compares_conditions(n)]
+    return len(choices) <= MAX_CHOICES
 
 
 def push_not(e: Expr, positive: bool = True) -> Expr:
@@ -40,10 +53,10 @@ def push_not(e: Expr, positive: bool = True) -> Expr:
         case Expr("and" | "or", (a, b)):
             op = e.op if positive else {"and": "or", "or": "and"}[e.op]
             return ew(op, push_not(a, positive), push_not(b, positive))
-        case Expr("where", (c, a, b)):
+        case Expr("where", (c, a, b)) if is_simple(e):
             chosen = push_not(c) & push_not(a, positive)
             return chosen | (push_not(c, False) & push_not(b, positive))
-        case Expr("eq" | "ne", (Expr(dtype="bool") as a, Expr(dtype="bool") as b)):
+        case Expr("eq" | "ne", (a, b)) if compares_conditions(e) and is_simple(e):
             same = (e.op == "eq") == positive
             return (push_not(a) & push_not(b, same)) | (push_not(a, False) & push_not(b, not same))
         case Expr(op, (a, b)) if op in OPPOSITE and not positive and not _is_float(e):
@@ -66,7 +79,7 @@ class Solver:
         """A mask with `~` at its atoms, with every comparison that can be solved for j solved."""
         if e.op in ("and", "or"):
             return ew(e.op, *map(self.solve, e.args))
-        if e.op not in OPPOSITE or _is_float(e) or not moves_with_key(e):
+        if e.op not in OPPOSITE or _is_float(e) or not moves_with_key(e) or not is_simple(e):
             return e
         return self.compare(e.op, *e.args) or e
 

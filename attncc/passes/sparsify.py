@@ -21,7 +21,7 @@ from attncc.ir.rewrite import names, walk
 from attncc.passes.ieee import is_finite
 from attncc.passes.linear import tidy
 from attncc.passes.ranges import END, FIRST, NOTHING, Cube, Span, Term, end, unite_cubes, unite_terms
-from attncc.passes.solve import J, Solver, length, moves_with_key, push_not
+from attncc.passes.solve import J, Solver, compares_conditions, is_simple, length, moves_with_key, push_not
 from attncc.passes.widths import Widths
 
 ROWS: Final[Mapping[str, Interval]] = {"i": (name("i0"), name("i1")), "row": (name("row0"), name("row1"))}
@@ -53,7 +53,22 @@ def _sparsify(part: Part, solver: Solver, widths: Widths) -> Part:
         listed=listed,
         granularity=(_granularity(part.mask, "i"), _granularity(part.mask, "j")) if listed else (1, 1),
     )
-    return replace(part, key_tiles=key_tiles)
+    return replace(part, mask=_cheaper(part.mask, widths.widen(mask)), key_tiles=key_tiles)
+
+
+COST: Final[Mapping[str, int]] = {"load": 8, "bucket": 32, "floordiv": 4, "mod": 4}
+"""Operators of a mask that take more than one instruction, in instructions."""
+
+
+def _cheaper(mask: Expr, solved: Expr) -> Expr:
+    """The form a kernel evaluates: the solved one compares keys with bounds that only rows move, mostly with less work
+    a pair than the mask as it was written (no division, no search)."""
+    return solved if _work(solved) <= _work(mask) else mask
+
+
+def _work(mask: Expr) -> int:
+    """What of a formula is done for every pair: operations that move with the key, by their cost."""
+    return sum(COST.get(n.op, 1) for n in walk(mask) if n.op not in ("const", "name") and moves_with_key(n))
 
 
 def _literals(e: Expr) -> Iterator[Expr]:
@@ -77,7 +92,9 @@ def _is_data(literal: Expr) -> bool:
 
 
 def _is_trusted(literal: Expr) -> bool:
-    """Whether interval analysis holds for the literal: in floats, none of its values may be NaN."""
+    """Whether interval analysis holds for the literal, in a short formula: in floats, no value may be NaN."""
+    if any(map(compares_conditions, walk(literal))) or not is_simple(literal):
+        return False
     return is_finite(literal) or not names(literal) & {"i", "j", "row"}
 
 
@@ -103,8 +120,7 @@ def _term(cube: Cube, rising: Mapping[str, Expr]) -> Term:
     conditions = [interval(e, ROWS, rising) if _is_trusted(e) else UNKNOWN for e in _conjuncts(cube.when)]
     every = tidy(reduce(Expr.__and__, (c[0] or FALSE for c in conditions)))
     some = tidy(reduce(Expr.__and__, (c[1] or TRUE for c in conditions)))
-    lo = _NO_END if cube.span.lo is None else interval(cube.span.lo, ROWS, rising)
-    hi = _NO_END if cube.span.hi is None else interval(cube.span.hi, ROWS, rising)
+    lo, hi = (_NO_END if e is None else _interval(e, rising) for e in (cube.span.lo, cube.span.hi))
     seen = _if(some, Span(_end(lo[0]), _end(hi[1])))
     unknown = every == FALSE or (lo is not _NO_END and lo[1] is None) or (hi is not _NO_END and hi[0] is None)
     full = None if cube.loose or unknown else _if(every, Span(_end(lo[1]), _end(hi[0])))
@@ -114,6 +130,10 @@ def _term(cube: Cube, rising: Mapping[str, Expr]) -> Term:
 def _if(condition: Expr, span: Span) -> Span:
     """`span` where the condition holds, else no key."""
     return span if condition == TRUE else span & Span(hi=where(condition, END, FIRST))
+
+
+def _interval(e: Expr, rising: Mapping[str, Expr]) -> Interval:
+    return interval(e, ROWS, rising) if is_simple(e) else (None, None)
 
 
 _NO_END: Final[Interval] = (None, None)

@@ -373,7 +373,7 @@ WHOLE: dict[str, tuple[Program, str]] = {
     "no such kernel": (replace(COPY, launches=(*COPY.launches, Launch("gone"))), "there is no such kernel"),
     "undeclared knob": (replace(COPY, knobs=KNOBS[1:]), "constexpr 'BM' is neither a knob nor fixed"),
     "knob without choices": (replace(COPY, knobs=(*KNOBS, Knob("GROUP", ()))), "impossible choices"),
-    "knob of zero": (replace(COPY, knobs=(*KNOBS, Knob("GROUP", (0,)))), "impossible choices"),
+    "negative knob": (replace(COPY, knobs=(*KNOBS, Knob("GROUP", (-1,)))), "impossible choices"),
     "knob twice": (replace(COPY, knobs=(*KNOBS, KNOBS[0])), "knob BM\n    defined twice"),
     "constant of nothing": (replace(COPY, launches=(Launch("copy", (("FLAG", 1),)),)), "'FLAG' is no constexpr"),
     "parameter twice": (

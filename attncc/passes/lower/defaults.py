@@ -28,7 +28,7 @@ class Rule(NamedTuple):
 
 def _config(bm: int, bn: int, warps: int, stages: int, registers: int = 0, tma: int = 0) -> Config:
     """`registers` caps a thread's registers, 0 leaves them to the compiler."""
-    knobs = {"BM": bm, "BN": bn, "GROUP": 8, "TMA": tma}
+    knobs = {"BM": bm, "BN": bn, "GROUP": 8, "ONE_PASS": 0, "TMA": tma}
     return {**knobs, "num_warps": warps, "num_stages": stages, "maxnreg": registers}
 
 
@@ -104,10 +104,14 @@ RULES: Final[Mapping[str, tuple[Rule, ...]]] = {
 }
 SHORT: Final = 16
 """Up to so many queries a tile of 16 rows holds them all."""
+SMALL: Final = 2**18
+"""Up to so many (query, key) pairs a head, counted over the batch, a call takes as long as its launch: one launch then,
+and pointers, for which no descriptors are made."""
 
 
 def default_configs(attn: Attention, device: Device) -> tuple[tuple[Row, ...], str]:
     """Rows of (upper bounds of sizes, config) for a device, and the rule they come from."""
     rule = next(r for r in RULES[device.arch] if r.applies(attn))
     few = {**rule.config, "BM": 16, "maxnreg": 0, "num_stages": 1}
-    return (({"Sq": SHORT}, few), ({}, rule.config)), rule.why
+    small = {**rule.config, "BN": min(64, rule.config["BN"]), "ONE_PASS": 1, "TMA": 0, "maxnreg": 0}
+    return (({"pairs": SMALL}, small), ({"Sq": SHORT}, few), ({}, rule.config)), rule.why

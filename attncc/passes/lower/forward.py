@@ -19,7 +19,7 @@ from attncc.ir.rewrite import names, transform, walk
 from attncc.ir.tile import Function, Kernel, Launch, Param, Program, Scratch
 from attncc.passes.lower import classify, skew
 from attncc.passes.lower.grid import CU_K, CU_Q, QueryTile, is_varlen, programs, query_tile, size_parameters
-from attncc.passes.lower.knobs import KNOBS
+from attncc.passes.lower.knobs import KNOBS, ONE_PASS, WRITE_LSE
 from attncc.passes.lower.normalizers import LOG2E, NORMALIZERS, VALUE_DTYPE, Rule, Tile
 from attncc.passes.lower.pieces import pieces
 from attncc.passes.lower.scores import Scope, hoist, input_param, regroup, share_reads, split_multiplier
@@ -83,10 +83,26 @@ def dense_forward(attn: Attention) -> Program:
     if _key_tiles(attn).listed:
         kernels, scratch = (classify.kernel(attn), *kernels), (*classify.scratch(attn), *scratch)
     launches = tuple(Launch(k.name) for k in kernels)
+    knobs = (*KNOBS, WRITE_LSE) if _writes_lse(attn) else KNOBS
     if hides:
         scratch = (*scratch, Scratch(LOST.name, (programs(attn),), "i32"))
-        launches = (*launches[:-1], Launch(forward.name, (("PASS", 0),)), Launch(forward.name, (("PASS", 1),)))
-    return Program(attn.name, kernels, launches, KNOBS, scratch, "dense_forward")
+        launches = (*launches[:-1], *_passes(forward.name))
+        knobs = (*knobs, ONE_PASS)
+    return Program(attn.name, kernels, launches, knobs, scratch, "dense_forward")
+
+
+def _passes(kernel: str) -> tuple[Launch, ...]:
+    """Two launches, or one for small calls, whose time is that of launching."""
+    at_once, apart = (eq(name(ONE_PASS.name), n) for n in (1, 0))
+    return (
+        Launch(kernel, (("PASS", 2),), at_once),
+        Launch(kernel, (("PASS", 0),), apart),
+        Launch(kernel, (("PASS", 1),), apart),
+    )
+
+
+def _writes_lse(attn: Attention) -> bool:
+    return attn.wants("lse") and attn.part.normalizer.kind == "softmax"
 
 
 def _key_tiles(attn: Attention) -> KeyTiles:
@@ -125,9 +141,10 @@ def _parameters(attn: Attention) -> dict[str, Param]:
     out += [LOST] if may_hide_values(attn) else []
     out += size_parameters(attn)
     out.append(Param("scale", "scalar", "f32"))
-    out += [Param(k.name, "constexpr", "i32", doc=k.doc) for k in KNOBS]
+    flags = (WRITE_LSE,) if _writes_lse(attn) else ()
+    out += [Param(k.name, "constexpr", "i32", doc=k.doc) for k in (*KNOBS, *flags)]
     if may_hide_values(attn):
-        out.append(Param("PASS", "constexpr", "i32", doc="0: all tiles; 1: those that the first pass lost to NaN"))
+        out.append(Param("PASS", "constexpr", "i32", doc="0: all tiles; 1: those lost to NaN; 2: both at once"))
     return {p.name: p for p in out}
 
 
@@ -144,9 +161,9 @@ def _one_tile(b: Builder, attn: Attention, t: QueryTile) -> Function:
     runs = solve_runs(b, _key_tiles(attn), t.keys, lambda e: share_reads(b, e, t.scope))
     step = _key_tile(b, attn, t, rule, formulas)
     _begin(b, attn, rule)
-    _walk(b, attn, t, runs, step)
+    _walk(b, attn, t, runs, step, careful=eq(PASS, 1))
     if may_hide_values(attn):
-        _mark_lost(b, attn)
+        _redo_lost(b, attn, t, rule, runs, step)
     _finish(b, attn, t, rule)
     return step
 
@@ -159,16 +176,19 @@ def _begin(b: Builder, attn: Attention, rule: Rule) -> None:
         b.let("acc" + p.suffix(values), full(("BM", p.width), 0.0), f"[BM, {p.width}]")
 
 
-def _mark_lost(b: Builder, attn: Attention) -> None:
-    """Marks, in the first pass, a tile that holds NaN: hidden values may have leaked into it."""
-    lost: Expr | None = None
+def _redo_lost(b: Builder, attn: Attention, t: QueryTile, rule: Rule, runs: Runs, step: Function) -> None:
+    """What becomes of a tile that holds NaN, into which hidden values may have leaked: marked, or done again."""
+    lost: Expr = const(0)
+    for p in pieces(attn.dims.v):
+        acc = name("acc" + p.suffix(pieces(attn.dims.v)), "f32", ("BM", p.width))
+        lost = maximum(lost, reduce("max", reduce("max", cast_to(ew("ne", acc, acc), "i32"), 1), 0))
     with b.when(eq(PASS, 0)):
-        for p in pieces(attn.dims.v):
-            acc = name("acc" + p.suffix(pieces(attn.dims.v)), "f32", ("BM", p.width))
-            found = reduce("max", reduce("max", cast_to(ew("ne", acc, acc), "i32"), 1), 0)
-            lost = found if lost is None else maximum(lost, found)
-        assert lost is not None
         b.store(LOST, (program(),), lost)
+    with b.when(eq(PASS, 2)):
+        b.let("lost_here", lost)
+        with b.when(name("lost_here") > 0):
+            _begin(b, attn, rule)
+            _walk(b, attn, t, runs, step, careful=const(True))
 
 
 def _formulas(b: Builder, attn: Attention, t: QueryTile, rule: Rule) -> Formulas:
@@ -189,7 +209,7 @@ def _walk(b: Builder, attn: Attention, t: QueryTile, runs: Runs, step: Function,
     key_tiles = _key_tiles(attn)
 
     def visit(masked: bool) -> Callable[[Expr], None]:
-        return lambda n: b.call(step, step.results, n=n, MASKED=masked, CAREFUL=PASS if masked else False)
+        return lambda n: b.call(step, step.results, n=n, MASKED=masked, CAREFUL=careful if masked else False)
 
     def visit_unless_empty(n: Expr) -> None:
         assert key_tiles.skip is not None
@@ -297,9 +317,10 @@ def _finish(b: Builder, attn: Attention, t: QueryTile, rule: Rule) -> None:
     sink = attn.part.normalizer.sink
     outputs, lse = rule.finish(b, None if sink is None else t.scope.bind(sink), accumulators)
     rows = name("rows", "i32", ("BM",))
-    if lse is not None and attn.wants("lse"):
+    if lse is not None and _writes_lse(attn):
         at = (t.h, t.first_query + rows) if is_varlen(attn) else (t.batch, t.h, rows)
-        b.store(b.params["LSE"], at, b.let("lse", lse), rows < t.queries)
+        with b.when(name(WRITE_LSE.name) > 0):
+            b.store(b.params["LSE"], at, lse, rows < t.queries)
     for p, o in zip(values, outputs, strict=True):
         o = cast_to(o, VALUE_DTYPE[attn.dtype])
         if not is_varlen(attn):

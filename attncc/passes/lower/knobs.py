@@ -12,6 +12,9 @@ KNOBS: Final = (
     Knob("GROUP", (8, 4, 16), "heads whose keys and values share the L2 cache"),
 )
 
+WRITE_LSE: Final = Knob("WRITE_LSE", (1, 0), "0: the caller wants the output alone")
+ONE_PASS: Final = Knob("ONE_PASS", (0, 1), "1: tiles lost to NaN are redone by the program that finds them")
+
 
 def largest(knob: str) -> int:
     """The greatest value a knob may take."""

@@ -70,11 +70,12 @@ class Scope:
     def _read(self, node: Expr) -> Expr:
         x = self.inputs[str(node.attr)]
         at = tuple(const(0) if size == 1 else index for size, index in zip(x.shape, node.args, strict=True))
-        guards = [
-            (index >= 0) & (index < size)
-            for size, index in zip(map(self._size, x.shape), at, strict=True)
-            if not self._inside(index, size)
-        ]
+        guards: list[Expr] = []
+        for size, index in zip(map(self._size, x.shape), at, strict=True):
+            if not (self._is_position(index, size) or _is_nonnegative(index)):
+                guards.append(index >= 0)
+            if not (self._is_position(index, size) or _is_below(index, size)):
+                guards.append(index < size)
         mask = guards[0] if guards else None
         for guard in guards[1:]:
             mask = mask & guard if mask else guard
@@ -90,15 +91,45 @@ class Scope:
             return size
         return self.values.get(size) or name(size if size in KERNEL_SIZES else length(size))
 
-    def _inside(self, index: Expr, size: Value) -> bool:
+    def _is_position(self, index: Expr, size: Value) -> bool:
         """Whether an index needs no check: a position on an axis of its own length."""
-        if isinstance(size, int):
-            return index.value is not None and 0 <= index.value < size
         owners = {"b": "B", "h": "Hq", "hk": "Hk", "row": "Sq", "j": "Sk"}
         return any(
             index == self.values.get(position) and size == self.values.get(axis, name(axis))
             for position, axis in owners.items()
         )
+
+
+def _is_nonnegative(e: Expr) -> bool:
+    """A quick proof; what it misses is checked when the kernel runs."""
+    match e.op:
+        case "const":
+            return e.value is not None and e.value >= 0
+        case "max":
+            return any(map(_is_nonnegative, e.args))
+        case "min" | "add":
+            return all(map(_is_nonnegative, e.args))
+        case "cast":
+            return _is_nonnegative(e.args[0])
+        case "floordiv" | "mod":
+            return e.attr == "nonneg"
+        case _:
+            return e.op == "bucket"
+
+
+def _is_below(e: Expr, size: Value) -> bool:
+    """Likewise, for e < size."""
+    match e.op:
+        case "const":
+            return e.value is not None and isinstance(size, int) and e.value < size
+        case "min":
+            return lift(size) - 1 in e.args or any(_is_below(a, size) for a in e.args)
+        case "max":
+            return all(_is_below(a, size) for a in e.args)
+        case "cast":
+            return _is_below(e.args[0], size)
+        case _:
+            return False
 
 
 def hoist(b: Builder, e: Expr, scope: Scope, prefix: str) -> Expr:
@@ -125,7 +156,8 @@ def share_reads(b: Builder, e: Expr, scope: Scope) -> Expr:
     def go(node: Expr) -> Expr:
         inner = rebuild(node, tuple(go(a) for a in node.args))
         if node.op in ("load", "bucket") and inner not in shared:
-            shared[inner] = b.let(f"{node.attr}_at_{len(shared)}", scope.bind(inner))
+            value = scope.bind(inner)
+            shared[inner] = b.let(f"{node.attr}_{'rows' if value.shape else 'at'}_{len(shared)}", value)
         return shared.get(inner, inner)
 
     shared = scope.shared
