@@ -30,7 +30,6 @@ MASKED: Final = name("MASKED", "bool")
 CAREFUL: Final = name("CAREFUL", "bool")
 PASS: Final = name("PASS")
 LOST: Final = Param("lost", "buffer", "i32", rank=1, doc="[programs] whether the first pass left NaN")
-J: Final = name("j", "i32", ("BN",))
 INSIDE: Final = name("inside", "bool", ("BN",))
 
 
@@ -204,8 +203,8 @@ def _formulas(b: Builder, attn: Attention, t: QueryTile, rule: Rule) -> Formulas
     return Formulas(score, c, mask, {d.name: d for d in diagonals}, columns)
 
 
-def _walk(b: Builder, attn: Attention, t: QueryTile, runs: Runs, step: Function, *, careful: bool = False) -> None:
-    """Both loops over key tiles."""
+def _walk(b: Builder, attn: Attention, t: QueryTile, runs: Runs, step: Function, careful: Expr) -> None:
+    """Both loops over key tiles; where every pair counts no value is hidden, so no care is due."""
     key_tiles = _key_tiles(attn)
 
     def visit(masked: bool) -> Callable[[Expr], None]:
@@ -240,11 +239,12 @@ def _key_tile(outer: Builder, attn: Attention, t: QueryTile, rule: Rule, formula
         )
         for p in columns
     ]
-    b.let("j", n + iota("BN"), "[BN]")
+    j = b.let("j", n + iota("BN"), "[BN]")
     with b.when(MASKED):
-        b.let("inside", t.keys > J)
-        b.let("j", minimum(J, t.keys - 1), "past the end, the last one again")
-    scope = formulas.scope.with_(j=row(J))
+        b.let("inside", j < t.keys)
+        if _reads_at_keys(formulas.score, formulas.diagonals) or _reads_at_keys(formulas.mask):
+            b.let("j", minimum(j, t.keys - 1), "past the end, the last one again, so that reads stay inside")
+    scope = formulas.scope.with_(j=row(j))
     score = _read_early(b, attn, t, formulas, scope)
     s: Expr | None = None
     for p, k in zip(columns, keys, strict=True):
