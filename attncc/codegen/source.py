@@ -17,12 +17,13 @@ def wrapped(text: str, width: int) -> list[str]:
     start, parts = _last_call(body)
     if start < 0 or text.startswith("#"):
         return [text]
+    comma = "," if len(parts) > 1 or body[start - 1 : start].isidentifier() else ""  # ( x, ) would be a tuple
     lines: list[str] = []
     for part in parts:
         if lines and len(lines[-1]) + len(part) + 6 <= width:
-            lines[-1] += f" {part},"
+            lines[-1] += f" {part}{comma}"
         else:
-            lines.append(f"    {part},")
+            lines.append(f"    {part}{comma}")
     return [body[: start + 1], *lines, ")" + (f"  # {comment}" if comment else "")]
 
 
