@@ -223,8 +223,7 @@ def _describe(properties: Any, base: Device) -> Device:
         name="_".join(_words(properties.name)),
         arch=_arch(properties),
         sms=properties.multi_processor_count,
-        shared_bytes_per_block=getattr(properties, "shared_memory_per_block_optin", 0)
-        or base.shared_bytes_per_block,
+        shared_bytes_per_block=getattr(properties, "shared_memory_per_block_optin", 0) or base.shared_bytes_per_block,
         l2_bytes=getattr(properties, "L2_cache_size", 0) or base.l2_bytes,
         bandwidth_gbps=base.bandwidth_gbps * share,
         bf16_tflops=base.bf16_tflops * share,

@@ -9,9 +9,7 @@ from golden import TESTS, Golden
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--update-golden", action="store_true", help="take what the tests produce as the new goldens"
-    )
+    parser.addoption("--update-golden", action="store_true", help="take what the tests produce as the new goldens")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -15,9 +15,7 @@ def step(acc, m, l, q, k, v, scale):
 
 
 @triton.jit
-def attention(
-    q_desc, k_desc, v_desc, o_desc, lse, scale, Sq, Sk, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr
-):
+def attention(q_desc, k_desc, v_desc, o_desc, lse, scale, Sq, Sk, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr):
     m0 = tl.program_id(0) * BM
     rows = m0 + tl.arange(0, BM)
     q = tl.reshape(q_desc.load([0, 0, m0, 0]), [BM, D])
