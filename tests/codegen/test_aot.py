@@ -48,9 +48,7 @@ def built() -> dict[str, Resources]:
 @pytest.mark.parametrize(
     ("target", "matrix"), [("sm_80", "mma"), ("sm_90", "wgmma"), ("sm_100", "tcgen05"), ("gfx942", "mma")]
 )
-def test_each_target_multiplies_with_its_own_instruction(
-    built: dict[str, Resources], target: str, matrix: str
-) -> None:
+def test_each_target_multiplies_with_its_own_instruction(built: dict[str, Resources], target: str, matrix: str) -> None:
     resources = built[target]
     assert resources.target == target
     assert resources.loop[matrix] > 0

@@ -7,17 +7,12 @@ from attncc.codegen.assembly import AMDGCN, SASS, read
 
 def sass(*lines: str) -> str:
     """Labels as they are; every other line becomes an instruction."""
-    text = (
-        line if line.endswith(":") else f"        /*{i * 16:04x}*/    {line} ;"
-        for i, line in enumerate(lines)
-    )
+    text = (line if line.endswith(":") else f"        /*{i * 16:04x}*/    {line} ;" for i, line in enumerate(lines))
     return "\n".join(text)
 
 
 def test_the_longest_beginning_names_the_kind() -> None:
-    counts = read(
-        sass("LDG.E R0, [R2]", "@!P1 LDGSTS.E [R1], [R2]", "UTCBAR [UR4]", "UTCHMMA gdesc[UR4]"), SASS
-    )
+    counts = read(sass("LDG.E R0, [R2]", "@!P1 LDGSTS.E [R1], [R2]", "UTCBAR [UR4]", "UTCHMMA gdesc[UR4]"), SASS)
     assert counts.total == {"global_load": 1, "cp_async": 1, "tcgen05": 1}
     assert counts.loop == {}
 
@@ -68,9 +63,7 @@ def test_a_wait_behind_the_exit_does_not_pull_the_epilogue_in() -> None:
 
 
 def test_a_branch_on_a_uniform_condition_goes_on() -> None:
-    counts = read(
-        sass(".L_a:", "BRA.U UP0, `(.L_b)", "UTCHMMA gdesc[UR4]", ".L_b:", "@P0 BRA `(.L_a)", "EXIT"), SASS
-    )
+    counts = read(sass(".L_a:", "BRA.U UP0, `(.L_b)", "UTCHMMA gdesc[UR4]", ".L_b:", "@P0 BRA `(.L_a)", "EXIT"), SASS)
     assert counts.loop == {"tcgen05": 1}
 
 
