@@ -12,23 +12,25 @@ from typing import Final, NamedTuple
 from attncc.device import Device
 from attncc.ir.attention import Attention
 from attncc.ir.expr import TRUE
+from attncc.passes.lower.pieces import pieces
 from attncc.passes.lower.skew import split_diagonals
 
 Config = Mapping[str, int]
 Row = tuple[Mapping[str, int], Config]
+Condition = Callable[[Attention], bool]
 
 
 class Rule(NamedTuple):
     """`config` for the variants for which `applies`; `why` goes into the emitted file."""
 
     why: str
-    applies: Callable[[Attention], bool]
+    applies: Condition
     config: Config
 
 
-def _config(bm: int, bn: int, warps: int, stages: int, registers: int = 0, tma: int = 0) -> Config:
+def _config(bm: int, bn: int, warps: int, stages: int, registers: int = 0, *, tma: int = 0, group: int = 8) -> Config:
     """`registers` caps a thread's registers, 0 leaves them to the compiler."""
-    knobs = {"BM": bm, "BN": bn, "GROUP": 8, "ONE_PASS": 0, "TMA": tma}
+    knobs = {"BM": bm, "BN": bn, "GROUP": group, "ONE_PASS": 0, "TMA": tma}
     return {**knobs, "num_warps": warps, "num_stages": stages, "maxnreg": registers}
 
 
@@ -40,7 +42,7 @@ def _is_fp32(attn: Attention) -> bool:
     return attn.dtype == "fp32"
 
 
-def _up_to(dim: int) -> Callable[[Attention], bool]:
+def _up_to(dim: int) -> Condition:
     return lambda attn: _widest(attn) <= dim
 
 
@@ -48,29 +50,55 @@ def _always(_: Attention) -> bool:
     return True
 
 
+def _values_up_to(dim: int) -> Condition:
+    return lambda attn: attn.dims.v <= dim and attn.dims.qk <= 2 * dim
+
+
+def _fp32_up_to(dim: int) -> Condition:
+    return _both(_is_fp32, _up_to(dim))
+
+
+def _both(a: Condition, b: Condition) -> Condition:
+    return lambda attn: a(attn) and b(attn)
+
+
 def _reads_tiles(attn: Attention) -> bool:
     return bool(split_diagonals(attn)[1])
 
 
+def _is_listed(attn: Attention) -> bool:
+    tiles = attn.parts[0].key_tiles
+    return tiles is not None and tiles.listed
+
+
+def _is_unmasked(attn: Attention) -> bool:
+    return attn.parts[0].mask == TRUE
+
+
+def _is_ragged(attn: Attention) -> bool:
+    return attn.dims.qk % 16 > 0 or attn.dims.v % 16 > 0
+
+
+def _has_pieces(attn: Attention) -> bool:
+    return max(len(pieces(attn.dims.qk)), len(pieces(attn.dims.v))) > 1
+
+
 HOPPER: Final = (
+    Rule("fp32 products, which take no tensor core", _fp32_up_to(128), _config(64, 32, 4, 1, tma=1)),
+    Rule("fp32 products, wide heads", _is_fp32, _config(32, 16, 4, 1, tma=1)),
     Rule(
-        "fp32 products take no tensor core: small tiles",
-        lambda a: _is_fp32(a) and _widest(a) <= 128,
-        _config(64, 32, 4, 1, tma=1),
-    ),
-    Rule("fp32, wide heads", _is_fp32, _config(32, 16, 4, 1, tma=1)),
-    Rule(
-        "a tile of the bias beside the scores",
-        lambda a: _reads_tiles(a) and _widest(a) <= 128,
-        _config(64, 64, 4, 1, 144, tma=1),
+        "a bias tile beside the scores", _both(_reads_tiles, _up_to(128)), _config(128, 64, 8, 2, 128, tma=1, group=2)
     ),
     Rule(
-        "narrow heads, no mask",
-        lambda a: _widest(a) <= 64 and a.parts[0].mask == TRUE,
-        _config(64, 128, 4, 1, 160, tma=1),
+        "listed tiles: one head at a time", _both(_is_listed, _up_to(128)), _config(64, 128, 4, 1, 168, tma=1, group=1)
     ),
+    Rule("narrow heads, no mask", _both(_is_unmasked, _up_to(64)), _config(64, 128, 4, 1, 160, tma=1)),
     Rule("narrow heads", _up_to(64), _config(64, 128, 4, 2, 160, tma=1)),
-    Rule("heads up to 128: three programs a multiprocessor", _up_to(128), _config(64, 128, 4, 1, 168, tma=1)),
+    Rule("rows that are no multiple of 32 bytes", _both(_is_ragged, _up_to(96)), _config(128, 128, 8, 2, 128, tma=1)),
+    Rule("heads of several pieces", _both(_has_pieces, _up_to(112)), _config(64, 64, 4, 2, tma=1)),
+    Rule("values up to 128: three programs a multiprocessor", _values_up_to(128), _config(64, 128, 4, 1, 168, tma=1)),
+    Rule("heads up to 160", _up_to(160), _config(64, 64, 4, 2, tma=1)),
+    Rule("heads of several pieces up to 256", _both(_has_pieces, _up_to(256)), _config(64, 32, 4, 2, tma=1)),
     Rule("heads up to 256", _up_to(256), _config(64, 128, 4, 1, tma=1)),
     Rule("the widest heads", _always, _config(64, 32, 8, 1, tma=1)),
 )

@@ -9,7 +9,7 @@ from attncc.ir.tile import Knob
 KNOBS: Final = (
     Knob("BM", (64, 16, 32, 128), "rows of a query tile"),
     Knob("BN", (64, 16, 32, 128), "keys of a key tile"),
-    Knob("GROUP", (8, 4, 16), "heads whose keys and values share the L2 cache"),
+    Knob("GROUP", (8, 1, 2, 4, 16), "heads whose keys and values share the L2 cache"),
 )
 
 WRITE_LSE: Final = Knob("WRITE_LSE", (1, 0), "0: the caller wants the output alone")
