@@ -70,7 +70,9 @@ def handles(p: Param) -> list[str]:
 class Printer:
     """Prints one function body: it knows its tensors, and notes which helpers and flags it used."""
 
-    def __init__(self, params: Iterable[Param], functions: Mapping[str, Function], flags: Mapping[str, list[str]]):
+    def __init__(
+        self, params: Iterable[Param], functions: Mapping[str, Function], flags: Mapping[str, list[str]]
+    ) -> None:
         self.params = {p.name: p for p in params}
         self.functions = functions
         self.function_flags = flags
@@ -256,7 +258,8 @@ def functions_of(program: Program) -> dict[str, Function]:
 
 def print_kernels(program: Program) -> tuple[list[str], dict[str, list[str]]]:
     """The text of every device function and kernel of a program, and the flags that each kernel takes."""
-    functions, flags = functions_of(program), {}
+    functions = functions_of(program)
+    flags: dict[str, list[str]] = {}
     texts: list[str] = []
     for f in functions.values():
         texts.append(_print(f.name, f.params, f.body, f.doc, functions, flags, results=f.results))

@@ -146,7 +146,7 @@ def _load(e: Expr, frame: Frame, args: list[Array]) -> Array:
     masked = e.args[-1].dtype == "bool"
     active, at = place(frame, tensor, args[:-1] if masked else args, args[-1] if masked else None)
     data = frame.tensors[tensor].data
-    return np.where(active, data[at] if data.size else 0, np.zeros((), data.dtype))
+    return np.where(active, data[at] if data.size else 0, data.dtype.type(0))
 
 
 def _bucket(e: Expr, frame: Frame, args: list[Array]) -> Array:

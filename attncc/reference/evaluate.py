@@ -137,7 +137,7 @@ def _operand_dtype(e: Expr) -> Dtype:
     """The dtype in which an elementwise operator sees its arguments: theirs joined, and its own if real."""
     if e.dtype in FLOATS or e.op in ("and", "or", "not"):
         return e.dtype
-    kinds = tuple(a.dtype for a in e.args)
+    kinds: tuple[Dtype, ...] = tuple(a.dtype for a in e.args)
     return "bool" if set(kinds) == {"bool"} else OPS["add"].dtype(kinds)
 
 

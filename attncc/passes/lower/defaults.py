@@ -7,7 +7,8 @@ multiprocessor rather than a deep pipeline, so few registers and one stage. The 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Final, NamedTuple
+from dataclasses import dataclass
+from typing import Final
 
 from attncc.device import Device
 from attncc.ir.attention import Attention
@@ -20,7 +21,8 @@ Row = tuple[Mapping[str, int], Config]
 Condition = Callable[[Attention], bool]
 
 
-class Rule(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Rule:
     """`config` for the variants for which `applies`; `why` goes into the emitted file."""
 
     why: str

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Final, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Final
 
 from attncc.errors import Unsupported
 from attncc.ir.attention import Attention
@@ -14,7 +14,8 @@ from attncc.passes.lower.normalizers import NORMALIZERS
 from attncc.passes.lower.pieces import MAX_DIM
 
 
-class Skeleton(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Skeleton:
     name: str
     applies: Callable[[Attention], bool]
     why: str
@@ -31,7 +32,8 @@ SKELETONS: Final = (
 )
 
 
-class Gap(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Gap:
     """A key no skeleton carries yet: where it is used, and what is supported instead."""
 
     key: str
