@@ -13,6 +13,7 @@ from typing import Final
 from attncc.device import Device
 from attncc.ir.attention import Attention
 from attncc.ir.expr import TRUE
+from attncc.ir.rewrite import buffers
 from attncc.passes.lower.pieces import pieces
 from attncc.passes.lower.skew import split_diagonals
 
@@ -77,6 +78,13 @@ def _is_unmasked(attn: Attention) -> bool:
     return attn.parts[0].mask == TRUE
 
 
+def _has_small_tiles(attn: Attention) -> bool:
+    """Scores that read inputs, and masks that start behind the first key."""
+    part = attn.parts[0]
+    ranges = part.key_tiles.ranges if part.key_tiles else ()
+    return attn.dims.qk <= 128 and (bool(buffers(part.score)) or any(r.lo.value != 0 for r in ranges))
+
+
 def _is_ragged(attn: Attention) -> bool:
     return attn.dims.qk % 16 > 0 or attn.dims.v % 16 > 0
 
@@ -98,6 +106,11 @@ HOPPER: Final = (
     Rule("narrow heads", _up_to(64), _config(64, 128, 4, 2, 160, tma=1)),
     Rule("rows that are no multiple of 32 bytes", _both(_is_ragged, _up_to(96)), _config(128, 128, 8, 2, 128, tma=1)),
     Rule("heads of several pieces", _both(_has_pieces, _up_to(112)), _config(64, 64, 4, 2, tma=1)),
+    Rule(
+        "more work a pair, or few keys a row: four programs a multiprocessor",
+        _both(_has_small_tiles, _values_up_to(128)),
+        _config(64, 64, 4, 1, 128, tma=1),
+    ),
     Rule("values up to 128: three programs a multiprocessor", _values_up_to(128), _config(64, 128, 4, 1, 168, tma=1)),
     Rule("heads up to 160", _up_to(160), _config(64, 64, 4, 2, tma=1)),
     Rule("heads of several pieces up to 256", _both(_has_pieces, _up_to(256)), _config(64, 32, 4, 2, tma=1)),
@@ -140,8 +153,12 @@ and pointers, for which no descriptors are made."""
 
 
 def default_configs(attn: Attention, device: Device) -> tuple[tuple[Row, ...], str]:
-    """Rows of (upper bounds of sizes, config) for a device, and the rule they come from."""
+    """Rows of (upper bounds of sizes, config) for a device, and the rule they come from.
+
+    Without a mask all programs of a head read the same keys at about the same time, so two heads at once fill the cache.
+    """
     rule = next(r for r in RULES[device.arch] if r.applies(attn))
-    few = {**rule.config, "BM": 16, "maxnreg": 0, "num_stages": 1}
-    small = {**rule.config, "BN": min(64, rule.config["BN"]), "ONE_PASS": 1, "TMA": 0, "maxnreg": 0}
-    return (({"pairs": SMALL}, small), ({"Sq": SHORT}, few), ({}, rule.config)), rule.why
+    config = {**rule.config, "GROUP": min(2, rule.config["GROUP"])} if _is_unmasked(attn) else rule.config
+    few = {**config, "BM": 16, "maxnreg": 0, "num_stages": 1}
+    small = {**config, "BN": min(64, config["BN"]), "ONE_PASS": 1, "TMA": 0, "maxnreg": 0}
+    return (({"pairs": SMALL}, small), ({"Sq": SHORT}, few), ({}, config)), rule.why
