@@ -155,7 +155,7 @@ and pointers, for which no descriptors are made."""
 def default_configs(attn: Attention, device: Device) -> tuple[tuple[Row, ...], str]:
     """Rows of (upper bounds of sizes, config) for a device, and the rule they come from.
 
-    Without a mask all programs of a head read the same keys at about the same time, so two heads at once fill the cache.
+    Without a mask the programs of a head read the same keys at about the same time: two heads at once fill the cache.
     """
     rule = next(r for r in RULES[device.arch] if r.applies(attn))
     config = {**rule.config, "GROUP": min(2, rule.config["GROUP"])} if _is_unmasked(attn) else rule.config
