@@ -12,6 +12,7 @@ from attncc.ir.expr import FLOATS, OPS, Dtype, Expr, cast_to, ew
 from attncc.ir.intervals import Interval
 from attncc.ir.rewrite import names
 from attncc.passes.facts import positions, size_ranges
+from attncc.passes.solve import is_simple
 
 EXACT: Final = 2**24
 """fp32 holds every integer up to this."""
@@ -51,7 +52,7 @@ class Casts:
     def _can_move(self, e: Expr) -> bool:
         read = names(e)
         over_a_tile = "j" in read and bool(read & {"i", "row"})
-        if not over_a_tile or e.op not in SAME_IN_FLOAT:
+        if not over_a_tile or e.op not in SAME_IN_FLOAT or not is_simple(e):
             return False
         return all(self._is_exact(x) for x in (e, *e.args) if x.dtype != "bool")
 

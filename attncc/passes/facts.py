@@ -48,11 +48,5 @@ def positions(attn: Attention) -> Mapping[str, Interval]:
     }
 
 
-def tile_positions(attn: Attention) -> Mapping[str, Interval]:
-    """The same for the first and last positions of a tile."""
-    at = positions(attn)
-    return {**at, **{text + end: at[text] for text in ("i", "j", "row") for end in "01"}}
-
-
 def _below(size: Expr) -> Interval:
     return const(0), size - 1

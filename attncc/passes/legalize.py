@@ -13,7 +13,7 @@ from math import inf
 from typing import Final
 
 from attncc.ir.attention import Attention, KeyRange, KeyTiles, Part
-from attncc.ir.expr import Expr, cast_to, maximum, minimum
+from attncc.ir.expr import Expr, cast_to, maximum, minimum, name
 from attncc.ir.rewrite import rebuild
 
 Range = tuple[float, float]
@@ -46,7 +46,11 @@ def _part(part: Part, safe: Callable[[Expr], Expr]) -> Part:
 
 
 def _key_tiles(tiles: KeyTiles, safe: Callable[[Expr], Expr]) -> KeyTiles:
-    ranges = tuple(KeyRange(*map(safe, (r.lo, r.hi, r.full_lo, r.full_hi))) for r in tiles.ranges)
+    def end(e: Expr) -> Expr:
+        wide = safe(e)
+        return wide if wide.dtype == "i32" else cast_to(maximum(minimum(wide, name("Sk")), 0), "i32")
+
+    ranges = tuple(KeyRange(*map(end, (r.lo, r.hi, r.full_lo, r.full_hi))) for r in tiles.ranges)
     return replace(tiles, ranges=ranges, skip=None if tiles.skip is None else safe(tiles.skip))
 
 
@@ -93,15 +97,31 @@ def _mod(a: Range, b: Range) -> Range:
     return (0.0, b[1] - 1) if b[0] >= 0 else ANY
 
 
+def _one(f: Callable[[Range], Range]) -> Callable[..., Range]:
+    return f
+
+
+def _two(f: Callable[[Range, Range], Range]) -> Callable[..., Range]:
+    return f
+
+
+def _abs(a: Range) -> Range:
+    return (0.0 if a[0] <= 0 <= a[1] else min(abs(a[0]), abs(a[1]))), max(abs(a[0]), abs(a[1]))
+
+
+def _where(_: Range, a: Range, b: Range) -> Range:
+    return min(a[0], b[0]), max(a[1], b[1])
+
+
 RANGES: Final[Mapping[str, Callable[..., Range]]] = {
     "add": _corners(lambda x, y: x + y),
     "sub": _corners(lambda x, y: x - y),
     "mul": _corners(_times),
-    "min": lambda a, b: (min(a[0], b[0]), min(a[1], b[1])),
-    "max": lambda a, b: (max(a[0], b[0]), max(a[1], b[1])),
-    "neg": lambda a: (-a[1], -a[0]),
-    "abs": lambda a: (0.0 if a[0] <= 0 <= a[1] else min(abs(a[0]), abs(a[1])), max(abs(a[0]), abs(a[1]))),
-    "where": lambda c, a, b: (min(a[0], b[0]), max(a[1], b[1])),
+    "min": _two(lambda a, b: (min(a[0], b[0]), min(a[1], b[1]))),
+    "max": _two(lambda a, b: (max(a[0], b[0]), max(a[1], b[1]))),
+    "neg": _one(lambda a: (-a[1], -a[0])),
+    "abs": _abs,
+    "where": _where,
     "floordiv": _floordiv,
     "mod": _mod,
 }

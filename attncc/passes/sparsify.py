@@ -22,7 +22,6 @@ from attncc.passes.ieee import is_finite
 from attncc.passes.linear import tidy
 from attncc.passes.ranges import END, FIRST, NOTHING, Cube, Span, Term, end, unite_cubes, unite_terms
 from attncc.passes.solve import J, Solver, compares_conditions, is_simple, length, moves_with_key, push_not
-from attncc.passes.widths import Widths
 
 ROWS: Final[Mapping[str, Interval]] = {"i": (name("i0"), name("i1")), "row": (name("row0"), name("row1"))}
 TILE: Final[Mapping[str, Interval]] = {**ROWS, "j": (name("j0"), name("j1"))}
@@ -37,23 +36,21 @@ ANY_BLOCK: Final = 2**24
 def sparsify(attn: Attention) -> Attention:
     """Sets `key_tiles` of every part."""
     solver = Solver({i.name: i for i in attn.inputs if i.sorted})
-    widths = Widths.of(attn)
-    return replace(attn, parts=tuple(_sparsify(part, solver, widths) for part in attn.parts))
+    return replace(attn, parts=tuple(_sparsify(part, solver) for part in attn.parts))
 
 
-def _sparsify(part: Part, solver: Solver, widths: Widths) -> Part:
+def _sparsify(part: Part, solver: Solver) -> Part:
     mask = solver.solve(push_not(part.mask))
     rising = {text: length(x) for text, x in solver.sorted_inputs.items()}
     terms = unite_terms(_term(cube, rising) for cube in _cubes(mask)) or (NOTHING,)
     listed = any(map(_is_data, _literals(mask)))
-    skip = None if listed else _skip(mask, rising)
     key_tiles = KeyTiles(
-        ranges=tuple(sorted((widths.key_range(_key_range(t)) for t in terms), key=lambda r: r.lo != FIRST)),
-        skip=None if skip is None else widths.widen(skip),
+        ranges=tuple(sorted(map(_key_range, terms), key=lambda r: r.lo != FIRST)),
+        skip=None if listed else _skip(mask, rising),
         listed=listed,
         granularity=(_granularity(part.mask, "i"), _granularity(part.mask, "j")) if listed else (1, 1),
     )
-    return replace(part, mask=_cheaper(part.mask, widths.widen(mask)), key_tiles=key_tiles)
+    return replace(part, mask=_cheaper(part.mask, mask), key_tiles=key_tiles)
 
 
 COST: Final[Mapping[str, int]] = {"load": 8, "bucket": 32, "floordiv": 4, "mod": 4}
@@ -120,9 +117,10 @@ def _term(cube: Cube, rising: Mapping[str, Expr]) -> Term:
     conditions = [interval(e, ROWS, rising) if _is_trusted(e) else UNKNOWN for e in _conjuncts(cube.when)]
     every = tidy(reduce(Expr.__and__, (c[0] or FALSE for c in conditions)))
     some = tidy(reduce(Expr.__and__, (c[1] or TRUE for c in conditions)))
-    lo, hi = (_NO_END if e is None else _interval(e, rising) for e in (cube.span.lo, cube.span.hi))
+    span = cube.span
+    lo, hi = (UNKNOWN if e is None else _interval(e, rising) for e in (span.lo, span.hi))
     seen = _if(some, Span(_end(lo[0]), _end(hi[1])))
-    unknown = every == FALSE or (lo is not _NO_END and lo[1] is None) or (hi is not _NO_END and hi[0] is None)
+    unknown = every == FALSE or (span.lo is not None and lo[1] is None) or (span.hi is not None and hi[0] is None)
     full = None if cube.loose or unknown else _if(every, Span(_end(lo[1]), _end(hi[0])))
     return Term(seen, None if full is None or full.empty else full)
 
@@ -133,10 +131,7 @@ def _if(condition: Expr, span: Span) -> Span:
 
 
 def _interval(e: Expr, rising: Mapping[str, Expr]) -> Interval:
-    return interval(e, ROWS, rising) if is_simple(e) else (None, None)
-
-
-_NO_END: Final[Interval] = (None, None)
+    return interval(e, ROWS, rising) if is_simple(e) else UNKNOWN
 
 
 def _end(e: Bound) -> Bound:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
-from masks import attention, causal, masks, window
+from masks import attention, causal, i, j, masks, window
 
 from attncc import passes
 from attncc.errors import CompilerBug, Unsupported
 from attncc.ir.attention import Attention, Call
-from attncc.ir.expr import Expr
+from attncc.ir.expr import Expr, eq, ew, maximum, minimum, where
+from attncc.ir.text import text
 from attncc.passes.fuse import fuse
 
 
@@ -35,6 +37,37 @@ def test_passes_are_pure_and_idempotent() -> None:
 def test_every_result_is_legal(mask: Expr) -> None:
     """`run` verifies after each pass."""
     assert passes.run(attention(mask)).part.key_tiles is not None
+
+
+def _nest(step: Callable[[Expr, int], Expr], innermost: Expr) -> Expr:
+    for depth in range(40):
+        innermost = step(innermost, depth)
+    return innermost
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        _nest(lambda e, k: eq(e, j < k), causal),
+        _nest(lambda e, k: where(j < k, e, causal), causal),
+        _nest(lambda e, k: ew("abs", e - k), j) <= 3,
+        _nest(lambda e, k: where(e <= k, j, i), j) <= 3,
+        _nest(lambda e, k: where(e <= k, i + 1, i), i) <= j,
+        _nest(lambda e, k: (e + k) % 97, j - i) <= 3,
+        _nest(lambda e, k: minimum(maximum(e, i - k), i + k), j) <= 3,
+        _nest(lambda e, k: e & ((j <= i - k) | (j >= i + 2 * k)), causal),
+        _nest(lambda e, k: e | (j <= i + 7 * k) & (j >= i + 7 * k - 2) & (i > k), causal),
+        _nest(lambda e, k: e & ew("ne", j, i - 2 * k), causal),
+    ],
+    ids=range(10),
+)
+def test_nesting_does_not_multiply(mask: Expr) -> None:
+    """Each of these hung, or grew to megabytes, when every choice was spelt out."""
+    part = passes.run(attention(mask)).part
+    assert part.key_tiles is not None
+    assert len(part.key_tiles.ranges) <= 4
+    assert len(text(part.mask)) < 20_000
+    assert all(len(text(e)) < 2_000 for r in part.key_tiles.ranges for e in (r.lo, r.hi, r.full_lo, r.full_hi))
 
 
 @pytest.mark.parametrize("key", ["prologue", "epilogue"])
