@@ -71,7 +71,7 @@ def _header(attn: Attention, program: Program, made_by: str, digest: str) -> lis
     ]
 
 
-def _kernels(attn: Attention, texts: Iterable[str], header: Iterable[str]) -> str:
+def _kernels(attn: Attention, texts: Sequence[str], header: Iterable[str]) -> str:
     w = Writer()
     w.line(f'"""Triton kernels of {attn.name}.')
     w.line()
@@ -81,12 +81,18 @@ def _kernels(attn: Attention, texts: Iterable[str], header: Iterable[str]) -> st
     w.line('"""')
     w.line()
     w.block(["import triton", "import triton.language as tl"])
+    if any("BF16" in text for text in texts):
+        w.block(["", *BF16])
     for text in texts:
         w.block(["", ""])
         w.block(text.splitlines())
     return w.text()
 
 
+BF16: Final = (
+    "# the interpreter multiplies bf16 bit patterns: it is given fp32, and computes in that",
+    "BF16 = tl.constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16)",
+)
 NOTATION: Final = (
     "B batch, Hq and Hk query and key heads, Sq queries, Sk keys; Q K V O operands [b, h, row, column], given as",
     "tensor descriptors where TMA is set, else as pointers; x_b x_h x_s their strides. BM rows and BN keys make a",

@@ -32,7 +32,7 @@ FLAG_DOC: Final[dict[str, str]] = {
 }
 DTYPE: Final[dict[Dtype, str]] = {
     "bool": "tl.int1", "i8": "tl.int8", "u8": "tl.uint8", "i32": "tl.int32", "i64": "tl.int64",
-    "f16": "tl.float16", "bf16": "tl.bfloat16", "f32": "tl.float32", "f64": "tl.float64",
+    "f16": "tl.float16", "bf16": "BF16", "f32": "tl.float32", "f64": "tl.float64",
 }  # fmt: skip
 ATOM: Final = 10
 UNARY: Final = 9
@@ -129,7 +129,8 @@ class Printer:
             case "reshape":
                 return f"tl.reshape({self.expr(e.args[0])}, {shape})"
             case "reduce" if isinstance(e.attr, tuple):
-                return f"tl.{e.attr[0]}({self.expr(e.args[0])}, {e.attr[1]})"
+                axis = "" if e.attr[1] == "all" else f", {e.attr[1]}"
+                return f"tl.{e.attr[0]}({self.expr(e.args[0])}{axis})"
             case "cumsum":
                 return f"tl.cumsum({self.expr(e.args[0])}, 0)"
             case _:

@@ -86,6 +86,11 @@ def reduce(op: str, x: Expr, axis: int) -> Expr:
     return Expr("reduce", (x,), (op, axis), x.dtype, (*x.shape[:axis], *x.shape[axis + 1 :]))
 
 
+def reduce_all(op: str, x: Expr) -> Expr:
+    """max, min or sum over all of a tile."""
+    return Expr("reduce", (x,), (op, "all"), x.dtype)
+
+
 def read(buffer: Param, *index: Value, mask: Expr | None = None) -> Expr:
     """Elements of a buffer, one index per axis; 0 where the mask is false."""
     at = tuple(map(lift, index))

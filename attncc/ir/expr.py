@@ -41,7 +41,7 @@ STRUCTURAL: Final[dict[str, str]] = {
     "trans": "a matrix, transposed",
     "cast": "the dtype says it",
     "dot": "args: a [M, K], b [K, N] and, if any, the accumulator [M, N]",
-    "reduce": "attr: (max | sum | min, axis)",
+    "reduce": "attr: (max | sum | min, axis), the axis 'all' leaves a scalar",
     "cumsum": "the running sum of a vector, inclusive",
     "tile": "attr: operand; args: b, h, first row, first column; shape: [rows, columns] of the tile",
 }

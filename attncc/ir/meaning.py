@@ -121,7 +121,7 @@ def _dot(e: Expr, frame: Frame, args: list[Array]) -> Array:
 def _reduce(e: Expr, frame: Frame, args: list[Array]) -> Array:
     assert isinstance(e.attr, tuple)
     kind, axis = e.attr
-    return REDUCTIONS[str(kind)](args[0], axis=int(axis))
+    return REDUCTIONS[str(kind)](args[0], axis=None if axis == "all" else int(axis))
 
 
 # -- tensors -------------------------------------------------------------------------------------

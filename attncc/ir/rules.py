@@ -212,6 +212,8 @@ def _reduce(e: Expr, tensors: Mapping[str, Tensor]) -> Type:
     require(isinstance(e.attr, tuple) and len(e.attr) == 2, f"'reduce' has (kind, axis), got {e.attr!r}")
     kind, axis = e.attr if isinstance(e.attr, tuple) else ("", -1)
     require(kind in REDUCTIONS, f"no reduction '{kind}'")
+    if axis == "all":
+        return e.args[0].dtype, ()
     require(isinstance(axis, int) and 0 <= axis < len(shape), f"no axis {axis!r} in {list(shape)}")
     at = int(axis)
     return e.args[0].dtype, (*shape[:at], *shape[at + 1 :])

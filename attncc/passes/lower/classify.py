@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from typing import Final
 
 from attncc.ir.attention import Attention, KeyTiles
-from attncc.ir.build import Builder, column, iota, program, quotient, read, reduce, remainder, row
+from attncc.ir.build import Builder, column, iota, program, quotient, read, reduce, reduce_all, remainder, row
 from attncc.ir.expr import Expr, cast_to, const, maximum, minimum, name, where
 from attncc.ir.rewrite import names
 from attncc.ir.tile import Kernel, Param, Scratch
@@ -149,8 +149,8 @@ def _single(b: Builder, tile: Expr, t: QueryTile, holds: Callable[[Expr], Expr],
     j = b.let("j", tile * BN + iota("BN"), "[BN]")
     seen = b.let("seen", cast_to(holds(j), "i32"))
     inside = row(cast_to(j < t.keys, "i32"))
-    some = b.let("some", reduce("max", reduce("max", seen * inside, 1), 0))
-    every = b.let("every", reduce("min", reduce("min", seen * inside, 1), 0))
+    some = b.let("some", reduce_all("max", seen * inside))
+    every = b.let("every", reduce_all("min", seen * inside))
     masked, whole = name("masked"), name("whole")
     b.store(TILES, (listed, where(every > 0, last - whole, masked)), tile, some > 0)
     b.let("masked", masked + (some - every))

@@ -13,7 +13,20 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from attncc.ir.attention import Attention, KeyTiles
-from attncc.ir.build import Builder, column, dot, full, function, iota, program, read, reduce, row, tile, trans
+from attncc.ir.build import (
+    Builder,
+    column,
+    dot,
+    full,
+    function,
+    iota,
+    program,
+    read,
+    reduce_all,
+    row,
+    tile,
+    trans,
+)
 from attncc.ir.expr import TRUE, Expr, cast_to, const, eq, ew, maximum, minimum, name, where
 from attncc.ir.rewrite import names, transform, walk
 from attncc.ir.tile import Function, Kernel, Launch, Param, Program, Scratch
@@ -180,7 +193,7 @@ def _redo_lost(b: Builder, attn: Attention, t: QueryTile, rule: Rule, runs: Runs
     lost: Expr = const(0)
     for p in pieces(attn.dims.v):
         acc = name("acc" + p.suffix(pieces(attn.dims.v)), "f32", ("BM", p.width))
-        lost = maximum(lost, reduce("max", reduce("max", cast_to(ew("ne", acc, acc), "i32"), 1), 0))
+        lost = maximum(lost, reduce_all("max", cast_to(ew("ne", acc, acc), "i32")))
     with b.when(eq(PASS, 0)):
         b.store(LOST, (program(),), lost)
     with b.when(eq(PASS, 2)):
