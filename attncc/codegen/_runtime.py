@@ -230,7 +230,7 @@ def run(plan: Plan, tensors: list[Any], scale: float) -> None:
     """Launches a plan's kernels on the arguments, o and lse of one call."""
     q = tensors[0]
     given = tensors
-    if INTERPRETED and q.dtype == torch.bfloat16:  # the interpreter multiplies bf16 bit patterns
+    if INTERPRETED and q.dtype == torch.bfloat16:  # the kernels' BF16 is fp32 then
         tensors = [t.float() if t is not None and t.dtype == q.dtype else t for t in tensors]
     for shape, dtype in plan.scratch:
         tensors.append(q.new_empty(shape, dtype=dtype))

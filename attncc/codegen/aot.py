@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 from attncc.codegen import assembly
 from attncc.device import Device, Vendor, find
@@ -141,11 +141,27 @@ def _serve() -> None:
 
 def _attempt(job: Job) -> Resources | Failed:
     said = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(said):
-            return _compile(job, said)
-    except Exception as error:  # whatever Triton raises is this job's outcome
-        return Failed(f"{type(error).__name__}: {error}\n{said.getvalue()[-4000:]}".rstrip())
+    with _standard_error() as diagnostics:
+        try:
+            with contextlib.redirect_stdout(said):
+                return _compile(job, said)
+        except Exception as error:  # whatever Triton raises is this job's outcome
+            diagnostics.seek(0)
+            heard = "\n".join(line for line in diagnostics.read().splitlines() if "error:" in line)
+            return Failed("\n".join(filter(None, (f"{type(error).__name__}: {error}", heard, said.getvalue()[-4000:]))))
+
+
+@contextlib.contextmanager
+def _standard_error() -> Iterator[IO[str]]:
+    """What is written to descriptor 2 meanwhile, where LLVM puts its diagnostics; a crash's words are lost with it."""
+    with tempfile.TemporaryFile("w+") as file:
+        kept = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield file
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def _compile(job: Job, said: io.StringIO) -> Resources:
