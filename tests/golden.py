@@ -44,15 +44,25 @@ class Golden:
         Figures are compared exactly under the Triton that made the golden; under another one only the set
         of kernels is.
         """
-        figures = {name: _without_version(resources) for name, resources in sorted(built.items())}
+        figures = {name: _without_names(resources) for name, resources in sorted(built.items())}
         (version,) = {resources.triton for resources in built.values()}
         path = self.stem.with_name(self.stem.name + ".json")
         saved: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         if self.update or saved.get("triton") == version or not saved:
-            self.check(json.dumps({"triton": version, "kernels": figures}, indent=1) + "\n", ".json")
+            self.check(_table(version, figures), ".json")
         else:
             assert sorted(saved["kernels"]) == sorted(figures)
 
 
-def _without_version(resources: Resources) -> dict[str, Any]:
-    return {k: v for k, v in asdict(resources).items() if k != "triton"}
+NAMED: Final = ("kernel", "target", "triton")
+"""Said by a kernel's name and by the file."""
+
+
+def _without_names(resources: Resources) -> dict[str, Any]:
+    return {k: v for k, v in asdict(resources).items() if k not in NAMED}
+
+
+def _table(version: str, figures: Mapping[str, dict[str, Any]]) -> str:
+    """JSON with one line a kernel, so that a difference can be read."""
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in figures.items())
+    return f'{{\n "triton": "{version}",\n "kernels": {{\n{lines}\n }}\n}}\n'

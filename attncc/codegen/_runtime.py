@@ -231,7 +231,7 @@ def run(plan: Plan, tensors: list[Any], scale: float) -> None:
     q = tensors[0]
     given = tensors
     if INTERPRETED and q.dtype == torch.bfloat16:  # the kernels' BF16 is fp32 then
-        tensors = [t.float() if t is not None and t.dtype == q.dtype else t for t in tensors]
+        tensors = [widened(t) if t is not None and t.dtype == q.dtype else t for t in tensors]
     for shape, dtype in plan.scratch:
         tensors.append(q.new_empty(shape, dtype=dtype))
     for launch in plan.launches:
@@ -239,6 +239,14 @@ def run(plan: Plan, tensors: list[Any], scale: float) -> None:
     if given is not tensors:
         o = len(given) - 2
         given[o].copy_(tensors[o])
+
+
+def widened(t: torch.Tensor) -> torch.Tensor:
+    """A tensor in fp32 with the strides it has, which the plan knows."""
+    if not t.numel():
+        return t.float()
+    span = 1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
+    return t.as_strided((span,), (1,)).float().as_strided(t.shape, t.stride(), 0)
 
 
 def pick(module: Any, sizes: Sizes) -> Config:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from attncc import driver, spec
-from attncc.device import find
+from attncc.check.run import check_package
+from attncc.device import find, here
 from attncc.errors import CompilerBug, SpecError, Unsupported
 
 ROOT = Path(__file__).parents[2]
@@ -213,6 +214,16 @@ def test_check_agrees_on_this_machine(change: dict[str, str]) -> None:
         text = text.replace(old, new)
     report = driver.check(spec.loads(text), [{"B": 2, "Sq": 19, "Sk": 37}])
     assert report.passed, [(str(o.case), o.verdict, o.detail, o.deviations) for o in report.outcomes if not o.passed]
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "varlen"])
+def test_bf16_itself_runs_here(layout: str, tmp_path: Path) -> None:
+    loaded = spec.loads(SPEC.replace("dtype: fp16", f"dtype: bf16\nlayout: {layout}"))
+    device = here()[0]
+    package = driver.compile(loaded, tmp_path, [device])
+    report = check_package(loaded.attention, package, device, [{"B": 2, "Sq": 5, "Sk": 9}])
+    assert report.dtype == "bf16"
+    assert report.passed, [(str(o.case), o.verdict, o.detail) for o in report.outcomes if not o.passed]
 
 
 def test_check_says_what_stood_in_for_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
