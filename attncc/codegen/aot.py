@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -152,7 +152,7 @@ def _attempt(job: Job) -> Resources | Failed:
 
 
 @contextlib.contextmanager
-def _standard_error() -> Iterator[IO[str]]:
+def _standard_error() -> Generator[IO[str]]:
     """What is written to descriptor 2 meanwhile, where LLVM puts its diagnostics; a crash's words are lost with it."""
     with tempfile.TemporaryFile("w+") as file:
         kept = os.dup(2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,13 @@ def test_what_is_unsupported_has_its_line(line: str, key: str, tmp_path: Path) -
         assert error.value.key.startswith(key)
         assert error.value.location is not None
         assert error.value.location.line == 10
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_card_of_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
+    card = replace(find("sm_80"), name="nvidia_old", arch="sm_70")
+    with pytest.raises(Unsupported, match="sm_70"):
+        driver.compile(spec.loads(SPEC), tmp_path, [card])
     assert not list(tmp_path.iterdir())
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from attncc.device import Device
+from attncc.errors import Unsupported
 from attncc.ir.attention import Attention
 from attncc.ir.expr import TRUE
 from attncc.ir.rewrite import buffers
@@ -157,6 +158,8 @@ def default_configs(attn: Attention, device: Device) -> tuple[tuple[Row, ...], s
 
     Without a mask the programs of a head read the same keys at about the same time: two heads at once fill the cache.
     """
+    if device.arch not in RULES:
+        raise Unsupported(f"nothing is known of launches on {device.arch}", hint=f"supported: {', '.join(RULES)}")
     rule = next(r for r in RULES[device.arch] if r.applies(attn))
     config = {**rule.config, "GROUP": min(2, rule.config["GROUP"])} if _is_unmasked(attn) else rule.config
     few = {**config, "BM": 16, "maxnreg": 0, "num_stages": 1}
