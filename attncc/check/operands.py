@@ -54,8 +54,8 @@ def draw(attn: Attention, case: Case, dtype: torch.dtype, generator: torch.Gener
     heads = {"q": (attn.heads.q, attn.dims.qk), "k": (attn.heads.kv, attn.dims.qk), "v": (attn.heads.v, attn.dims.v)}
     place = PLACEMENTS.get(case.trait, _as_is)
     q, k, v = (
-        place(_pack([getattr(s, x) for s in sequences], attn.layout, heads[x], generator.device).to(dtype))
-        for x in ("q", "k", "v")
+        place(_pack([getattr(s, x) for s in sequences], attn.layout, length, heads[x], generator.device).to(dtype))
+        for x, length in (("q", case.Sq), ("k", case.Sk), ("v", case.Sk))
     )
     sizes = {"B": case.B, "Sq": case.Sq, "Sk": case.Sk, "Hq": attn.heads.q, "Hk": attn.heads.kv}
     sizes |= {"Hv": attn.heads.v, "Dqk": attn.dims.qk, "Dv": attn.dims.v}
@@ -103,11 +103,12 @@ def _serving(attn: Attention) -> list[int]:
 # -- layouts and memory --------------------------------------------------------------------------
 
 
-def _pack(sequences: list[Tensor], layout: str, heads: tuple[int, int], device: torch.device) -> Tensor:
+def _pack(sequences: list[Tensor], layout: str, length: int, heads: tuple[int, int], device: torch.device) -> Tensor:
+    """The sequences of a batch in one tensor; `length` is theirs, which an empty batch has too."""
     if layout == "varlen":
         return torch.cat(sequences) if sequences else torch.zeros((0, *heads), device=device)
     if not sequences:
-        axes = (0, 1, heads[0], heads[1]) if layout == "bshd" else (0, heads[0], 1, heads[1])
+        axes = (0, length, *heads) if layout == "bshd" else (0, heads[0], length, heads[1])
         return torch.zeros(axes, device=device)
     rows = torch.stack(sequences)
     return rows if layout == "bshd" else rows.transpose(1, 2).contiguous()
