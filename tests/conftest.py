@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import pytest
 from golden import TESTS, Golden
+from hypothesis import settings
+
+settings.register_profile("ci", derandomize=True)  # a change lands or not by what it does, not by luck
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
