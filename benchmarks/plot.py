@@ -1,0 +1,47 @@
+"""Bars of the ratios in a benchmark's JSON, as an SVG that reads on light and on dark pages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Final
+
+INK: Final = "#8b949e"
+COLOURS: Final = {"FlexAttention": "#e8590c", "cuDNN": "#4c8dff"}
+
+
+def draw(file: Path, out: Path) -> None:
+    """How many times as fast as each peer attncc is, a bar a case; the line at 1 is the peer."""
+    import plotly.graph_objects as go
+
+    data = json.loads(file.read_text())
+    rows = [r for r in data["rows"] if r["impl"] == "attncc" and "ratio" in r and r["case"].startswith("fwd/")]
+    names = list(dict.fromkeys(r["case"] for r in rows))[::-1]
+    figure = go.Figure()
+    for peer, colour in COLOURS.items():
+        mine = {r["case"]: r for r in rows if r["peer"] == peer}
+        shown = [n for n in names if n in mine]
+        figure.add_bar(
+            y=[n.removeprefix("fwd/") for n in shown],
+            x=[mine[n]["ratio"] for n in shown],
+            text=[f"{mine[n]['ratio']:.2f}" for n in shown],
+            name=f"against {peer}",
+            orientation="h",
+            marker_color=colour,
+            textposition="outside",
+        )
+    figure.add_vline(x=1.0, line_color=INK, line_width=1)
+    meta = data["meta"]
+    figure.update_layout(
+        title=f"attncc prefill, times the peer's speed ({meta['device']}, triton {meta['triton']}, {meta['date']})",
+        font={"color": INK, "family": "sans-serif", "size": 12},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        bargap=0.25,
+        height=150 + 34 * len(names),
+        width=960,
+        margin={"l": 250, "r": 40, "t": 60, "b": 40},
+        legend={"orientation": "h", "y": 1.02, "x": 0.0},
+    )
+    figure.update_xaxes(gridcolor="rgba(139,148,158,0.25)", rangemode="tozero")
+    figure.write_image(out)

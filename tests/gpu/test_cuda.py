@@ -1,0 +1,192 @@
+"""On a CUDA GPU: every example against the oracle, and what only a GPU can show."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from attncc import driver, spec
+
+pytestmark = pytest.mark.gpu
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
+CUDA = "cuda"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    out = tmp_path_factory.mktemp("packages")
+    sys.path.insert(0, str(out))
+    yield out
+    sys.path.remove(str(out))
+
+
+def package(folder: Path, name: str, body: str) -> ModuleType:
+    """A package compiled for the GPU that is here."""
+    driver.compile(spec.loads(f"attncc: 1\nname: {name}\n{body}\n"), folder)
+    importlib.invalidate_caches()
+    return importlib.import_module(name)
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(*shape, device=CUDA, dtype=dtype)
+
+
+def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Attention in fp64; a row that sees no key is 0."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = (x.double().repeat_interleave(groups, 1) for x in (k, v))
+    s = q.double() @ k.mT * q.shape[-1] ** -0.5
+    if mask is not None:
+        s = s.masked_fill(~mask, -torch.inf)
+    return torch.nan_to_num(s.softmax(-1)) @ v
+
+
+def close(got: torch.Tensor, want: torch.Tensor) -> None:
+    assert torch.isfinite(got).all()
+    assert float((got.double() - want).norm() / want.norm()) < 5e-3
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
+def test_examples_agree_with_the_oracle(path: Path) -> None:
+    report = driver.check(path)
+    wrong = [o for o in report.outcomes if not o.passed]
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+@pytest.mark.parametrize("ratio", [1, 3, 5, 8])
+def test_any_ratio_of_heads(folder: Path, ratio: int) -> None:
+    m = package(folder, f"ratio_{ratio}", f"heads: {{q: {2 * ratio}, kv: 2}}\ndims: 64\nmask: causal")
+    q, k, v = normal(2, 2 * ratio, 1100, 64), normal(2, 2, 1100, 64), normal(2, 2, 1100, 64)
+    seen = torch.ones(1100, 1100, device=CUDA, dtype=torch.bool).tril()
+    close(m.attention(q, k, v), exact(q, k, v, seen))
+
+
+@pytest.mark.parametrize(
+    "dims", [(1, 1), (7, 7), (16, 16), (40, 24), (72, 72), (96, 96), (160, 160), (192, 128), (512, 512)]
+)
+def test_any_head_dim(folder: Path, dims: tuple[int, int]) -> None:
+    d, e = dims
+    m = package(folder, f"dims_{d}_{e}", f"heads: 4\ndims: {{qk: {d}, v: {e}}}")
+    q, k, v = normal(2, 4, 700, d), normal(2, 4, 900, d), normal(2, 4, 900, e)
+    close(m.attention(q, k, v), exact(q, k, v))
+
+
+def test_strides(folder: Path) -> None:
+    """Views that tensor maps can and cannot read: transposed, expanded, with odd strides, unaligned."""
+    m = package(folder, "strides", "heads: {q: 4, kv: 4}\ndims: 64\nmask: causal")
+    s = 700
+    seen = torch.ones(s, s, device=CUDA, dtype=torch.bool).tril()
+    base = normal(2, s, 3, 4, 64)
+    transposed = [base[:, :, n].transpose(1, 2) for n in range(3)]
+    expanded = [normal(2, 4, s, 64), normal(1, 1, s, 64).expand(2, 4, s, 64), normal(2, 1, s, 64).expand(2, 4, s, 64)]
+    odd = [normal(2, 4, s, 67)[..., :64] for _ in range(3)]
+    unaligned = [normal(2 * 4 * s * 64 + 1)[1:].view(2, 4, s, 64) for _ in range(3)]
+    for q, k, v in (transposed, expanded, odd, unaligned):
+        close(m.attention(q, k, v), exact(q, k, v, seen))
+
+
+def test_storage_beyond_two_to_the_31(folder: Path) -> None:
+    m = package(folder, "far", "heads: 2\ndims: 64\nmask: causal")
+    s, step = 600, 2**31 + 64
+    seen = torch.ones(s, s, device=CUDA, dtype=torch.bool).tril()
+    store = torch.empty(step + s * 64, device=CUDA, dtype=torch.bfloat16)
+    far = store.as_strided((1, 2, s, 64), (2 * step, step, 64, 1))
+    far.normal_()
+    close(m.attention(far, far, far), exact(far, far, far, seen))
+    del store, far
+    torch.cuda.empty_cache()
+
+
+def test_more_than_two_to_the_31_elements(folder: Path) -> None:
+    m = package(folder, "many", "heads: 8\ndims: 128\nmask: causal & window(64)")
+    b, s = 17, 2**17
+    q = normal(b, 8, s, 128)
+    assert q.numel() > 2**31
+    o = m.attention(q, q, q)
+    tail = slice(s - 256, s)
+    i = torch.arange(256, device=CUDA)
+    seen = (i[:, None] >= i) & (i[:, None] - i < 64)
+    x = q[b - 1 :, 7:, tail]
+    close(o[b - 1 :, 7:, tail][:, :, 64:], exact(x, x, x, seen)[:, :, 64:])
+
+
+def test_hidden_values_do_not_leak(folder: Path) -> None:
+    """Large calls take two launches, small ones one; NaN and inf stay with the rows that see them."""
+    m = package(folder, "hidden", "heads: 2\ndims: 64\nmask: causal")
+    for b, s in ((1, 300), (8, 1500)):
+        q, k, v = (normal(b, 2, s, 64) for _ in range(3))
+        v[:, :, s // 2 :] = torch.nan
+        k[:, :, s // 2 + 3 :] = torch.inf
+        o = m.attention(q, k, v)
+        seen = torch.ones(s // 2, s // 2, device=CUDA, dtype=torch.bool).tril()
+        x = [t[:, :, : s // 2] for t in (q, k, v)]
+        close(o[:, :, : s // 2], exact(*x, seen))
+        assert torch.isnan(o[:, :, s // 2 :]).all()
+
+
+def test_graph_capture(folder: Path) -> None:
+    m = package(folder, "graphed", "heads: 4\ndims: 64\nmask: causal & window(100)")
+    q, k, v = (normal(2, 4, 900, 64) for _ in range(3))
+    m.attention(q, k, v)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = m.attention(q, k, v)
+    for t in (q, k, v):
+        t.normal_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(o, m.attention(q, k, v))
+
+
+def test_two_streams(folder: Path) -> None:
+    m = package(
+        folder, "streamed", "inputs: {ids: {shape: [Sk], dtype: int32}}\nheads: 4\ndims: 64\nmask: ids[i] == ids[j]"
+    )
+    data: list[dict[str, Any]] = []
+    for n in range(2):
+        ids = torch.randint(0, 3 + n, (2000,), device=CUDA, dtype=torch.int32)
+        data.append({"q": normal(1, 4, 2000, 64), "k": normal(1, 4, 2000, 64), "v": normal(1, 4, 2000, 64), "ids": ids})
+    wanted = [m.attention(**d) for d in data]
+    streams = [torch.cuda.Stream() for _ in data]
+    torch.cuda.synchronize()
+    got: list[list[torch.Tensor]] = [[], []]
+    for _ in range(20):
+        for n, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                got[n].append(m.attention(**data[n]))
+    torch.cuda.synchronize()
+    assert all(torch.equal(o, wanted[n]) for n in range(2) for o in got[n])
+
+
+def test_torch_compile_and_opcheck(folder: Path) -> None:
+    m = package(folder, "traced", "heads: 4\ndims: 64\nmask: causal")
+    compiled = torch.compile(lambda q, k, v: m.attention(q, k, v) * 2.0, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for s in (300, 450):
+            q, k, v = (normal(2, 4, s, 64) for _ in range(3))
+            assert torch.allclose(compiled(q, k, v), m.attention(q, k, v) * 2.0)
+    torch.library.opcheck(torch.ops.attncc_traced.forward.default, (q, k, v, None))
+
+
+def test_wrong_device(folder: Path) -> None:
+    m = package(folder, "placed", "heads: 4\ndims: 64")
+    q = normal(1, 4, 64, 64)
+    with pytest.raises(ValueError, match=r"k must be on cuda:0 like q, got cpu"):
+        m.attention(q, q.cpu(), q)
+    with pytest.raises(RuntimeError, match=r"need a GPU"):
+        m.attention(q.cpu(), q.cpu(), q.cpu())
+
+
+def test_no_gradient(folder: Path) -> None:
+    m = package(folder, "forward_only", "heads: 4\ndims: 64")
+    q = normal(1, 4, 64, 64)
+    with pytest.raises(RuntimeError, match=r"q requires a gradient"):
+        m.attention(q.clone().requires_grad_(), q, q)
