@@ -40,8 +40,8 @@ def draw(file: Path, out: Path) -> None:
         bargap=0.25,
         height=150 + 34 * len(names),
         width=960,
-        margin={"l": 250, "r": 40, "t": 60, "b": 40},
-        legend={"orientation": "h", "y": 1.02, "x": 0.0},
+        margin={"l": 250, "r": 40, "t": 90, "b": 40},
+        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0.0},
     )
     figure.update_xaxes(gridcolor="rgba(139,148,158,0.25)", rangemode="tozero")
     figure.write_image(out)
