@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,20 +21,42 @@ class Tensor:
     """Read by tiles of [rows, columns]: its last axis must be contiguous."""
 
 
+@dataclass(frozen=True)
+class Size:
+    """What a run-time size may be; kernels were proven to address `most` and no more."""
+
+    most: int
+    fixed: int | None = None
+    multiple: int = 1
+
+
 def fill(axes: Sequence[int | str], sizes: Sizes, partial: bool = False) -> tuple[int, ...]:
     return tuple(a if isinstance(a, int) else sizes.get(a, -1) if partial else sizes[a] for a in axes)
+
+
+LEAST, GREATEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+"""The positive numbers that fp32 holds in full."""
 
 
 def check_scale(name: str, scale: float) -> float:
     if isinstance(scale, bool) or not isinstance(scale, int | float):
         raise TypeError(f"{name}: scale must be a float, got {type(scale).__name__}")
-    if not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(f"{name}: scale must be positive and finite, got {scale}")
+    if not LEAST <= scale <= GREATEST:
+        raise ValueError(f"{name}: scale must be positive and finite in fp32, got {scale}")
     return float(scale)
 
 
+def default_scale(name: str, formula: Callable[[Sizes], float], sizes: Sizes) -> float:
+    """The spec's own scale, which may depend on the sizes of a call."""
+    try:
+        scale = formula(sizes)
+    except (ArithmeticError, ValueError) as error:
+        raise ValueError(f"{name}: the spec's scale has no value for {sizes}: {error}") from None
+    return check_scale(name, scale)
+
+
 def check_tensors(
-    name: str, wanted: Sequence[Tensor], tensors: Sequence[torch.Tensor], limits: Mapping[str, int]
+    name: str, wanted: Sequence[Tensor], tensors: Sequence[torch.Tensor], known: Mapping[str, Size]
 ) -> Sizes:
     """Checks every argument of the package `name` and returns the sizes they agree on.
 
@@ -58,13 +79,21 @@ def check_tensors(
             )
     if "Tq" in sizes:
         sizes["B"] = sizes.pop("B + 1") - 1
-    for axis, most in limits.items():
-        if sizes.get(axis, 0) > most:
-            raise ValueError(
-                f"{name}: {axis} is {sizes[axis]}, the package was compiled for at most {most}: "
-                f"raise it by `sizes: {{{axis}: {{max: …}}}}` in the spec"
-            )
+    for axis, size in known.items():
+        check_size(name, axis, size, sizes[axis])
     return sizes
+
+
+def check_size(name: str, axis: str, wanted: Size, size: int) -> None:
+    if wanted.fixed not in (None, size):
+        raise ValueError(f"{name}: {axis} is {size}, the spec fixes it to {wanted.fixed}")
+    if size % wanted.multiple:
+        raise ValueError(f"{name}: {axis} is {size}, the spec has it as a multiple of {wanted.multiple}")
+    if size > wanted.most:
+        raise ValueError(
+            f"{name}: {axis} is {size}, the package was compiled for at most {wanted.most}: "
+            f"raise it by `sizes: {{{axis}: {{max: …}}}}` in the spec"
+        )
 
 
 def check_shape(where: str, expected: Tensor, t: torch.Tensor, sizes: Sizes, owner: dict[str, str]) -> None:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from ._checks import Sizes, Tensor, check_scale, check_tensors, fill
+from ._checks import Size, Sizes, Tensor, check_scale, check_tensors, default_scale, fill
 from ._launch import INTERPRETED, Launch, map_fits, operand_view
 
 PLANS_KEPT = 1024
@@ -38,12 +38,14 @@ class Kernel:
     """One launch: the kernel, how many programs, what its parameters are, and when it is due.
 
     A parameter is ("tile", tensor, rows, columns), ("tensor", name), ("stride", tensor, axis), ("size", name),
-    ("scale",), ("knob", name), ("constant", number) or ("flag", name).
+    ("scale",), ("knob", name) or ("flag", name).
     """
 
     function: Any
     programs: Callable[[Sizes], int]
     parameters: tuple[tuple[Any, ...], ...]
+    constants: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Knobs that this launch alone fixes."""
     when: Callable[[Sizes], bool] = lambda n: True
 
 
@@ -58,8 +60,7 @@ class Variant:
     """Where an operand's b, h, s, d axes are: "bhsd", "bshd", or "shd" for packed sequences."""
     output: tuple[int | str, ...]
     lse: tuple[int | str, ...] | None
-    limits: Mapping[str, int]
-    """The greatest size each axis may have: kernels were proven to address no more."""
+    sizes: Mapping[str, Size]
     scale: Callable[[Sizes], float]
     kernels: tuple[Kernel, ...]
     scratch: tuple[Scratch, ...]
@@ -74,6 +75,7 @@ class Plan:
     """What calls of one combination of shapes, strides and dtypes share."""
 
     scale: float
+    """For calls that give none."""
     output: tuple[int, ...]
     lse: tuple[int, ...] | None
     scratch: list[tuple[tuple[int, ...], torch.dtype]]
@@ -93,10 +95,10 @@ class Runner:
         self, tensors: Sequence[torch.Tensor], scale: float | None, with_lse: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Runs on `tensors`, which stand in the order of `variant.tensors`."""
-        key = (with_lse, *[(t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16) for t in tensors])
+        key = (with_lse, scale is None, *[(t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16) for t in tensors])
         plan = self.plans.get(key)
         if plan is None:
-            plan = self.plan(tensors, with_lse)
+            plan = self.plan(tensors, with_lse, scale is None)
             if len(self.plans) >= PLANS_KEPT:
                 self.plans.clear()
             self.plans[key] = plan
@@ -115,21 +117,23 @@ class Runner:
 
     # -- once per combination of shapes, strides and dtypes --------------------------------------
 
-    def plan(self, tensors: Sequence[torch.Tensor], with_lse: bool) -> Plan:
+    def plan(self, tensors: Sequence[torch.Tensor], with_lse: bool, with_scale: bool) -> Plan:
+        """`with_scale`: the call gives none, so that the spec's own is due."""
         v, q = self.variant, tensors[0]
-        sizes = check_tensors(v.name, v.tensors, tensors, v.limits)
-        if not q.is_cuda and not INTERPRETED:
+        sizes = check_tensors(v.name, v.tensors, tensors, v.sizes)
+        if not q.is_cuda and not (INTERPRETED and q.is_cpu):
             raise RuntimeError(
                 f"{v.name}: tensors are on {q.device}, the kernels need a GPU; to interpret them on the CPU "
                 "set TRITON_INTERPRET=1 before anything imports triton"
             )
         lse = None if v.lse is None or not with_lse else fill(v.lse, sizes)
-        scale = check_scale(v.name, v.scale(sizes))
-        plan = Plan(scale, fill(v.output, sizes), lse, [], [], q.device.index if q.is_cuda else -1)
+        plan = Plan(1.0, fill(v.output, sizes), lse, [], [], q.device.index if q.is_cuda else -1)
         queries, keys = (sizes.get("T" + side, sizes.get("S" + side, 0)) for side in "qk")
         if 0 in plan.output or keys == 0 or sizes["B"] == 0:
             plan.empty = True
             return plan
+        if with_scale:
+            plan.scale = default_scale(v.name, v.scale, sizes)
         config, _ = self.choose(q.device, sizes | {"pairs": sizes["B"] * queries * keys})
         numbers = sizes | {k: x for k, x in config.items() if k not in OPTIONS} | {"WRITE_LSE": int(lse is not None)}
         flags = {
@@ -171,6 +175,7 @@ class Runner:
             raise ValueError(
                 f"{self.variant.name}: {launch.programs} programs are more than a GPU launches at once (2**31 - 1)"
             )
+        numbers = {**numbers, **kernel.constants}
         order = {name: n for n, name in enumerate(shapes)}
         axes = self.variant.axes
         for at, parameter in enumerate(kernel.parameters):
@@ -186,8 +191,6 @@ class Runner:
                     value = t.stride(axis)
                 case ("size", name) | ("knob", name):
                     value = numbers[name]
-                case ("constant", number):
-                    value = number
                 case ("flag", name):
                     value = flags[name]
                 case _:
@@ -214,7 +217,7 @@ class Runner:
         names = sorted(self.variant.configs)
         if device.type == "cpu":
             return names[0], f"interpreted with the config of {names[0]}"
-        if torch.version.hip is None:
+        if device.type == "cuda" and torch.version.hip is None:
             major, minor = torch.cuda.get_device_capability(device)
             older = [n for n in names if n.startswith("sm_") and int(n[3:]) <= 10 * major + minor]
             if older:

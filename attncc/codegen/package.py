@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from attncc.codegen.host import host_expr, host_function
-from attncc.codegen.source import Writer, module_text
+from attncc.codegen.source import Writer, filled, module_text
 from attncc.codegen.triton import handles, print_kernels, strides
-from attncc.ir.attention import Attention
+from attncc.ir.attention import SIZE_NAMES, Attention, Size
 from attncc.ir.expr import Dim, Dtype, Expr
 from attncc.ir.rewrite import names
 from attncc.ir.tile import Kernel, Launch, Param, Program
@@ -112,7 +112,8 @@ def _configs(attn: Attention, t: TargetConfigs) -> str:
     w.line("TABLE = (")
     with w.indented():
         for bounds, config in t.rows:
-            w.line(f"({_mapping(bounds)}, {_mapping(config)}),")
+            w.line(f"({_mapping(bounds)},")
+            w.line(f" {_mapping(config)}),")
     w.line(")")
     return w.text()
 
@@ -129,20 +130,23 @@ def _init(
     header: Iterable[str],
 ) -> str:
     w = Writer()
-    w.line(f'"""{attn.name}: {attn.doc or "an attention variant"}.'.replace("..", "."))
+    w.line(f'"""{attn.name}: {_sentence(attn.doc or "an attention variant")}')
     w.line()
     w.block(header)
     w.line('"""')
     w.line()
     body = Writer()
-    _variant(body, attn, program, flags, targets)
+    _variant(body, attn, program, targets)
     w.block(["import math", ""] if "math." in body.text() else [])
     w.block(["import torch", ""])
     w.line("from . import _runtime, kernels")
     w.line(f"from .configs import {', '.join(sorted(t.target for t in targets))}")
-    w.line("from ._checks import Tensor")
+    w.line("from ._checks import Size, Tensor")
     w.line("from ._runtime import Kernel, Runner, Scratch, Variant")
     w.line()
+    for kernel in program.kernels:
+        _parameters(w, kernel, flags[kernel.name], _parameters_name(attn, kernel))
+        w.line()
     w.block(body.text().splitlines())
     w.line()
     w.line("_RUNNER = Runner(VARIANT)")
@@ -161,7 +165,6 @@ def _variant(
     w: Writer,
     attn: Attention,
     program: Program,
-    flags: Mapping[str, Sequence[str]],
     targets: Sequence[TargetConfigs],
 ) -> None:
     w.line("VARIANT = Variant(")
@@ -175,19 +178,19 @@ def _variant(
         w.line(f"output={_axes(attn, 'Hq', 'Sq', attn.dims.v)},")
         lse = '("Hq", "Tq")' if attn.layout == "varlen" else '("B", "Hq", "Sq")'
         w.line(f"lse={_fixed(attn, lse) if _has_lse(attn) else None},")
-        w.line(f"limits={_mapping(limits(attn))},")
+        w.line(f"sizes={{{', '.join(_sizes(attn))}}},")
         w.line(f"scale={host_function(attn.scale)},")
         w.line("kernels=(")
         with w.indented():
             for launch in program.launches:
-                _kernel(w, program.kernel(launch.kernel), flags[launch.kernel], launch)
+                _launch(w, attn, program.kernel(launch.kernel), launch)
         w.line("),")
-        w.line("scratch=(")
+        w.line("scratch=(" + ("),") * (not program.scratch))
         with w.indented():
             for s in program.scratch:
-                shape = f"({', '.join(map(host_expr, s.shape))})"
-                w.line(f'Scratch("{s.name}", lambda n: {shape}, torch.{SCRATCH_DTYPE[s.dtype]}),')
-        w.line("),")
+                shape = _tuple(map(host_expr, s.shape))
+                w.entry(f'Scratch("{s.name}", lambda n: {shape}, torch.{SCRATCH_DTYPE[s.dtype]})')
+        w.block(["),"] * bool(program.scratch))
         w.line(f"configs={{{', '.join(_quoted(t.target) for t in sorted(targets, key=lambda t: t.target))}}},")
         w.line(f"hardware_tanh={attn.numerics.exp == 'fast' and attn.dtype != 'fp32'},")
     w.line(")")
@@ -215,14 +218,28 @@ def _fixed(attn: Attention, text: str) -> str:
     return text.replace('"Hq"', str(attn.heads.q))
 
 
-def limits(attn: Attention) -> dict[str, int]:
-    """The greatest size of each run-time axis: address arithmetic was proven up to these."""
-    sizes = ("Tq", "Tk") if attn.layout == "varlen" else ("Sq", "Sk")
-    return {s: attn.size(s).max or MAX_LENGTH for s in sizes}
+def _sizes(attn: Attention) -> list[str]:
+    """What a call's sizes may be: formulas were proven for these."""
+    own = {s: None for x in attn.inputs for s in x.shape if isinstance(s, str) and s not in SIZE_NAMES}
+    sizes = ("B", "Tq", "Tk") if attn.layout == "varlen" else ("B", "Sq", "Sk")
+    return [f'"{s}": {_size_bounds(attn.size(s))}' for s in (*sizes, *own)]
 
 
-MAX_LENGTH: Final = 2**24
-"""Positions up to this are exact in fp32."""
+def _size_bounds(size: Size) -> str:
+    fixed = "" if size.fixed is None else f", fixed={size.fixed}"
+    return f"Size({size.most}{fixed}{f', multiple={size.multiple}' if size.multiple > 1 else ''})"
+
+
+def _tuple(texts: Iterable[str]) -> str:
+    entries = list(texts)
+    return f"({', '.join(entries)}{',' * (len(entries) == 1)})"
+
+
+def _sentence(text: str) -> str:
+    """A user's words inside a docstring: nothing in them ends it or escapes."""
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text.replace("\\", "\\\\"))
+    shown = shown.replace('"""', r"\"\"\"")
+    return shown if shown.endswith((".", "!", "?")) else f"{shown}."
 
 
 def _axes(attn: Attention, heads: str, length: str, dim: int) -> str:
@@ -243,8 +260,8 @@ def _tensors(attn: Attention) -> list[str]:
     known = {"Hq": attn.heads.q, "Hk": attn.heads.kv, "Hv": attn.heads.v, "Dqk": attn.dims.qk, "Dv": attn.dims.v}
     for x in attn.inputs:
         shape = [known.get(s, s) if isinstance(s, str) else s for s in x.shape]
-        axes = ", ".join(f'"{s}"' if isinstance(s, str) else str(s) for s in shape)
-        out.append(f'Tensor("{x.name}", ({axes},), torch.{TORCH_DTYPE[x.dtype]}),')
+        axes = _tuple(f'"{s}"' if isinstance(s, str) else str(s) for s in shape)
+        out.append(f'Tensor("{x.name}", {axes}, torch.{TORCH_DTYPE[x.dtype]}),')
     return out
 
 
@@ -256,32 +273,37 @@ def arguments(attn: Attention) -> list[str]:
     return ["q", "k", "v", *(PACKED if attn.layout == "varlen" else ()), *(x.name for x in attn.inputs)]
 
 
-def _kernel(w: Writer, k: Kernel, flags: Sequence[str], launch: Launch) -> None:
-    """A `Kernel(…)` entry; its parameters follow the printed signature."""
-    constants = dict(launch.constants)
+def _parameters_name(attn: Attention, k: Kernel) -> str:
+    return k.name.removeprefix(f"{attn.name}_").upper()
+
+
+def _parameters(w: Writer, k: Kernel, flags: Sequence[str], name: str) -> None:
+    """A table of a kernel's parameters, in the order of the printed signature."""
     tensors = [p for p in k.params if p.role in ("operand", "buffer")]
-    entries = [e for p in tensors for e in _handle_entries(p)]
-    entries += [f'("stride", "{_argument(p)}", {axis})' for p in tensors for axis in range(len(strides(p)))]
-    entries += [
-        '("scale",)' if p.name == "scale" else f'("size", "{_size(p.name)}")' for p in k.params if p.role == "scalar"
+    groups = [
+        [e for p in tensors for e in _handle_entries(p)],
+        [f'("stride", "{_argument(p)}", {axis})' for p in tensors for axis in range(len(strides(p)))],
+        ['("scale",)' if p.name == "scale" else f'("size", "{_size(p.name)}")' for p in k.params if p.role == "scalar"],
+        [f'("knob", "{p.name}")' for p in k.params if p.role == "constexpr"] + [f'("flag", "{f}")' for f in flags],
     ]
-    entries += [
-        f'("constant", {constants[p.name]})' if p.name in constants else f'("knob", "{p.name}")'
-        for p in k.params
-        if p.role == "constexpr"
-    ]
-    entries += [f'("flag", "{f}")' for f in flags]
+    w.line(f"# parameters of kernels.{k.name}")
+    w.line(f"{name} = (")
+    with w.indented():
+        for group in groups:
+            w.block(filled(group))
+    w.line(")")
+
+
+def _launch(w: Writer, attn: Attention, k: Kernel, launch: Launch) -> None:
     w.line("Kernel(")
     with w.indented():
         w.line(f"kernels.{k.name},")
-        w.line(f"lambda n: {host_expr(k.grid)},")
-        w.line("(")
-        with w.indented():
-            for start in range(0, len(entries), 4):
-                w.line(", ".join(entries[start : start + 4]) + ",")
-        w.line("),")
+        w.entry(host_function(k.grid))
+        w.line(f"{_parameters_name(attn, k)},")
+        if launch.constants:
+            w.line(f"constants={_mapping(dict(launch.constants))},")
         if launch.when is not None:
-            w.line(f"when={host_function(launch.when)},")
+            w.entry(f"when={host_function(launch.when)}")
     w.line("),")
 
 
@@ -310,7 +332,7 @@ def _attention(w: Writer, attn: Attention) -> None:
     returns = ", return_lse=False" if _has_lse(attn) else ""
     w.line(f"def attention(q, k, v, *, {keywords}scale=None{returns}):")
     with w.indented():
-        w.line(f'"""{attn.doc or attn.name}.'.replace("..", "."))
+        w.line(f'"""{_sentence(attn.doc or attn.name)}')
         w.line()
         w.line("Args:")
         with w.indented():
@@ -318,9 +340,9 @@ def _attention(w: Writer, attn: Attention) -> None:
         w.line()
         w.line("Returns:")
         with w.indented():
-            w.line(
-                f"o {_shown(attn, 'Hq', 'Sq', attn.dims.v)} {attn.dtype}" + (_lse_doc(attn) if _has_lse(attn) else "")
-            )
+            w.line(f"o: {_shown(attn, 'Hq', 'Sq', attn.dims.v)} {attn.dtype}")
+            if _has_lse(attn):
+                w.line(_lse_doc(attn))
         w.line()
         w.line("Raises:")
         with w.indented():
@@ -333,7 +355,7 @@ def _attention(w: Writer, attn: Attention) -> None:
 
 def _lse_doc(attn: Attention) -> str:
     shape = f"[{attn.heads.q}, Tq]" if attn.layout == "varlen" else f"[B, {attn.heads.q}, Sq]"
-    return f"; with return_lse also lse {shape} fp32, natural log, -inf for a row that sees no key"
+    return f"lse: {shape} fp32, natural log, -inf for a row that sees no key; only with return_lse"
 
 
 def _shown(attn: Attention, heads: str, length: str, dim: int) -> str:

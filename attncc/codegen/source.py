@@ -4,27 +4,106 @@ from __future__ import annotations
 
 import ast
 import itertools
+import re
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from importlib.resources import files
+from typing import Final
 
 WIDTH = 120
 
 
+BINARY: Final = (
+    (" < ", " <= ", " > ", " >= ", " == ", " != "),
+    (" | ",),
+    (" & ",),
+    (" + ", " - "),
+    (" * ", " / ", " // ", " % "),
+)
+"""Python's operators, those that bind the least first."""
+
+
 def wrapped(text: str, width: int) -> list[str]:
-    """A statement that ends in a call, its arguments on lines of their own; other statements as they are."""
-    body, comment = text.split("  # ", 1) if "  # " in text else (text, "")
+    """A statement over several lines, where it ends in a call or is an assignment."""
+    body, _, comment = text.partition("  # ")
+    note = f"  # {comment}" if comment else ""
+    if text.startswith("#") or not body.endswith(")"):
+        return [text]
+    lines = _wrapped_call(body, width)
+    target, assigned, value = body.partition(" = ")
+    if assigned and len(lines[0]) > width and target.replace(", ", "").isidentifier():
+        lines = [f"{target} = (", *[f"    {line}" for line in laid_out(value, width - 4)], ")"]
+    return [*lines[:-1], lines[-1] + note]
+
+
+def laid_out(text: str, width: int) -> list[str]:
+    """An expression inside brackets over as many lines as it needs: cut at its weakest operator, else in its calls."""
+    if len(text) <= width:
+        return [text]
+    first, *others = _operands(text)
+    if not others:
+        return _wrapped_call(text, width)
+    lines = laid_out(first, width)
+    for sign, operand in zip(others[::2], others[1::2], strict=True):
+        inner = laid_out(operand, width - len(sign) + 1)
+        lines += [f"{sign[1:]}{inner[0]}", *inner[1:]]
+    return lines
+
+
+def _wrapped_call(text: str, width: int) -> list[str]:
+    """An expression that ends in a call, its arguments on lines of their own; others as they are."""
+    body, cast = _split_cast(text)
     start, parts = _last_call(body)
-    if start < 0 or text.startswith("#"):
+    if start < 0 or parts == [""]:
         return [text]
     comma = "," if len(parts) > 1 or body[start - 1 : start].isidentifier() else ""  # ( x, ) would be a tuple
     lines: list[str] = []
+    fresh = True
     for part in parts:
-        if lines and len(lines[-1]) + len(part) + 6 <= width:
+        if not fresh and len(lines[-1]) + len(part) + 2 <= width:
             lines[-1] += f" {part}{comma}"
+            continue
+        inner = laid_out(part, width - 5)
+        lines += [f"    {line}" for line in inner]
+        lines[-1] += comma
+        fresh = len(inner) > 1
+    return [body[: start + 1], *lines, f"){cast}"]
+
+
+def _split_cast(body: str) -> tuple[str, str]:
+    """A conversion at the end stays behind the call it converts."""
+    found = re.search(r"(?<=\))\.to\([\w.]+\)$", body)
+    return (body[: found.start()], found[0]) if found else (body, "")
+
+
+def _operands(text: str) -> list[str]:
+    """Operands and operators of an expression, in turn, of its weakest operator outside all brackets."""
+    places: dict[int, str] = {}
+    depth = 0
+    for at, letter in enumerate(text):
+        depth += (letter in "([{") - (letter in ")]}")
+        found = re.match(r" (?:[<>=!]=|//|[<>|&+\-*/%]) ", text[at:]) if depth == 0 and letter == " " else None
+        if found:
+            places[at] = found[0]
+    signs = next((signs for signs in BINARY if set(signs) & set(places.values())), ())
+    out: list[str] = []
+    begin = 0
+    for at, sign in places.items():
+        if sign in signs:
+            out += [text[begin:at], sign]
+            begin = at + len(sign)
+    return [*out, text[begin:]]
+
+
+def filled(words: Iterable[str], width: int = WIDTH - 12) -> list[str]:
+    """Words with a comma behind each, as many on a line as fit."""
+    lines: list[str] = []
+    for word in words:
+        if lines and len(lines[-1]) + len(word) + 2 <= width:
+            lines[-1] += f" {word},"
         else:
-            lines.append(f"    {part}{comma}")
-    return [body[: start + 1], *lines, ")" + (f"  # {comment}" if comment else "")]
+            lines.append(f"{word},")
+    return lines
 
 
 def _last_call(body: str) -> tuple[int, list[str]]:
@@ -54,9 +133,15 @@ class Writer:
 
     def line(self, text: str = "") -> None:
         """One line; a call that is too long for it takes several."""
-        indent = "    " * self._depth
-        lines = wrapped(text, WIDTH - len(indent)) if len(indent) + len(text) > WIDTH else [text]
-        self.lines += [indent + part if part else "" for part in lines]
+        self._add(wrapped(text, WIDTH - 4 * self._depth) if 4 * self._depth + len(text) > WIDTH else [text])
+
+    def entry(self, text: str) -> None:
+        """One line inside brackets and the comma behind it."""
+        *lines, last = laid_out(text, WIDTH - 4 * self._depth - 1)
+        self._add([*lines, f"{last},"])
+
+    def _add(self, lines: Iterable[str]) -> None:
+        self.lines += ["    " * self._depth + line if line else "" for line in lines]
 
     def block(self, texts: Iterable[str]) -> None:
         for text in texts:

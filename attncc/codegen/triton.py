@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from attncc.codegen.source import Writer, definitions, function_names
+from attncc.codegen.source import Writer, definitions, filled, function_names
 from attncc.errors import CompilerBug
 from attncc.ir.expr import INTS, Dim, Dtype, Expr
 from attncc.ir.tile import CallFn, For, Function, If, Let, Note, Param, Program, Statement, Store, StoreTile
@@ -49,8 +49,8 @@ def dim(d: Dim) -> str:
 
 
 def lower_name(tensor: str) -> str:
-    """The stem of a tensor's stride names: Q -> q, bias_ptr -> bias."""
-    return re.sub("_ptr$", "", tensor).lower()
+    """The stem of a tensor's stride names: Q -> q; an input keeps its name, bias_ptr -> bias."""
+    return tensor.removesuffix("_ptr") if tensor.endswith("_ptr") else tensor.lower()
 
 
 def strides(p: Param) -> list[str]:
@@ -167,8 +167,10 @@ class Printer:
     def pointer(self, p: Param, index: Iterable[Expr]) -> str:
         names = strides(p)
         terms = [
-            f"{self.expr(i, 8)} * {s}" for i, s in zip(index, names, strict=False) if i.value != 0
-        ]  # an operand's columns, last, have no stride
+            s if i.value == 1 else f"{self.expr(i, 8)} * {s}"
+            for i, s in zip(index, names, strict=False)  # an operand's columns, last, have no stride
+            if i.value != 0
+        ]
         if p.role == "operand":
             terms.append(self.expr(list(index)[-1], 7))
         return " + ".join([p.name, *terms])
@@ -233,7 +235,7 @@ def _signature(w: Writer, name: str, params: Iterable[Param], flags: Iterable[st
     w.line(f"def {name}(")
     with w.indented():
         for group in filter(None, groups):
-            w.block(_wrap(group))
+            w.block(filled(group))
     w.line("):")
 
 
@@ -241,16 +243,6 @@ def _arguments(p: Param) -> list[str]:
     if p.role in ("operand", "buffer"):
         return [*handles(p), *strides(p)]
     return [] if p.role == "constexpr" else [p.name]
-
-
-def _wrap(words: list[str], width: int = 108) -> list[str]:
-    lines: list[str] = []
-    for word in words:
-        if lines and len(lines[-1]) + len(word) + 2 <= width:
-            lines[-1] += f" {word},"
-        else:
-            lines.append(f"{word},")
-    return lines
 
 
 def functions_of(program: Program) -> dict[str, Function]:

@@ -17,6 +17,8 @@ Layout = Literal["bhsd", "bshd", "varlen"]
 
 SIZE_NAMES: Final = ("B", "Hq", "Hk", "Hv", "Sq", "Sk", "Dqk", "Dv")
 POSITION_NAMES: Final = ("b", "h", "hk", "i", "j", "row")
+MAX_SIZE: Final = 2**24
+"""Bound of a size that the spec does not bound: positions below it are exact in fp32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,11 @@ class Size:
     fixed: int | None = None
     max: int | None = None
     multiple: int = 1
+
+    @property
+    def most(self) -> int:
+        """The greatest value it may have in a call."""
+        return self.fixed if self.fixed is not None else self.max or MAX_SIZE
 
 
 @dataclass(frozen=True, slots=True)

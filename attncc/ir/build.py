@@ -185,6 +185,19 @@ def function(
     return Function(text, tuple(params), body.body, tuple(results), doc)
 
 
+def needed(params: Iterable[Param], body: Iterable[Statement]) -> tuple[Param, ...]:
+    """Those parameters that a kernel's body has a use for; constexprs are all kept."""
+    free: dict[str, Expr] = {}
+    tensors: dict[str, None] = {}
+    _scan(body, set(), free, tensors)
+    used = {*free, *tensors}
+    params = tuple(params)
+    for p in params:
+        if p.name in used and p.extent:
+            used |= names(p.extent[0])
+    return tuple(p for p in params if p.role == "constexpr" or p.name in used)
+
+
 def _value_param(e: Expr) -> Param:
     role = "value" if e.shape else "scalar"
     return Param(str(e.attr), role, e.dtype, shape=e.shape)

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
 
-from attncc.ir.attention import Attention
+from attncc.ir.attention import MAX_SIZE, Attention
 from attncc.ir.dims import Range
 from attncc.ir.expr import Expr, const, name
 from attncc.ir.intervals import Interval
-
-DEFAULT_MAX: Final = 2**24
-"""Bound of a size that the spec does not bound: positions below it are exact in fp32."""
 
 
 def fixed_sizes(attn: Attention) -> Mapping[str, int]:
@@ -27,10 +23,13 @@ def fixed_sizes(attn: Attention) -> Mapping[str, int]:
 def size_ranges(attn: Attention) -> Mapping[str, Range]:
     """Least and greatest value of every size."""
     own = {entry for x in attn.inputs for entry in x.shape if isinstance(entry, str)}
-    run_time = {text: attn.size(text).max or DEFAULT_MAX for text in sorted({"B", "Sq", "Sk", *own})}
-    return {text: (0, most) for text, most in run_time.items()} | {
-        text: (value, value) for text, value in fixed_sizes(attn).items()
-    }
+    run_time = {text: (0, _most(attn, text)) for text in sorted({"B", "Sq", "Sk", *own})}
+    return run_time | {text: (value, value) for text, value in fixed_sizes(attn).items()}
+
+
+def _most(attn: Attention, size: str) -> int:
+    """No call sees how long packed sequences are: only their total is bounded, and by the default."""
+    return MAX_SIZE if attn.layout == "varlen" and size in ("Sq", "Sk") else attn.size(size).most
 
 
 def positions(attn: Attention) -> Mapping[str, Interval]:

@@ -15,10 +15,10 @@ from typing import Final
 from attncc.ir.attention import Attention, KeyRange, KeyTiles, Part
 from attncc.ir.expr import Expr, cast_to, maximum, minimum, name
 from attncc.ir.rewrite import rebuild
+from attncc.passes.facts import size_ranges
 
 Range = tuple[float, float]
 
-MAX_LENGTH: Final = 2**24
 INT32: Final = (-(2.0**31), 2.0**31 - 1)
 ANY: Final[Range] = (-inf, inf)
 
@@ -56,20 +56,23 @@ def _key_tiles(tiles: KeyTiles, safe: Callable[[Expr], Expr]) -> KeyTiles:
 
 def name_ranges(attn: Attention) -> dict[str, Range]:
     """What the integer names of a variant's formulas range over."""
-    longest = {s: attn.size(s).max or attn.size(s).fixed or MAX_LENGTH for s in ("Sq", "Sk")}
-    keys, queries = float(longest["Sk"]), float(longest["Sq"])
+    sizes = {s: _known(r) for s, r in size_ranges(attn).items()}
+    keys, queries = sizes["Sk"][1], sizes["Sq"][1]
     position: Range = {
         "bottom_right": (-queries, keys),
         "top_left": (0.0, queries),
         "input": INT32,
     }[attn.align.kind]
     key, row = (0.0, keys), (-1.0, queries)  # the last row of an empty tile is -1
-    sizes = {s: (0.0, INT32[1]) for x in attn.inputs for s in x.shape if isinstance(s, str)}
     return sizes | {
         "i": position, "i0": position, "i1": (position[0] - 1, position[1]), "j": key, "j0": key, "j1": (-1.0, keys),
-        "row": row, "row0": (0.0, queries), "row1": row, "Sq": (0.0, queries), "Sk": (0.0, keys),
-        "B": (0.0, INT32[1]), "b": (0.0, INT32[1]), "h": (0.0, attn.heads.q - 1.0), "hk": (0.0, attn.heads.kv - 1.0),
+        "row": row, "row0": (0.0, queries), "row1": row,
+        "b": (0.0, sizes["B"][1]), "h": (0.0, attn.heads.q - 1.0), "hk": (0.0, attn.heads.kv - 1.0),
     }  # fmt: skip
+
+
+def _known(r: tuple[int | None, int | None]) -> Range:
+    return -inf if r[0] is None else float(r[0]), inf if r[1] is None else float(r[1])
 
 
 def _corners(f: Callable[[float, float], float]) -> Callable[[Range, Range], Range]:
@@ -86,7 +89,7 @@ def _times(x: float, y: float) -> float:
 
 def _floordiv(a: Range, b: Range) -> Range:
     if b[0] < 1:
-        return ANY if a[0] < 0 else (0.0, a[1])
+        return (0.0, a[1]) if a[0] >= 0 and b[0] >= 0 else ANY
     low = a[0] // b[0] if a[0] != -inf else -inf
     return min(low, a[0] // b[1] if a[0] != -inf and b[1] != inf else low), max(
         a[1] // b[0] if a[1] != inf else inf, 0.0
@@ -143,6 +146,8 @@ class _Prover:
         args, ranges = tuple(p[0] for p in parts), [p[1] for p in parts]
         if e.op in COMPARISONS:
             return rebuild(e, _narrow(args, ranges)), ANY
+        if e.dtype == "bool":
+            return rebuild(e, args), (0.0, 1.0)
         if e.dtype not in ("i32", "i64"):
             return rebuild(e, args), ANY
         if e.op == "const" and e.value is not None:
@@ -160,7 +165,9 @@ class _Prover:
 
     def _read(self, e: Expr, ranges: list[Range]) -> tuple[Expr, Range]:
         """Reads and what keeps the range of its argument."""
-        if e.op in ("rows_min", "rows_max", "cast"):
+        if e.op in ("rows_min", "rows_max"):
+            return replace(e, dtype=e.args[0].dtype), ranges[0]
+        if e.op == "cast":
             return e, ranges[0]
         if e.op == "bucket":
             return e, (0.0, INT32[1])

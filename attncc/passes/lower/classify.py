@@ -27,49 +27,53 @@ from attncc.passes.lower.grid import (
     size_parameters,
 )
 from attncc.passes.lower.knobs import KNOBS, largest
-from attncc.passes.lower.scores import hoist, input_param
+from attncc.passes.lower.scores import hoist, input_param, own_name
+from attncc.passes.lower.tidy import tidy
 from attncc.passes.lower.walk import BN, clip
 
-TILES: Final = Param("tile_list", "buffer", "i32", rank=2, doc="[query tiles, key tiles] positions of key tiles")
-COUNTS: Final = Param("tile_counts", "buffer", "i32", rank=2, doc="[query tiles, 2] how many are masked, whole")
-LISTS: Final = (TILES, COUNTS)
 CHUNK: Final = 64
 """Key tiles classified at once where two keys of each speak for all of it."""
+
+
+def lists(attn: Attention) -> tuple[Param, Param]:
+    """Positions of key tiles, and how many there are."""
+    tiles, counts = (own_name(text, attn) for text in ("tile_list", "tile_counts"))
+    return (
+        Param(tiles, "buffer", "i32", rank=2, doc="[query tiles, key tiles] positions of key tiles"),
+        Param(counts, "buffer", "i32", rank=2, doc="[query tiles, 2] how many are masked, whole"),
+    )
 
 
 def scratch(attn: Attention) -> tuple[Scratch, ...]:
     rows = query_tiles(attn) * _maps(attn)
     keys = name("Tk") if is_varlen(attn) else name("Sk")
+    tiles, counts = lists(attn)
     return (
-        Scratch("tile_list", (rows, maximum(cdiv(keys, BN), 1)), "i32"),
-        Scratch("tile_counts", (rows, const(2)), "i32"),
+        Scratch(tiles.name, (rows, maximum(cdiv(keys, BN), 1)), tiles.dtype),
+        Scratch(counts.name, (rows, const(2)), counts.dtype),
     )
 
 
 def kernel(attn: Attention) -> Kernel:
     """One program per query tile of each map; masks that ignore batch or head share one."""
-    params = [*([CU_Q, CU_K] if is_varlen(attn) else []), *map(input_param, attn.inputs), *LISTS]
+    params = [*([CU_Q, CU_K] if is_varlen(attn) else []), *map(input_param, attn.inputs), *lists(attn)]
     params += size_parameters(attn)
     params += [Param(k.name, "constexpr", "i32", doc=k.doc) for k in KNOBS if k.name in ("BM", "BN")]
     b = Builder({p.name: p for p in params})
     count = b.let("query_tiles", query_tiles(attn))
-    number, which = b.let("number", remainder(program(), count)), b.let("which", quotient(program(), count))
-    if is_varlen(attn):
-        t = place_packed(b, attn, which if _by_head(attn) else const(0), number)
-    elif _by_batch(attn):
-        heads = attn.heads.q if _by_head(attn) else 1
-        t = place_dense(b, attn, b.let("b", quotient(which, heads)), b.let("h", remainder(which, heads)), number)
-    else:
-        t = place_dense(b, attn, const(0), which if _by_head(attn) else const(0), number)
+    number = b.let("number", remainder(program(), count))
+    batch, h = _map(b, attn, quotient(program(), count))
+    t = place_packed(b, attn, h, number) if is_varlen(attn) else place_dense(b, attn, batch, h, number)
     with b.when(t.row0 < t.queries) if is_varlen(attn) else nullcontext():
         _classify(b, attn, t)
     doc = f"Lists the key tiles that each query tile of {attn.name} has to visit."
     grid = query_tiles(attn) * _maps(attn)
-    return Kernel(f"{attn.name}_classify", tuple(params), b.body, (), grid, doc)
+    return Kernel(f"{attn.name}_classify", *tidy(params, b.body), (), grid, doc)
 
 
 def walk(b: Builder, attn: Attention, t: QueryTile, visit: Callable[[bool], Callable[[Expr], None]]) -> None:
     """Both loops of the attention kernel, over the listed tiles."""
+    tiles, counts = lists(attn)
     count = query_tiles(attn)
     which: Expr = const(0)
     if _by_head(attn):
@@ -79,11 +83,11 @@ def walk(b: Builder, attn: Attention, t: QueryTile, visit: Callable[[bool], Call
     listed = b.let("listed", which * count + t.number)
     last = b.let("last_tile", maximum(cdiv(name("Tk") if is_varlen(attn) else t.keys, BN), 1) - 1)
     b.note("listed from the right: tiles in which every pair counts")
-    with b.loop("entry", 0, read(COUNTS, listed, 1)) as entry:
-        visit(False)(b.let("n", read(TILES, listed, last - entry) * BN))
+    with b.loop("entry", 0, read(counts, listed, 1)) as entry:
+        visit(False)(b.let("n", read(tiles, listed, last - entry) * BN))
     b.note("listed from the left: tiles cut by the mask or by the end of the keys")
-    with b.loop("entry", 0, read(COUNTS, listed, 0)) as entry:
-        visit(True)(b.let("n", read(TILES, listed, entry) * BN))
+    with b.loop("entry", 0, read(counts, listed, 0)) as entry:
+        visit(True)(b.let("n", read(tiles, listed, entry) * BN))
 
 
 def _key_tiles(attn: Attention) -> KeyTiles:
@@ -99,6 +103,16 @@ def _by_head(attn: Attention) -> bool:
 def _by_batch(attn: Attention) -> bool:
     """Packed sequences are told apart by their tiles already."""
     return not is_varlen(attn) and ("b" in names(attn.part.mask) or attn.align.kind == "input")
+
+
+def _map(b: Builder, attn: Attention, which: Expr) -> tuple[Expr, Expr]:
+    """Batch entry and head whose map a program writes; the first one's where all share it."""
+    if not _by_batch(attn):
+        return const(0), b.let("h", which) if _by_head(attn) else const(0)
+    if not _by_head(attn):
+        return b.let("b", which), const(0)
+    which = b.let("which", which)
+    return b.let("b", quotient(which, attn.heads.q)), b.let("h", remainder(which, attn.heads.q))
 
 
 def _maps(attn: Attention) -> Expr:
@@ -133,18 +147,19 @@ def _classify(b: Builder, attn: Attention, t: QueryTile) -> None:
         return scope.with_(j=row(minimum(j, t.keys - 1))).bind(mask)
 
     listed = program()
+    tiles, counts = lists(attn)
     if coarse_keys:
         b.note("the same goes for keys: a whole chunk of tiles at once")
         with b.loop("chunk", first, end, CHUNK) as chunk:
-            _chunk(b, chunk, end, t, holds, listed, last)
+            _chunk(b, chunk, end, t, holds, tiles, last)
     else:
         with b.loop("tile", first, end) as tile:
-            _single(b, tile, t, holds, listed, last)
-    b.store(COUNTS, (listed, 0), name("masked"))
-    b.store(COUNTS, (listed, 1), name("whole"))
+            _single(b, tile, t, holds, tiles, last)
+    b.store(counts, (listed, 0), name("masked"))
+    b.store(counts, (listed, 1), name("whole"))
 
 
-def _single(b: Builder, tile: Expr, t: QueryTile, holds: Callable[[Expr], Expr], listed: Expr, last: Expr) -> None:
+def _single(b: Builder, tile: Expr, t: QueryTile, holds: Callable[[Expr], Expr], tiles: Param, last: Expr) -> None:
     """One tile, every pair of it."""
     j = b.let("j", tile * BN + iota("BN"), "[BN]")
     seen = b.let("seen", cast_to(holds(j), "i32"))
@@ -152,13 +167,13 @@ def _single(b: Builder, tile: Expr, t: QueryTile, holds: Callable[[Expr], Expr],
     some = b.let("some", reduce_all("max", seen * inside))
     every = b.let("every", reduce_all("min", seen * inside))
     masked, whole = name("masked"), name("whole")
-    b.store(TILES, (listed, where(every > 0, last - whole, masked)), tile, some > 0)
+    b.store(tiles, (program(), where(every > 0, last - whole, masked)), tile, some > 0)
     b.let("masked", masked + (some - every))
     b.let("whole", whole + every)
 
 
 def _chunk(
-    b: Builder, chunk: Expr, end: Expr, t: QueryTile, holds: Callable[[Expr], Expr], listed: Expr, last: Expr
+    b: Builder, chunk: Expr, end: Expr, t: QueryTile, holds: Callable[[Expr], Expr], tiles: Param, last: Expr
 ) -> None:
     """`CHUNK` tiles by their first and last key; a running sum gives each its place in the list."""
     tile = b.let("tile", chunk + iota(CHUNK), f"[{CHUNK}]")
@@ -171,8 +186,8 @@ def _chunk(
     part = b.let("part", some - every)
     masked, whole = name("masked"), name("whole")
     before = Expr("cumsum", (part,), None, "i32", part.shape) - part
-    b.store(TILES, (listed, masked + before), tile, part > 0)
+    b.store(tiles, (program(), masked + before), tile, part > 0)
     before = Expr("cumsum", (every,), None, "i32", every.shape) - every
-    b.store(TILES, (listed, last - (whole + before)), tile, every > 0)
+    b.store(tiles, (program(), last - (whole + before)), tile, every > 0)
     b.let("masked", masked + reduce("sum", part, 0))
     b.let("whole", whole + reduce("sum", every, 0))

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Final
 
 from attncc.ir.attention import Attention, KeyTiles
@@ -35,14 +36,23 @@ from attncc.passes.lower.grid import CU_K, CU_Q, QueryTile, is_varlen, programs,
 from attncc.passes.lower.knobs import KNOBS, ONE_PASS, WRITE_LSE
 from attncc.passes.lower.normalizers import LOG2E, NORMALIZERS, VALUE_DTYPE, Rule, Tile
 from attncc.passes.lower.pieces import pieces
-from attncc.passes.lower.scores import Scope, hoist, input_param, regroup, share_reads, split_multiplier
+from attncc.passes.lower.scores import (
+    Scope,
+    fold_constants,
+    hoist,
+    input_param,
+    own_name,
+    regroup,
+    share_reads,
+    split_multiplier,
+)
 from attncc.passes.lower.skew import Diagonal
+from attncc.passes.lower.tidy import tidy
 from attncc.passes.lower.walk import Runs, for_each_tile, solve_runs
 
 MASKED: Final = name("MASKED", "bool")
 CAREFUL: Final = name("CAREFUL", "bool")
 PASS: Final = name("PASS")
-LOST: Final = Param("lost", "buffer", "i32", rank=1, doc="[programs] whether the first pass left NaN")
 INSIDE: Final = name("inside", "bool", ("BN",))
 
 
@@ -73,7 +83,7 @@ def dense_forward(attn: Attention) -> Program:
     if hides:
         b.let("work", const(1))
         with b.when(eq(PASS, 1)):
-            b.let("work", read(LOST, program()))
+            b.let("work", read(_lost(attn), program()))
     functions: list[Function] = []
     with b.when(name("work") > 0) if hides else nullcontext():
         t = query_tile(b, attn)
@@ -81,10 +91,11 @@ def dense_forward(attn: Attention) -> Program:
             b.note("packed launches have a few tiles too many")
         with b.when(t.row0 < t.queries) if is_varlen(attn) else nullcontext():
             functions.append(_one_tile(b, attn, t))
+    params, body = tidy(b.params.values(), b.body)
     forward = Kernel(
         f"{attn.name}_forward",
-        tuple(b.params.values()),
-        b.body,
+        params,
+        body,
         tuple(functions),
         programs(attn),
         f"Forward pass of {attn.name}: one program per query tile and head.",
@@ -97,10 +108,14 @@ def dense_forward(attn: Attention) -> Program:
     launches = tuple(Launch(k.name) for k in kernels)
     knobs = (*KNOBS, WRITE_LSE) if _writes_lse(attn) else KNOBS
     if hides:
-        scratch = (*scratch, Scratch(LOST.name, (programs(attn),), "i32"))
+        scratch = (*scratch, Scratch(_lost(attn).name, (programs(attn),), "i32"))
         launches = (*launches[:-1], *_passes(forward.name))
         knobs = (*knobs, ONE_PASS)
     return Program(attn.name, kernels, launches, knobs, scratch, "dense_forward")
+
+
+def _lost(attn: Attention) -> Param:
+    return Param(own_name("lost", attn), "buffer", "i32", rank=1, doc="[programs] whether the first pass left NaN")
 
 
 def _passes(kernel: str) -> tuple[Launch, ...]:
@@ -148,9 +163,9 @@ def _parameters(attn: Attention) -> dict[str, Param]:
         )
     out += [CU_Q, CU_K] if is_varlen(attn) else []
     out += map(input_param, attn.inputs)
-    out += classify.LISTS if _key_tiles(attn).listed else ()
+    out += classify.lists(attn) if _key_tiles(attn).listed else ()
     out += [d.operand for d in skew.split_diagonals(attn)[1]]
-    out += [LOST] if may_hide_values(attn) else []
+    out += [_lost(attn)] if may_hide_values(attn) else []
     out += size_parameters(attn)
     out.append(Param("scale", "scalar", "f32"))
     flags = (WRITE_LSE,) if _writes_lse(attn) else ()
@@ -190,12 +205,11 @@ def _begin(b: Builder, attn: Attention, rule: Rule) -> None:
 
 def _redo_lost(b: Builder, attn: Attention, t: QueryTile, rule: Rule, runs: Runs, step: Function) -> None:
     """What becomes of a tile that holds NaN, into which hidden values may have leaked: marked, or done again."""
-    lost: Expr = const(0)
-    for p in pieces(attn.dims.v):
-        acc = name("acc" + p.suffix(pieces(attn.dims.v)), "f32", ("BM", p.width))
-        lost = maximum(lost, reduce_all("max", cast_to(ew("ne", acc, acc), "i32")))
+    values = pieces(attn.dims.v)
+    accumulators = [name("acc" + p.suffix(values), "f32", ("BM", p.width)) for p in values]
+    lost = reduce(maximum, [reduce_all("max", cast_to(ew("ne", acc, acc), "i32")) for acc in accumulators])
     with b.when(eq(PASS, 0)):
-        b.store(LOST, (program(),), lost)
+        b.store(_lost(attn), (program(),), lost)
     with b.when(eq(PASS, 2)):
         b.let("lost_here", lost)
         with b.when(name("lost_here") > 0):
@@ -208,7 +222,7 @@ def _formulas(b: Builder, attn: Attention, t: QueryTile, rule: Rule) -> Formulas
     columns = t.scope.with_(i=column(t.scope.values["i"]), row=column(t.scope.values["row"]))
     score, diagonals = skew.split_diagonals(attn)
     score, multiplier = split_multiplier(regroup(score))
-    c = t.scope.bind(multiplier * LOG2E if rule.exponential else multiplier)
+    c = t.scope.bind(fold_constants(multiplier * LOG2E) if rule.exponential else multiplier)
     if c.value is None:
         c = b.let("c", c, "to units of log 2" if rule.exponential else "")
     score = hoist(b, score, columns, "score")

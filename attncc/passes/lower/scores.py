@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import count
 
-from attncc.ir.attention import Input
+from attncc.ir.attention import Attention, Input
 from attncc.ir.build import Builder, iota, read, reduce, row
 from attncc.ir.expr import Dtype, Expr, Value, cast_to, const, lift, minimum, name
 from attncc.ir.rewrite import names, rebuild, transform
@@ -24,6 +24,14 @@ IN_LOOP = frozenset({"qk", "j"})
 def input_param(x: Input) -> Param:
     """The kernel parameter of an extra tensor."""
     return Param(f"{x.name}_ptr", "buffer", INPUT_DTYPE[x.dtype], rank=len(x.shape), doc=f"input {x.name}")
+
+
+def own_name(text: str, attn: Attention) -> str:
+    """A name for a tensor of the program's own; no input has it."""
+    taken = {x.name for x in attn.inputs}
+    while text in taken:
+        text += "_"
+    return text
 
 
 def length(size: str) -> str:
@@ -135,17 +143,18 @@ def _is_below(e: Expr, size: Value) -> bool:
 def hoist(b: Builder, e: Expr, scope: Scope, prefix: str) -> Expr:
     """Binds, before the loop, each largest part of `e` that no key moves; returns `e` over the new names."""
     numbers = count()
+    bound: dict[Expr, Expr] = {}
 
     def go(node: Expr) -> Expr:
         if node.op in ("const", "name"):
             return node
         if names(node) & IN_LOOP:
             return rebuild(node, tuple(go(a) for a in node.args))
-        value = share_reads(b, node, scope)
-        if value.value is not None:
-            return value
-        text = f"{node.attr}_{prefix}" if node.op == "load" else f"{prefix}_{next(numbers)}"
-        return b.let(text, value)
+        if node not in bound:
+            value = share_reads(b, node, scope)
+            named = value.op in ("const", "name")
+            bound[node] = value if named else b.let(f"{prefix}_{next(numbers)}", value)
+        return bound[node]
 
     return go(e)
 

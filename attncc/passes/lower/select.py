@@ -8,6 +8,7 @@ from typing import Final
 
 from attncc.errors import Unsupported
 from attncc.ir.attention import Attention
+from attncc.ir.rewrite import names
 from attncc.ir.tile import Program
 from attncc.passes.lower.forward import dense_forward
 from attncc.passes.lower.normalizers import NORMALIZERS
@@ -41,6 +42,14 @@ class Gap:
     supported: str
 
 
+def _fixes_packed_lengths(a: Attention) -> bool:
+    return a.layout == "varlen" and any(a.size(s).fixed is not None for s in ("Sq", "Sk"))
+
+
+def _scales_by_packed_length(a: Attention) -> bool:
+    return a.layout == "varlen" and bool(names(a.scale) & {"Sq", "Sk"})
+
+
 def _unknown_outputs(a: Attention) -> bool:
     return any(o.name not in ("o", "lse") for o in a.outputs)
 
@@ -59,6 +68,8 @@ GAPS: Final = (
     Gap("modes", lambda a: "prefill" not in a.modes, "prefill (it serves short queries too)"),
     Gap("modes", lambda a: bool({"backward", "jvp"} & set(a.modes)), "prefill, decode"),
     Gap("dims", lambda a: max(a.dims.qk, a.dims.v) > MAX_DIM, f"1 to {MAX_DIM}"),
+    Gap("sizes", _fixes_packed_lengths, "lengths of packed sequences known when called"),
+    Gap("scale", _scales_by_packed_length, "sizes that all packed sequences share; a score may use their lengths"),
     Gap("schedule", lambda a: a.schedule.name not in ("auto", "tile"), "auto, tile"),
     Gap("numerics", lambda a: a.numerics.reproducible == "config", "run, batch"),
 )

@@ -26,7 +26,8 @@ from attncc.passes.lower.grid import (
     size_parameters,
 )
 from attncc.passes.lower.knobs import KNOBS
-from attncc.passes.lower.scores import INPUT_DTYPE, Scope, input_param
+from attncc.passes.lower.scores import INPUT_DTYPE, Scope, input_param, own_name
+from attncc.passes.lower.tidy import tidy
 from attncc.passes.lower.walk import BN
 
 CHUNK: Final = 1024
@@ -67,7 +68,7 @@ def split_diagonals(attn: Attention) -> tuple[Expr, tuple[Diagonal, ...]]:
         over = transform(node, _difference)
         if names(over) & {"i", "j", "row", "qk"}:
             return None
-        text = f"skew_{len(found)}"
+        text = own_name(f"skew_{len(found)}", attn)
         diagonal = found.setdefault(over, Diagonal(text, over, INPUT_DTYPE[attn.input(str(node.attr)).dtype]))
         return load(diagonal.name, name("i"), name("j"), dtype=node.dtype)
 
@@ -138,7 +139,7 @@ def kernel(attn: Attention, d: Diagonal) -> Kernel:
     b.store(_written(d), (0, table, u, x), cast_to(value, d.dtype), x < width)
     grid = tables(attn, d) * BM * cdiv(columns(), CHUNK)
     doc = f"Writes {d.name}: input {d.read.attr} as its diagonals, each row shifted against the one above it."
-    return Kernel(f"{attn.name}_{d.name}", tuple(params.values()), b.body, (), grid, doc)
+    return Kernel(f"{attn.name}_{d.name}", *tidy(params.values(), b.body), (), grid, doc)
 
 
 def _written(d: Diagonal) -> Param:

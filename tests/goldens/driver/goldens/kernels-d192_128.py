@@ -128,19 +128,19 @@ def d192_128_forward(
         # tiles in which every pair counts
         for n in range(0, full_end, BN):
             acc, m, l = key_tile(
-                acc, m, l, K_128, K_64, k_b, k_h, k_s, V, v_b, v_h, v_s, b, h, n, Sk, q_128, q_0, i, c, False,
-                False, BM, BN, TMA,
+                acc, m, l, K_128, K_64, k_b, k_h, k_s, V, v_b, v_h, v_s, b, h, n, Sk, q_128, q_0, i, c, False, False,
+                BM, BN, TMA,
             )
         # tiles cut by the mask or by the end of the keys
         for n in range(full_end, key_hi, BN):
             acc, m, l = key_tile(
-                acc, m, l, K_128, K_64, k_b, k_h, k_s, V, v_b, v_h, v_s, b, h, n, Sk, q_128, q_0, i, c, True,
-                PASS == 1, BM, BN, TMA,
+                acc, m, l, K_128, K_64, k_b, k_h, k_s, V, v_b, v_h, v_s, b, h, n, Sk, q_128, q_0, i, c, True, PASS == 1,
+                BM, BN, TMA,
             )
         if PASS == 0:
-            tl.store(lost + tl.program_id(0) * lost_s0, tl.maximum(0, tl.max((acc != acc).to(tl.int32))))
+            tl.store(lost + tl.program_id(0) * lost_s0, tl.max((acc != acc).to(tl.int32)))
         if PASS == 2:
-            lost_here = tl.maximum(0, tl.max((acc != acc).to(tl.int32)))
+            lost_here = tl.max((acc != acc).to(tl.int32))
             if lost_here > 0:
                 m = tl.full([BM], -1.7014118346046923e+38, tl.float32)  # running maximum, in units of log 2
                 l = tl.full([BM, 8], 0.0, tl.float32)  # running sum, in parts that one thread holds
@@ -148,14 +148,14 @@ def d192_128_forward(
                 # tiles in which every pair counts
                 for n in range(0, full_end, BN):
                     acc, m, l = key_tile(
-                        acc, m, l, K_128, K_64, k_b, k_h, k_s, V, v_b, v_h, v_s, b, h, n, Sk, q_128, q_0, i, c,
-                        False, False, BM, BN, TMA,
+                        acc, m, l, K_128, K_64, k_b, k_h, k_s, V, v_b, v_h, v_s, b, h, n, Sk, q_128, q_0, i, c, False,
+                        False, BM, BN, TMA,
                     )
                 # tiles cut by the mask or by the end of the keys
                 for n in range(full_end, key_hi, BN):
                     acc, m, l = key_tile(
-                        acc, m, l, K_128, K_64, k_b, k_h, k_s, V, v_b, v_h, v_s, b, h, n, Sk, q_128, q_0, i, c,
-                        True, True, BM, BN, TMA,
+                        acc, m, l, K_128, K_64, k_b, k_h, k_s, V, v_b, v_h, v_s, b, h, n, Sk, q_128, q_0, i, c, True,
+                        True, BM, BN, TMA,
                     )
         total = tl.sum(l, 1)  # [BM]
         empty = total <= 0.0

@@ -98,11 +98,6 @@ def dense_forward(
     h = head % 16
     row0 = number * BM
     rows = row0 + tl.arange(0, BM)  # [BM]
-    last_row = tl.minimum(row0 + BM, Sq) - 1
-    offset = Sk - Sq
-    i0 = row0 + offset
-    i1 = last_row + offset
-    i = tl.minimum(rows, last_row) + offset  # [BM] positions; past the end, the last one again
     q = load_tile(Q, b, h, row0, 0, q_b, q_h, q_s, Sq, 128, BM, 128, TMA)  # [BM, 128]
     c = scale * 1.4426950408889634  # to units of log 2
     full_end = Sk // BN * BN

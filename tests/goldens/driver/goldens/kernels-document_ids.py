@@ -54,7 +54,7 @@ def store_tile(
 
 @triton.jit
 def key_tile(
-    acc, m, l, K, k_b, k_h, k_s, ids_ptr, ids_s0, ids_s1, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, ids_mask, c,
+    acc, m, l, K, k_b, k_h, k_s, ids_ptr, ids_s0, ids_s1, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, ids_rows_0, c,
     MASKED: tl.constexpr, CAREFUL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
 ):
     """Adds the keys from n on to the state."""
@@ -67,7 +67,7 @@ def key_tile(
     x = s  # [BM, BN]
     if MASKED:
         keep = inside[None, :] & (
-            (j[None, :] <= i[:, None]) & (ids_mask == tl.load(ids_ptr + b * ids_s0 + j[None, :] * ids_s1))
+            (j[None, :] <= i[:, None]) & (ids_rows_0 == tl.load(ids_ptr + b * ids_s0 + j[None, :] * ids_s1))
         )  # [BM, BN]
         x = tl.where(keep, x, float("-inf"))
     m_new = tl.maximum(m, tl.max(x, 1) * c)  # [BM]
@@ -87,41 +87,37 @@ def key_tile(
     return acc, m, l
 
 
-@triton.jit(do_not_specialize=["B", "Sq", "Sk"])
+@triton.jit(do_not_specialize=["Sq", "Sk"])
 def document_ids_classify(
     ids_ptr, tile_list, tile_counts,
     ids_s0: tl.int64, ids_s1: tl.int64, tile_list_s0: tl.int64, tile_list_s1: tl.int64,
     tile_counts_s0: tl.int64, tile_counts_s1: tl.int64,
-    B, Sq, Sk,
+    Sq, Sk,
     BM: tl.constexpr, BN: tl.constexpr,
 ):
     """Lists the key tiles that each query tile of document_ids has to visit."""
     query_tiles = (Sq + (BM - 1)) // BM
     number = tl.program_id(0) % query_tiles
-    which = tl.program_id(0) // query_tiles
-    b = which
-    h = which % 1
+    b = tl.program_id(0) // query_tiles
     row0 = number * BM
     rows = row0 + tl.arange(0, BM)  # [BM]
     last_row = tl.minimum(row0 + BM, Sq) - 1
-    hk = h // 4
     offset = Sk - Sq
-    i0 = row0 + offset
     i1 = last_row + offset
     i = tl.minimum(rows, last_row) + offset  # [BM] positions; past the end, the last one again
     key_hi = tl.maximum(tl.minimum(i1 + 1, Sk), 0)
     ids_rows_0 = tl.load(
         ids_ptr + b * ids_s0 + i[:, None] * ids_s1, mask=(i[:, None] >= 0) & (i[:, None] < Sk), other=0,
     )
-    ids_mask = ids_rows_0
     masked = 0
     whole = 0
     last_tile = tl.maximum((Sk + (BN - 1)) // BN, 1) - 1
     for tile in range(0, (key_hi + (BN - 1)) // BN):
         j = tile * BN + tl.arange(0, BN)  # [BN]
-        seen = ((tl.minimum(j, Sk - 1)[None, :] <= i[:, None]) & (ids_mask == tl.load(ids_ptr + b * ids_s0 + tl.minimum(j, Sk - 1)[None, :] * ids_s1))).to(
-            tl.int32,
-        )
+        seen = (
+            (tl.minimum(j, Sk - 1)[None, :] <= i[:, None])
+            & (ids_rows_0 == tl.load(ids_ptr + b * ids_s0 + tl.minimum(j, Sk - 1)[None, :] * ids_s1))
+        ).to(tl.int32)
         some = tl.max(seen * (j < Sk).to(tl.int32)[None, :])
         every = tl.min(seen * (j < Sk).to(tl.int32)[None, :])
         tl.store(
@@ -131,7 +127,7 @@ def document_ids_classify(
         masked = masked + (some - every)
         whole = whole + every
     tl.store(tile_counts + tl.program_id(0) * tile_counts_s0, masked)
-    tl.store(tile_counts + tl.program_id(0) * tile_counts_s0 + 1 * tile_counts_s1, whole)
+    tl.store(tile_counts + tl.program_id(0) * tile_counts_s0 + tile_counts_s1, whole)
 
 
 @triton.jit(do_not_specialize=["B", "Sq", "Sk"])
@@ -164,39 +160,35 @@ def document_ids_forward(
         last_row = tl.minimum(row0 + BM, Sq) - 1
         hk = h // 4
         offset = Sk - Sq
-        i0 = row0 + offset
-        i1 = last_row + offset
         i = tl.minimum(rows, last_row) + offset  # [BM] positions; past the end, the last one again
         q = load_tile(Q, b, h, row0, 0, q_b, q_h, q_s, Sq, 128, BM, 128, TMA)  # [BM, 128]
         c = scale * 1.4426950408889634  # to units of log 2
         ids_rows_0 = tl.load(
             ids_ptr + b * ids_s0 + i[:, None] * ids_s1, mask=(i[:, None] >= 0) & (i[:, None] < Sk), other=0,
         )
-        ids_mask = ids_rows_0
-        key_hi = tl.maximum(tl.minimum(i1 + 1, Sk), 0)
         m = tl.full([BM], -1.7014118346046923e+38, tl.float32)  # running maximum, in units of log 2
         l = tl.full([BM, 8], 0.0, tl.float32)  # running sum, in parts that one thread holds
         acc = tl.full([BM, 128], 0.0, tl.float32)  # [BM, 128]
         listed = b * ((Sq + (BM - 1)) // BM) + number
         last_tile = tl.maximum((Sk + (BN - 1)) // BN, 1) - 1
         # listed from the right: tiles in which every pair counts
-        for entry in range(0, tl.load(tile_counts + listed * tile_counts_s0 + 1 * tile_counts_s1)):
+        for entry in range(0, tl.load(tile_counts + listed * tile_counts_s0 + tile_counts_s1)):
             n = tl.load(tile_list + listed * tile_list_s0 + (last_tile - entry) * tile_list_s1) * BN
             acc, m, l = key_tile(
-                acc, m, l, K, k_b, k_h, k_s, ids_ptr, ids_s0, ids_s1, V, v_b, v_h, v_s, b, hk, n, Sk, q, i,
-                ids_mask, c, False, False, BM, BN, TMA,
+                acc, m, l, K, k_b, k_h, k_s, ids_ptr, ids_s0, ids_s1, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, ids_rows_0,
+                c, False, False, BM, BN, TMA,
             )
         # listed from the left: tiles cut by the mask or by the end of the keys
         for entry in range(0, tl.load(tile_counts + listed * tile_counts_s0)):
             n = tl.load(tile_list + listed * tile_list_s0 + entry * tile_list_s1) * BN
             acc, m, l = key_tile(
-                acc, m, l, K, k_b, k_h, k_s, ids_ptr, ids_s0, ids_s1, V, v_b, v_h, v_s, b, hk, n, Sk, q, i,
-                ids_mask, c, True, PASS == 1, BM, BN, TMA,
+                acc, m, l, K, k_b, k_h, k_s, ids_ptr, ids_s0, ids_s1, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, ids_rows_0,
+                c, True, PASS == 1, BM, BN, TMA,
             )
         if PASS == 0:
-            tl.store(lost + tl.program_id(0) * lost_s0, tl.maximum(0, tl.max((acc != acc).to(tl.int32))))
+            tl.store(lost + tl.program_id(0) * lost_s0, tl.max((acc != acc).to(tl.int32)))
         if PASS == 2:
-            lost_here = tl.maximum(0, tl.max((acc != acc).to(tl.int32)))
+            lost_here = tl.max((acc != acc).to(tl.int32))
             if lost_here > 0:
                 m = tl.full([BM], -1.7014118346046923e+38, tl.float32)  # running maximum, in units of log 2
                 l = tl.full([BM, 8], 0.0, tl.float32)  # running sum, in parts that one thread holds
@@ -204,18 +196,18 @@ def document_ids_forward(
                 listed = b * ((Sq + (BM - 1)) // BM) + number
                 last_tile = tl.maximum((Sk + (BN - 1)) // BN, 1) - 1
                 # listed from the right: tiles in which every pair counts
-                for entry in range(0, tl.load(tile_counts + listed * tile_counts_s0 + 1 * tile_counts_s1)):
+                for entry in range(0, tl.load(tile_counts + listed * tile_counts_s0 + tile_counts_s1)):
                     n = tl.load(tile_list + listed * tile_list_s0 + (last_tile - entry) * tile_list_s1) * BN
                     acc, m, l = key_tile(
                         acc, m, l, K, k_b, k_h, k_s, ids_ptr, ids_s0, ids_s1, V, v_b, v_h, v_s, b, hk, n, Sk, q, i,
-                        ids_mask, c, False, False, BM, BN, TMA,
+                        ids_rows_0, c, False, False, BM, BN, TMA,
                     )
                 # listed from the left: tiles cut by the mask or by the end of the keys
                 for entry in range(0, tl.load(tile_counts + listed * tile_counts_s0)):
                     n = tl.load(tile_list + listed * tile_list_s0 + entry * tile_list_s1) * BN
                     acc, m, l = key_tile(
                         acc, m, l, K, k_b, k_h, k_s, ids_ptr, ids_s0, ids_s1, V, v_b, v_h, v_s, b, hk, n, Sk, q, i,
-                        ids_mask, c, True, True, BM, BN, TMA,
+                        ids_rows_0, c, True, True, BM, BN, TMA,
                     )
         total = tl.sum(l, 1)  # [BM]
         empty = total <= 0.0

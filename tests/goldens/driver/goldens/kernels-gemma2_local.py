@@ -64,7 +64,7 @@ def tanh(x, HARDWARE: tl.constexpr):
 
 @triton.jit
 def key_tile(
-    acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score_0, i, mask_0, c,
+    acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score_0, i, mask_0,
     MASKED: tl.constexpr, CAREFUL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HARDWARE: tl.constexpr,
     TMA: tl.constexpr,
 ):
@@ -80,8 +80,8 @@ def key_tile(
             (j[None, :] <= i[:, None]) & ((j[None, :] >= mask_0) & (j[None, :] <= i[:, None]))
         )  # [BM, BN]
         x = tl.where(keep, x, float("-inf"))
-    m_new = tl.maximum(m, tl.max(x, 1) * c)  # [BM]
-    p = tl.exp2(x * c - m_new[:, None])  # [BM, BN]
+    m_new = tl.maximum(m, tl.max(x, 1) * 72.13475204444816)  # [BM]
+    p = tl.exp2(x * 72.13475204444816 - m_new[:, None])  # [BM, BN]
     alpha = tl.exp2(m - m_new)
     l = l * alpha[:, None] + tl.sum(tl.reshape(p, [BM, BN // 8, 8]), 1)
     v = load_tile(V, b, hk, n, 0, v_b, v_h, v_s, Sk, 128, BN, 128, TMA)  # [BN, 128]
@@ -130,7 +130,6 @@ def gemma2_local_forward(
         i1 = last_row + offset
         i = tl.minimum(rows, last_row) + offset  # [BM] positions; past the end, the last one again
         q = load_tile(Q, b, h, row0, 0, q_b, q_h, q_s, Sq, 128, BM, 128, TMA)  # [BM, 128]
-        c = 50.0 * 1.4426950408889634  # to units of log 2
         score_0 = scale * 0.02
         mask_0 = i[:, None] - 4095
         key_lo = tl.maximum(tl.minimum(i0 - 4095, Sk), 0)
@@ -148,8 +147,8 @@ def gemma2_local_forward(
         # tiles in which every pair counts
         for n in range(full_start, full_end, BN):
             acc, m, l = key_tile(
-                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score_0, i, mask_0, c, False, False,
-                BM, BN, HARDWARE, TMA,
+                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score_0, i, mask_0, False, False, BM,
+                BN, HARDWARE, TMA,
             )
         # tiles cut by the mask or by the end of the keys
         cut_0 = (tl.maximum(full_start - lo, 0) + (BN - 1)) // BN
@@ -157,13 +156,13 @@ def gemma2_local_forward(
         for t in range(0, cut_1):
             n = tl.where(t < cut_0, lo + t * BN, full_end + (t - cut_0) * BN)
             acc, m, l = key_tile(
-                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score_0, i, mask_0, c, True,
-                PASS == 1, BM, BN, HARDWARE, TMA,
+                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score_0, i, mask_0, True, PASS == 1, BM,
+                BN, HARDWARE, TMA,
             )
         if PASS == 0:
-            tl.store(lost + tl.program_id(0) * lost_s0, tl.maximum(0, tl.max((acc != acc).to(tl.int32))))
+            tl.store(lost + tl.program_id(0) * lost_s0, tl.max((acc != acc).to(tl.int32)))
         if PASS == 2:
-            lost_here = tl.maximum(0, tl.max((acc != acc).to(tl.int32)))
+            lost_here = tl.max((acc != acc).to(tl.int32))
             if lost_here > 0:
                 m = tl.full([BM], -1.7014118346046923e+38, tl.float32)  # running maximum, in units of log 2
                 l = tl.full([BM, 8], 0.0, tl.float32)  # running sum, in parts that one thread holds
@@ -171,8 +170,8 @@ def gemma2_local_forward(
                 # tiles in which every pair counts
                 for n in range(full_start, full_end, BN):
                     acc, m, l = key_tile(
-                        acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score_0, i, mask_0, c,
-                        False, False, BM, BN, HARDWARE, TMA,
+                        acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score_0, i, mask_0, False,
+                        False, BM, BN, HARDWARE, TMA,
                     )
                 # tiles cut by the mask or by the end of the keys
                 cut_0 = (tl.maximum(full_start - lo, 0) + (BN - 1)) // BN
@@ -180,8 +179,8 @@ def gemma2_local_forward(
                 for t in range(0, cut_1):
                     n = tl.where(t < cut_0, lo + t * BN, full_end + (t - cut_0) * BN)
                     acc, m, l = key_tile(
-                        acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score_0, i, mask_0, c, True,
-                        True, BM, BN, HARDWARE, TMA,
+                        acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score_0, i, mask_0, True, True,
+                        BM, BN, HARDWARE, TMA,
                     )
         total = tl.sum(l, 1)  # [BM]
         empty = total <= 0.0

@@ -70,7 +70,7 @@ def store_tile(
 @triton.jit
 def key_tile(
     acc, m, l, K, k_b, k_h, k_s, skew_0, skew_0_b, skew_0_h, skew_0_s, V, v_b, v_h, v_s, b, h, n, Sk, Sq, row0,
-    q, scale, c,
+    q, scale,
     MASKED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
 ):
     """Adds the keys from n on to the state."""
@@ -86,8 +86,8 @@ def key_tile(
     if MASKED:
         keep = inside[None, :]  # [1, BN]
         x = tl.where(keep, x, float("-inf"))
-    m_new = tl.maximum(m, tl.max(x, 1) * c)  # [BM]
-    p = tl.exp2(x * c - m_new[:, None])  # [BM, BN]
+    m_new = tl.maximum(m, tl.max(x, 1) * 1.4426950408889634)  # [BM]
+    p = tl.exp2(x * 1.4426950408889634 - m_new[:, None])  # [BM, BN]
     alpha = tl.exp2(m - m_new)
     l = l * alpha[:, None] + tl.sum(tl.reshape(p, [BM, BN // 8, 8]), 1)
     v = load_tile(V, b, h, n, 0, v_b, v_h, v_s, Sk, 64, BN, 64, TMA)  # [BN, 64]
@@ -96,12 +96,12 @@ def key_tile(
     return acc, m, l
 
 
-@triton.jit(do_not_specialize=["B", "Sq", "Sk", "len_W"])
+@triton.jit(do_not_specialize=["Sq", "Sk", "len_W"])
 def relative_bias_skew_0(
     bias_ptr, skew_0,
     bias_s0: tl.int64, bias_s1: tl.int64, skew_0_s0: tl.int64, skew_0_s1: tl.int64, skew_0_s2: tl.int64,
     skew_0_s3: tl.int64,
-    B, Sq, Sk, len_W,
+    Sq, Sk, len_W,
     BM: tl.constexpr, BN: tl.constexpr,
 ):
     """Writes skew_0: input bias as its diagonals, each row shifted against the one above it."""
@@ -120,14 +120,13 @@ def relative_bias_skew_0(
     tl.store(skew_0 + table * skew_0_s1 + u * skew_0_s2 + x * skew_0_s3, value, mask=x < width)
 
 
-@triton.jit(do_not_specialize=["B", "Sq", "Sk", "len_W"])
+@triton.jit(do_not_specialize=["B", "Sq", "Sk"])
 def relative_bias_forward(
-    Q, K, V, O, LSE, bias_ptr, skew_0,
+    Q, K, V, O, LSE, skew_0,
     q_b: tl.int64, q_h: tl.int64, q_s: tl.int64, k_b: tl.int64, k_h: tl.int64, k_s: tl.int64, v_b: tl.int64,
     v_h: tl.int64, v_s: tl.int64, o_b: tl.int64, o_h: tl.int64, o_s: tl.int64, lse_s0: tl.int64,
-    lse_s1: tl.int64, lse_s2: tl.int64, bias_s0: tl.int64, bias_s1: tl.int64, skew_0_b: tl.int64,
-    skew_0_h: tl.int64, skew_0_s: tl.int64,
-    B, Sq, Sk, len_W, scale,
+    lse_s1: tl.int64, lse_s2: tl.int64, skew_0_b: tl.int64, skew_0_h: tl.int64, skew_0_s: tl.int64,
+    B, Sq, Sk, scale,
     BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, WRITE_LSE: tl.constexpr, TMA: tl.constexpr,
 ):
     """Forward pass of relative_bias: one program per query tile and head."""
@@ -142,13 +141,7 @@ def relative_bias_forward(
     h = head % 16
     row0 = number * BM
     rows = row0 + tl.arange(0, BM)  # [BM]
-    last_row = tl.minimum(row0 + BM, Sq) - 1
-    offset = Sk - Sq
-    i0 = row0 + offset
-    i1 = last_row + offset
-    i = tl.minimum(rows, last_row) + offset  # [BM] positions; past the end, the last one again
     q = load_tile(Q, b, h, row0, 0, q_b, q_h, q_s, Sq, 64, BM, 64, TMA)  # [BM, 64]
-    c = 1.0 * 1.4426950408889634  # to units of log 2
     full_end = Sk // BN * BN
     m = tl.full([BM], -1.7014118346046923e+38, tl.float32)  # running maximum, in units of log 2
     l = tl.full([BM, 8], 0.0, tl.float32)  # running sum, in parts that one thread holds
@@ -156,14 +149,14 @@ def relative_bias_forward(
     # tiles in which every pair counts
     for n in range(0, full_end, BN):
         acc, m, l = key_tile(
-            acc, m, l, K, k_b, k_h, k_s, skew_0, skew_0_b, skew_0_h, skew_0_s, V, v_b, v_h, v_s, b, h, n, Sk, Sq,
-            row0, q, scale, c, False, BM, BN, TMA,
+            acc, m, l, K, k_b, k_h, k_s, skew_0, skew_0_b, skew_0_h, skew_0_s, V, v_b, v_h, v_s, b, h, n, Sk, Sq, row0,
+            q, scale, False, BM, BN, TMA,
         )
     # tiles cut by the mask or by the end of the keys
     for n in range(full_end, Sk, BN):
         acc, m, l = key_tile(
-            acc, m, l, K, k_b, k_h, k_s, skew_0, skew_0_b, skew_0_h, skew_0_s, V, v_b, v_h, v_s, b, h, n, Sk, Sq,
-            row0, q, scale, c, True, BM, BN, TMA,
+            acc, m, l, K, k_b, k_h, k_s, skew_0, skew_0_b, skew_0_h, skew_0_s, V, v_b, v_h, v_s, b, h, n, Sk, Sq, row0,
+            q, scale, True, BM, BN, TMA,
         )
     total = tl.sum(l, 1)  # [BM]
     empty = total <= 0.0

@@ -128,7 +128,6 @@ def sink_window_forward(
         full_lo_1 = tl.maximum(tl.minimum(i1 - 1023, Sk), 0)
         full_hi_1 = tl.maximum(tl.minimum(i0 + 1, Sk), 0)
         # several ranges: in order, and each only from where the one before it ended
-        key_end = tl.maximum(key_hi_0, key_hi_1)
         full_end_0 = tl.minimum(full_hi_0, key_hi_0) // BN * BN
         cursor = tl.maximum(0, (key_hi_0 + (BN - 1)) // BN * BN)
         lo_1 = key_lo_1 // BN * BN
@@ -146,8 +145,7 @@ def sink_window_forward(
         for t in range(0, whole_1):
             n = tl.where(t < whole_0, t * BN, full_start_1 + (t - whole_0) * BN)
             acc, m, l = key_tile(
-                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask_0, c, False, False, BM, BN,
-                TMA,
+                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask_0, c, False, False, BM, BN, TMA,
             )
         # tiles cut by the mask or by the end of the keys
         cut_0 = (tl.maximum(key_hi_0 - full_end_0, 0) + (BN - 1)) // BN
@@ -159,13 +157,13 @@ def sink_window_forward(
                 tl.where(t < cut_1, lo_1 + (t - cut_0) * BN, full_end_1 + (t - cut_1) * BN),
             )
             acc, m, l = key_tile(
-                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask_0, c, True, PASS == 1, BM,
-                BN, TMA,
+                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask_0, c, True, PASS == 1, BM, BN,
+                TMA,
             )
         if PASS == 0:
-            tl.store(lost + tl.program_id(0) * lost_s0, tl.maximum(0, tl.max((acc != acc).to(tl.int32))))
+            tl.store(lost + tl.program_id(0) * lost_s0, tl.max((acc != acc).to(tl.int32)))
         if PASS == 2:
-            lost_here = tl.maximum(0, tl.max((acc != acc).to(tl.int32)))
+            lost_here = tl.max((acc != acc).to(tl.int32))
             if lost_here > 0:
                 m = tl.full([BM], -1.7014118346046923e+38, tl.float32)  # running maximum, in units of log 2
                 l = tl.full([BM, 8], 0.0, tl.float32)  # running sum, in parts that one thread holds
@@ -176,8 +174,8 @@ def sink_window_forward(
                 for t in range(0, whole_1):
                     n = tl.where(t < whole_0, t * BN, full_start_1 + (t - whole_0) * BN)
                     acc, m, l = key_tile(
-                        acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask_0, c, False, False,
-                        BM, BN, TMA,
+                        acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask_0, c, False, False, BM,
+                        BN, TMA,
                     )
                 # tiles cut by the mask or by the end of the keys
                 cut_0 = (tl.maximum(key_hi_0 - full_end_0, 0) + (BN - 1)) // BN
@@ -189,8 +187,8 @@ def sink_window_forward(
                         tl.where(t < cut_1, lo_1 + (t - cut_0) * BN, full_end_1 + (t - cut_1) * BN),
                     )
                     acc, m, l = key_tile(
-                        acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask_0, c, True, True,
-                        BM, BN, TMA,
+                        acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask_0, c, True, True, BM,
+                        BN, TMA,
                     )
         total = tl.sum(l, 1)  # [BM]
         empty = total <= 0.0

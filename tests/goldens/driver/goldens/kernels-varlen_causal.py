@@ -124,19 +124,19 @@ def varlen_causal_forward(
             # tiles in which every pair counts
             for n in range(0, full_end, BN):
                 acc, m, l = key_tile(
-                    acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, hk, key_begin, n, Sk, q, i, c, Tk, False, False,
-                    BM, BN, TMA,
+                    acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, hk, key_begin, n, Sk, q, i, c, Tk, False, False, BM,
+                    BN, TMA,
                 )
             # tiles cut by the mask or by the end of the keys
             for n in range(full_end, key_hi, BN):
                 acc, m, l = key_tile(
-                    acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, hk, key_begin, n, Sk, q, i, c, Tk, True,
-                    PASS == 1, BM, BN, TMA,
+                    acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, hk, key_begin, n, Sk, q, i, c, Tk, True, PASS == 1,
+                    BM, BN, TMA,
                 )
             if PASS == 0:
-                tl.store(lost + tl.program_id(0) * lost_s0, tl.maximum(0, tl.max((acc != acc).to(tl.int32))))
+                tl.store(lost + tl.program_id(0) * lost_s0, tl.max((acc != acc).to(tl.int32)))
             if PASS == 2:
-                lost_here = tl.maximum(0, tl.max((acc != acc).to(tl.int32)))
+                lost_here = tl.max((acc != acc).to(tl.int32))
                 if lost_here > 0:
                     m = tl.full([BM], -1.7014118346046923e+38, tl.float32)  # running maximum, in units of log 2
                     l = tl.full([BM, 8], 0.0, tl.float32)  # running sum, in parts that one thread holds
