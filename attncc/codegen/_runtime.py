@@ -66,7 +66,6 @@ class Variant:
     scratch: tuple[Scratch, ...]
     configs: Mapping[str, Any]
     """Modules of configs by the device or architecture they were made for."""
-    hardware_tanh: bool = False
     on_miss: str = "warn"
 
 
@@ -138,7 +137,6 @@ class Runner:
         numbers = sizes | {k: x for k, x in config.items() if k not in OPTIONS} | {"WRITE_LSE": int(lse is not None)}
         flags = {
             "TMA": bool(numbers.pop("TMA", 0)) and not INTERPRETED and self.maps_fit(tensors),
-            "HARDWARE": v.hardware_tanh and q.is_cuda and torch.version.hip is None,
         }
         shapes = self.shapes(tensors, plan, numbers)
         plan.scratch = [(tuple(shapes[s.name].shape), s.dtype) for s in v.scratch]

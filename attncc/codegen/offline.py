@@ -22,7 +22,7 @@ def jobs(program: Program, kernels: str, device: Device, config: Mapping[str, in
         config: as in a package's `configs`: knobs, flags and Triton's options.
     """
     flags = print_kernels(program)[1]
-    on = [flag for flag, holds in (("TMA", config.get("TMA")), ("HARDWARE", device.vendor == "nvidia")) if holds]
+    on = ["TMA"] if config.get("TMA") else []
     options = {name: config[name] for name in OPTIONS if config.get(name)}
     found: dict[str, Job] = {}
     for launch in program.launches:

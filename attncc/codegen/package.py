@@ -192,7 +192,6 @@ def _variant(
                 w.entry(f'Scratch("{s.name}", lambda n: {shape}, torch.{SCRATCH_DTYPE[s.dtype]})')
         w.block(["),"] * bool(program.scratch))
         w.line(f"configs={{{', '.join(_quoted(t.target) for t in sorted(targets, key=lambda t: t.target))}}},")
-        w.line(f"hardware_tanh={attn.numerics.exp == 'fast' and attn.dtype != 'fp32'},")
     w.line(")")
 
 

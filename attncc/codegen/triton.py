@@ -9,7 +9,7 @@ from typing import Final
 
 from attncc.codegen.source import Writer, definitions, filled, function_names
 from attncc.errors import CompilerBug
-from attncc.ir.expr import INTS, Dim, Dtype, Expr
+from attncc.ir.expr import FLOATS, INTS, Dim, Dtype, Expr
 from attncc.ir.tile import CallFn, For, Function, If, Let, Note, Param, Program, Statement, Store, StoreTile
 
 INFIX: Final[dict[str, tuple[str, int]]] = {
@@ -24,12 +24,6 @@ CALL: Final[dict[str, str]] = {
     "floor": "tl.floor", "abs": "tl.abs", "min": "tl.minimum", "max": "tl.maximum", "where": "tl.where",
     "floordiv": "floor_div", "mod": "floor_mod", "pow": "power", "tanh": "tanh",
 }  # fmt: skip
-FLAG_OF: Final[dict[str, str]] = {"tanh": "HARDWARE", "tile": "TMA"}
-"""Operators whose code depends on the device, and the constexpr that says which."""
-FLAG_DOC: Final[dict[str, str]] = {
-    "HARDWARE": "use the GPU's own tanh",
-    "TMA": "operands are tensor descriptors, not pointers",
-}
 DTYPE: Final[dict[Dtype, str]] = {
     "bool": "tl.int1", "i8": "tl.int8", "u8": "tl.uint8", "i32": "tl.int32", "i64": "tl.int64",
     "f16": "tl.float16", "bf16": "BF16", "f32": "tl.float32", "f64": "tl.float64",
@@ -87,9 +81,12 @@ class Printer:
         if e.op in PREFIX:
             text = PREFIX[e.op] + self.expr(e.args[0], UNARY)
             return f"({text})" if outer > UNARY else text
+        if e.op == "floordiv" and e.dtype in FLOATS:
+            return f"tl.floor({self.expr(e.args[0], 8)} / {self.expr(e.args[1], 9)})"
+        if e.op == "mod" and e.dtype in FLOATS:
+            return f"float_mod({', '.join(map(self.expr, e.args))})"
         if e.op in CALL:
-            flag = [self.flag(FLAG_OF[e.op])] if e.op in FLAG_OF else []
-            return f"{CALL[e.op]}({', '.join([*map(self.expr, e.args), *flag])})"
+            return f"{CALL[e.op]}({', '.join(map(self.expr, e.args))})"
         return self.structural(e, outer)
 
     def structural(self, e: Expr, outer: int) -> str:
@@ -100,6 +97,8 @@ class Printer:
                 return f"({text})" if text.startswith("-") and outer > 7 else text
             case "name":
                 return str(e.attr)
+            case "cast" if not e.shape:  # a number may be Python's own in the interpreter
+                return f"tl.cast({self.expr(a[0])}, {DTYPE[e.dtype]})"
             case "expand" | "trans" | "cast":
                 return f"{self.expr(a[0], ATOM)}{self.suffix(e)}"
             case "dot":
