@@ -18,6 +18,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="take what the tests produce as the new goldens")
 
 
+def pytest_configure() -> None:
+    """Without a GPU kernels are interpreted, which Triton wants to know before anything imports it."""
+    if not _has_gpu():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests marked `gpu` are run where there is one, and are not counted elsewhere."""
     marked = [item for item in items if item.get_closest_marker("gpu")]

@@ -77,8 +77,12 @@ def check_tensors(
             raise ValueError(
                 f"{where} must be contiguous along its last axis, got strides {tuple(t.stride())}: call .contiguous()"
             )
-    if "Tq" in sizes:
-        sizes["B"] = sizes.pop("B + 1") - 1
+    if "B + 1" in sizes:
+        batch = sizes.pop("B + 1") - 1
+        if batch < 0:
+            raise ValueError(f"{name}: cu_seqlens_q must hold B + 1 offsets, got none")
+        if sizes.setdefault("B", batch) != batch:
+            raise ValueError(f"{name}: {owner['B']} is for {sizes['B']} sequences, cu_seqlens_q has {batch}")
     for axis, size in known.items():
         check_size(name, axis, size, sizes[axis])
     return sizes

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-if not torch.cuda.is_available():
+if "triton" not in sys.modules and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: no GPU, so kernels run on the CPU
 
 import triton
+import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+INTERPRETED = not isinstance(tl.sum, triton.JITFunction)
+"""Whether Triton was imported to interpret kernels: its own functions are as it found the environment then."""
 ADDRESSES_KEPT = 256
 
 

@@ -142,7 +142,7 @@ def _init(
     w.line("from . import _runtime, kernels")
     w.line(f"from .configs import {', '.join(sorted(t.target for t in targets))}")
     w.line("from ._checks import Size, Tensor")
-    w.line("from ._runtime import Kernel, Runner, Scratch, Variant")
+    w.line(f"from ._runtime import Kernel, Runner, {'Scratch, ' if program.scratch else ''}Variant")
     w.line()
     for kernel in program.kernels:
         _parameters(w, kernel, flags[kernel.name], _parameters_name(attn, kernel))

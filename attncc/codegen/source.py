@@ -27,11 +27,11 @@ def wrapped(text: str, width: int) -> list[str]:
     """A statement over several lines, where it ends in a call or is an assignment."""
     body, _, comment = text.partition("  # ")
     note = f"  # {comment}" if comment else ""
-    if text.startswith("#") or not body.endswith(")"):
+    if text.startswith("#"):
         return [text]
     lines = _wrapped_call(body, width)
     target, assigned, value = body.partition(" = ")
-    if assigned and len(lines[0]) > width and target.replace(", ", "").isidentifier():
+    if assigned and len(lines[0]) > width and target.replace(", ", "").isidentifier() and not value.startswith('"'):
         lines = [f"{target} = (", *[f"    {line}" for line in laid_out(value, width - 4)], ")"]
     return [*lines[:-1], lines[-1] + note]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -104,6 +104,17 @@ def tile(operand: Param, b: Value, h: Value, row0: Value, column0: int, shape: t
     return Expr("tile", args, operand.name, operand.dtype, shape)
 
 
+def fresh(text: str, taken: Collection[str]) -> str:
+    """`text`, or with a number behind it the first that is not taken."""
+    return next(word for word in (text, *(f"{text}_{n}" for n in range(2, len(taken) + 3))) if word not in taken)
+
+
+def _bound(body: Iterable[Statement]) -> Iterator[str]:
+    for s in body:
+        yield from (str(e.attr) for e in binds(s))
+        yield from _bound(block(s))
+
+
 @dataclass
 class Builder:
     """Collects statements; knows the parameters that names of tensors stand for."""
@@ -132,6 +143,10 @@ class Builder:
     def store_tile(self, operand: Param, b: Value, h: Value, row0: Value, column0: int, value: Expr) -> None:
         index = (lift(b), lift(h), lift(row0), const(column0))
         self.stack[-1].append(StoreTile(operand.name, index, value))
+
+    def fresh(self, text: str) -> str:
+        """`text`, or with a number behind it a name that is not bound yet."""
+        return fresh(text, {name for level in self.stack for name in _bound(level)})
 
     @contextmanager
     def loop(self, text: str, lo: Value, hi: Value, step: Value = 1) -> Generator[Expr]:
@@ -168,7 +183,7 @@ def function(
     tensors: dict[str, None] = {}
     _scan(body.body, set(), free, tensors)
     for e in results:
-        if str(e.attr) not in free and not _binds(body.body, str(e.attr)):
+        if str(e.attr) not in free and str(e.attr) not in _bound(body.body):
             free[str(e.attr)] = e
     for tensor in tensors:  # a tile of an operand is bounded by its extent
         extent = body.params[tensor].extent
@@ -201,10 +216,6 @@ def needed(params: Iterable[Param], body: Iterable[Statement]) -> tuple[Param, .
 def _value_param(e: Expr) -> Param:
     role = "value" if e.shape else "scalar"
     return Param(str(e.attr), role, e.dtype, shape=e.shape)
-
-
-def _binds(body: Iterable[Statement], text: str) -> bool:
-    return any(any(e.attr == text for e in binds(s)) or _binds(block(s), text) for s in body)
 
 
 def _scan(body: Iterable[Statement], bound: set[str], free: dict[str, Expr], tensors: dict[str, None]) -> None:

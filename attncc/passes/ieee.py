@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from math import frexp, isfinite
+from operator import mul
 from typing import Final
 
 import numpy as np
@@ -14,6 +16,7 @@ from attncc.ir.rewrite import walk
 
 Rule = Callable[[Expr], Expr | None]
 
+MOST_FACTORS: Final = 17
 FLIPPED: Final[dict[str, str]] = {"lt": "ge", "ge": "lt", "le": "gt", "gt": "le", "eq": "ne", "ne": "eq"}
 
 
@@ -120,7 +123,10 @@ def _by_power_of_two(e: Expr) -> Expr | None:
 
 
 def _small_power(e: Expr) -> Expr | None:
+    """x ** 2 is x * x; an integer to any small constant power is a product, which is exact."""
     x, n = e.args
+    if e.dtype in INTS and n.value in range(MOST_FACTORS):
+        return reduce(mul, [x] * int(n.value or 0), const(1, e.dtype))
     if n.value == 1 and x.dtype == e.dtype:
         return x
     return x * x if n.value == 2 else None

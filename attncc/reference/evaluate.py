@@ -8,7 +8,7 @@ decides (a comparison, a floor) decides by fp32, or no kernel could agree. A rea
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import torch
@@ -26,6 +26,8 @@ class Scope:
     dtype: torch.dtype
     """In which floats are computed."""
     device: torch.device
+    shapes: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict[str, "tuple[int | str, ...]"])
+    """Declared shapes of inputs: an axis declared as 1 broadcasts, one that happens to be 1 does not."""
 
 
 def _floordiv(a: Tensor, b: Tensor) -> Tensor:
@@ -108,7 +110,7 @@ def _decides(e: Expr) -> bool:
 def _decision(e: Expr, scope: Scope) -> Tensor:
     """A deciding operator over arguments in float32."""
     names = {name: x.float() if x.is_floating_point() else x for name, x in scope.names.items()}
-    narrow = Scope(names, scope.inputs, torch.float32, scope.device)
+    narrow = replace(scope, names=names, dtype=torch.float32)
     return _as(_node(e, [evaluate(a, narrow) for a in e.args], narrow), e.dtype, scope)
 
 
@@ -119,7 +121,8 @@ def _node(e: Expr, args: list[Tensor], scope: Scope) -> Tensor:
         case "name":
             return scope.names[str(e.attr)]
         case "load":
-            return _as(read(scope.inputs[str(e.attr)], args), e.dtype, scope)
+            buffer = str(e.attr)
+            return _as(read(scope.inputs[buffer], args, scope.shapes.get(buffer)), e.dtype, scope)
         case "bucket":
             return count_up_to(scope.inputs[str(e.attr)], args[:-1], args[-1])
         case "cast":
@@ -149,15 +152,15 @@ def _as(value: Tensor, dtype: Dtype, scope: Scope) -> Tensor:
     return value.to(_torch_dtype(dtype, scope))
 
 
-def read(x: Tensor, index: list[Tensor]) -> Tensor:
+def read(x: Tensor, index: list[Tensor], declared: tuple[int | str, ...] | None = None) -> Tensor:
     """x[index…], the index tensors broadcast together; 0 where one is outside of its axis.
 
-    An axis of size 1 broadcasts: every index reads its one entry.
+    An axis declared as 1 broadcasts: every index reads its one entry.
     """
     inside: Tensor | None = None
     safe: list[Tensor] = []
-    for size, at in zip(x.shape, index, strict=True):
-        if size == 1:
+    for size, at, entry in zip(x.shape, index, declared or x.shape, strict=True):
+        if entry == 1:
             safe.append(torch.zeros((), dtype=torch.int64, device=x.device))
             continue
         good = (at >= 0) & (at < size)

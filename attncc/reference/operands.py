@@ -85,7 +85,7 @@ def prepare(
             if x.shape[1] != y.shape[1]:
                 raise ValueError(f"v: expected {x.shape[1]} keys as k has (sequence {number}), got {y.shape[1]}")
     sequences = tuple(Sequence(n, *parts) for n, parts in enumerate(zip(queries, keys, values, strict=True)))
-    ragged = attn.layout == "varlen" or where.seqused_k is not None
+    ragged = attn.layout == "varlen" or where.seqused_k is not None or not sequences  # an empty batch has no lengths
     return Call(sequences, behind, _sizes(attn, sequences, inputs, ragged))
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from attncc.ir.attention import Attention, Part
+from attncc.ir.attention import Attention, Input, Part
 from attncc.ir.expr import Expr
 from attncc.reference.evaluate import Scope, evaluate, read
 from attncc.reference.normalize import column_weights, logaddexp, softmax, weights
@@ -126,10 +126,19 @@ def _rows(attn: Attention, sequence: Sequence, numbers: Numbers) -> Rows:
     names["h"], names["hk"] = heads[:, None, None], hk[:, None, None]
     names["row"], names["i"] = row[None, :, None], (row + offset)[None, :, None]
     names["j"] = torch.arange(sequence.k.shape[1], device=device)[None, None, :]
-    scope = Scope(names, numbers.inputs, numbers.elementwise, device)
+    inputs = {x.name: _of_sequence(x, numbers.inputs[x.name], sizes) for x in attn.inputs}
+    scope = Scope(names, inputs, numbers.elementwise, device, {x.name: x.shape for x in attn.inputs})
     scale = evaluate(attn.scale, scope) if numbers.scale is None else numbers.scale
     names["scale"] = torch.as_tensor(scale, dtype=numbers.elementwise, device=device)
     return Rows(sequence.q, sequence.k[hk], sequence.v[hv], scope, numbers)
+
+
+def _of_sequence(declared: Input, x: Tensor, sizes: Mapping[str, int]) -> Tensor:
+    """An input as a sequence sees it: its rows and keys end where the sequence does, whatever pads them."""
+    for axis, entry in enumerate(declared.shape):
+        if entry in ("Sq", "Sk"):
+            x = x.narrow(axis, 0, min(sizes[entry], x.shape[axis]))
+    return x
 
 
 def _served_by(attn: Attention, heads: Tensor, count: int) -> Tensor:

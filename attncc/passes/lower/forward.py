@@ -278,6 +278,8 @@ def _key_tile(outer: Builder, attn: Attention, t: QueryTile, rule: Rule, formula
         s = dot(name("q" + p.suffix(columns), k.dtype, ("BM", p.width)), trans(k), s)
     assert s is not None
     x = scope.with_(qk=b.let("s", s, "[BM, BN]")).bind(score)
+    if x.shape != s.shape:  # a score without qk
+        x = full(s.shape, 0.0) + x
 
     def keep() -> Expr:
         mask = scope.bind(formulas.mask)
@@ -305,14 +307,21 @@ def _reads_at_keys(e: Expr, tiled: Collection[str] = ()) -> bool:
 def _read_early(b: Builder, attn: Attention, t: QueryTile, formulas: Formulas, scope: Scope) -> Expr:
     """Binds the reads that move with the key but not with qk, before the product whose latency hides theirs."""
 
+    bound: dict[Expr, Expr] = {}
+
+    def bind(node: Expr) -> Expr:
+        diagonal = formulas.diagonals.get(str(node.attr))
+        if diagonal is None:
+            return b.let(b.fresh(f"{node.attr}_ij"), scope.bind(node))
+        value = skew.read_tile(diagonal, attn, t, name("n"))
+        return cast_to(b.let(b.fresh(f"{diagonal.read.attr}_ij"), value), node.dtype)
+
     def step(node: Expr) -> Expr | None:
         if node.op not in ("load", "bucket") or "qk" in names(node):
             return None
-        diagonal = formulas.diagonals.get(str(node.attr))
-        if diagonal is None:
-            return b.let(f"{node.attr}_ij", scope.bind(node))
-        value = skew.read_tile(diagonal, attn, t, name("n"))
-        return cast_to(b.let(f"{diagonal.read.attr}_ij", value), node.dtype)
+        if node not in bound:
+            bound[node] = bind(node)
+        return bound[node]
 
     return transform(formulas.score, step)
 

@@ -96,7 +96,7 @@ def _softmax_finish(
     top = b.let("top", maximum(M, z))
     shrink = b.let("shrink", where(empty, 0.0, ew("exp2", M - top)))
     divisor = b.let("divisor", total * shrink + ew("exp2", z - top))
-    factor = b.let("factor", shrink / divisor)
+    factor = b.let("factor", where(ew("eq", divisor, const(0.0)), 0.0, shrink / divisor), "no key, and a sink of -inf")
     return tuple(acc * column(factor) for acc in accumulators), lse
 
 

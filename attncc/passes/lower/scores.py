@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from itertools import count
 
 from attncc.ir.attention import Attention, Input
-from attncc.ir.build import Builder, iota, read, reduce, row
+from attncc.ir.build import Builder, fresh, iota, read, reduce, row
 from attncc.ir.expr import Dtype, Expr, Value, cast_to, const, lift, minimum, name
 from attncc.ir.rewrite import names, rebuild, transform
 from attncc.ir.tile import Param
@@ -28,10 +27,7 @@ def input_param(x: Input) -> Param:
 
 def own_name(text: str, attn: Attention) -> str:
     """A name for a tensor of the program's own; no input has it."""
-    taken = {x.name for x in attn.inputs}
-    while text in taken:
-        text += "_"
-    return text
+    return fresh(text, {x.name for x in attn.inputs})
 
 
 def length(size: str) -> str:
@@ -142,7 +138,6 @@ def _is_below(e: Expr, size: Value) -> bool:
 
 def hoist(b: Builder, e: Expr, scope: Scope, prefix: str) -> Expr:
     """Binds, before the loop, each largest part of `e` that no key moves; returns `e` over the new names."""
-    numbers = count()
     bound: dict[Expr, Expr] = {}
 
     def go(node: Expr) -> Expr:
@@ -153,7 +148,7 @@ def hoist(b: Builder, e: Expr, scope: Scope, prefix: str) -> Expr:
         if node not in bound:
             value = share_reads(b, node, scope)
             named = value.op in ("const", "name")
-            bound[node] = value if named else b.let(f"{prefix}_{next(numbers)}", value)
+            bound[node] = value if named else b.let(b.fresh(prefix), value)
         return bound[node]
 
     return go(e)
@@ -166,7 +161,7 @@ def share_reads(b: Builder, e: Expr, scope: Scope) -> Expr:
         inner = rebuild(node, tuple(go(a) for a in node.args))
         if node.op in ("load", "bucket") and inner not in shared:
             value = scope.bind(inner)
-            shared[inner] = b.let(f"{node.attr}_{'rows' if value.shape else 'at'}_{len(shared)}", value)
+            shared[inner] = b.let(b.fresh(f"{node.attr}_{'rows' if value.shape else 'at'}"), value)
         return shared.get(inner, inner)
 
     shared = scope.shared
@@ -198,7 +193,7 @@ def regroup(e: Expr) -> Expr:
         if node.op not in ("mul", "div") or not _moves(node.args[0]):
             return None
         inner, outer = node.args
-        if _moves(outer):
+        if _moves(outer) or outer.value == 0:
             return None
         c = outer if node.op == "mul" else 1.0 / outer
         if inner.op == "mul" and not _moves(inner.args[1]):

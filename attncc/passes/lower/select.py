@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Final
 
 from attncc.errors import Unsupported
 from attncc.ir.attention import Attention
-from attncc.ir.rewrite import names
+from attncc.ir.expr import INTS
+from attncc.ir.rewrite import names, walk
 from attncc.ir.tile import Program
 from attncc.passes.lower.forward import dense_forward
 from attncc.passes.lower.normalizers import NORMALIZERS
@@ -46,8 +48,18 @@ def _fixes_packed_lengths(a: Attention) -> bool:
     return a.layout == "varlen" and any(a.size(s).fixed is not None for s in ("Sq", "Sk"))
 
 
+def _is_not_positive(a: Attention) -> bool:
+    return a.scale.value is not None and not 0 < a.scale.value < inf
+
+
 def _scales_by_packed_length(a: Attention) -> bool:
     return a.layout == "varlen" and bool(names(a.scale) & {"Sq", "Sk"})
+
+
+def _raises_integers(a: Attention) -> bool:
+    """To powers that are not small constants; those are products by now."""
+    formulas = [e for p in a.parts for e in (p.score, p.mask, p.normalizer.sink) if e is not None]
+    return any(node.op == "pow" and node.dtype in INTS for e in formulas for node in walk(e))
 
 
 def _unknown_outputs(a: Attention) -> bool:
@@ -64,11 +76,13 @@ GAPS: Final = (
     Gap("prologue", lambda a: bool(a.prologue), "no steps"),
     Gap("epilogue", lambda a: bool(a.epilogue), "no steps"),
     Gap("normalizer", lambda a: a.parts[0].normalizer.kind not in NORMALIZERS, ", ".join(NORMALIZERS)),
+    Gap("score", _raises_integers, "whole numbers to a constant power up to 16; float(…) ** anything"),
     Gap("outputs", _unknown_outputs, "o, lse"),
     Gap("modes", lambda a: "prefill" not in a.modes, "prefill (it serves short queries too)"),
     Gap("modes", lambda a: bool({"backward", "jvp"} & set(a.modes)), "prefill, decode"),
     Gap("dims", lambda a: max(a.dims.qk, a.dims.v) > MAX_DIM, f"1 to {MAX_DIM}"),
     Gap("sizes", _fixes_packed_lengths, "lengths of packed sequences known when called"),
+    Gap("scale", _is_not_positive, "a positive number (a score may be -qk * scale)"),
     Gap("scale", _scales_by_packed_length, "sizes that all packed sequences share; a score may use their lengths"),
     Gap("schedule", lambda a: a.schedule.name not in ("auto", "tile"), "auto, tile"),
     Gap("numerics", lambda a: a.numerics.reproducible == "config", "run, batch"),

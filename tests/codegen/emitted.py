@@ -1,0 +1,59 @@
+"""Packages compiled for the tests of what they do: imported once, with tiles as small as the shapes they are given."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+import torch
+
+from attncc import driver, spec
+from attncc.check.cases import Case
+from attncc.check.run import Outcome, check_case
+from attncc.ir.attention import Attention
+
+OUT: Final = Path(tempfile.mkdtemp(prefix="attncc-emitted-"))
+sys.path.insert(0, str(OUT))
+
+
+@dataclass(frozen=True)
+class Package:
+    """An emitted package and the variant it was compiled from."""
+
+    attn: Attention
+    module: ModuleType
+    path: Path
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.attention(*args, **kwargs)
+
+    def tiles(self, rows: int, keys: int, one_pass: int = 0) -> Package:
+        """Takes tiles of this shape from now on."""
+        knobs = {"BM": rows, "BN": keys, "GROUP": 2, "ONE_PASS": one_pass, "num_warps": 4, "num_stages": 1}
+        self.module.VARIANT.configs["cpu"].TABLE = (({}, knobs),)
+        self.module._RUNNER.plans.clear()
+        return self
+
+    def agrees(self, case: Case) -> Outcome:
+        """What the acceptance rule says of a call."""
+        return check_case(self.attn, self.module.attention, case, "cpu")
+
+
+@cache
+def package(body: str, name: str = "", target: str = "cpu") -> Package:
+    """The package of a spec that lacks its version and name."""
+    name = name or f"emitted_{len(list(OUT.iterdir()))}"
+    loaded = spec.loads(f"attncc: 1\nname: {name}\n{body}\n")
+    path = driver.compile(loaded, OUT, [target])
+    importlib.invalidate_caches()
+    return Package(loaded.attention, importlib.import_module(name), path)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
