@@ -54,7 +54,7 @@ def store_tile(
 
 @triton.jit
 def key_tile(
-    acc, m, l, K, k_b, k_h, k_s, ids_ptr, ids_s0, ids_s1, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, ids_rows_0, c,
+    acc, m, l, K, k_b, k_h, k_s, ids_ptr, ids_s0, ids_s1, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, ids_rows, c,
     MASKED: tl.constexpr, CAREFUL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
 ):
     """Adds the keys from n on to the state."""
@@ -67,7 +67,7 @@ def key_tile(
     x = s  # [BM, BN]
     if MASKED:
         keep = inside[None, :] & (
-            (j[None, :] <= i[:, None]) & (ids_rows_0 == tl.load(ids_ptr + b * ids_s0 + j[None, :] * ids_s1))
+            (j[None, :] <= i[:, None]) & (ids_rows == tl.load(ids_ptr + b * ids_s0 + j[None, :] * ids_s1))
         )  # [BM, BN]
         x = tl.where(keep, x, float("-inf"))
     m_new = tl.maximum(m, tl.max(x, 1) * c)  # [BM]
@@ -106,9 +106,7 @@ def document_ids_classify(
     i1 = last_row + offset
     i = tl.minimum(rows, last_row) + offset  # [BM] positions; past the end, the last one again
     key_hi = tl.maximum(tl.minimum(i1 + 1, Sk), 0)
-    ids_rows_0 = tl.load(
-        ids_ptr + b * ids_s0 + i[:, None] * ids_s1, mask=(i[:, None] >= 0) & (i[:, None] < Sk), other=0,
-    )
+    ids_rows = tl.load(ids_ptr + b * ids_s0 + i[:, None] * ids_s1, mask=(i[:, None] >= 0) & (i[:, None] < Sk), other=0)
     masked = 0
     whole = 0
     last_tile = tl.maximum((Sk + (BN - 1)) // BN, 1) - 1
@@ -116,7 +114,7 @@ def document_ids_classify(
         j = tile * BN + tl.arange(0, BN)  # [BN]
         seen = (
             (tl.minimum(j, Sk - 1)[None, :] <= i[:, None])
-            & (ids_rows_0 == tl.load(ids_ptr + b * ids_s0 + tl.minimum(j, Sk - 1)[None, :] * ids_s1))
+            & (ids_rows == tl.load(ids_ptr + b * ids_s0 + tl.minimum(j, Sk - 1)[None, :] * ids_s1))
         ).to(tl.int32)
         some = tl.max(seen * (j < Sk).to(tl.int32)[None, :])
         every = tl.min(seen * (j < Sk).to(tl.int32)[None, :])
@@ -163,7 +161,7 @@ def document_ids_forward(
         i = tl.minimum(rows, last_row) + offset  # [BM] positions; past the end, the last one again
         q = load_tile(Q, b, h, row0, 0, q_b, q_h, q_s, Sq, 128, BM, 128, TMA)  # [BM, 128]
         c = scale * 1.4426950408889634  # to units of log 2
-        ids_rows_0 = tl.load(
+        ids_rows = tl.load(
             ids_ptr + b * ids_s0 + i[:, None] * ids_s1, mask=(i[:, None] >= 0) & (i[:, None] < Sk), other=0,
         )
         m = tl.full([BM], -1.7014118346046923e+38, tl.float32)  # running maximum, in units of log 2
@@ -175,15 +173,15 @@ def document_ids_forward(
         for entry in range(0, tl.load(tile_counts + listed * tile_counts_s0 + tile_counts_s1)):
             n = tl.load(tile_list + listed * tile_list_s0 + (last_tile - entry) * tile_list_s1) * BN
             acc, m, l = key_tile(
-                acc, m, l, K, k_b, k_h, k_s, ids_ptr, ids_s0, ids_s1, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, ids_rows_0,
-                c, False, False, BM, BN, TMA,
+                acc, m, l, K, k_b, k_h, k_s, ids_ptr, ids_s0, ids_s1, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, ids_rows, c,
+                False, False, BM, BN, TMA,
             )
         # listed from the left: tiles cut by the mask or by the end of the keys
         for entry in range(0, tl.load(tile_counts + listed * tile_counts_s0)):
             n = tl.load(tile_list + listed * tile_list_s0 + entry * tile_list_s1) * BN
             acc, m, l = key_tile(
-                acc, m, l, K, k_b, k_h, k_s, ids_ptr, ids_s0, ids_s1, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, ids_rows_0,
-                c, True, PASS == 1, BM, BN, TMA,
+                acc, m, l, K, k_b, k_h, k_s, ids_ptr, ids_s0, ids_s1, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, ids_rows, c,
+                True, PASS == 1, BM, BN, TMA,
             )
         if PASS == 0:
             tl.store(lost + tl.program_id(0) * lost_s0, tl.max((acc != acc).to(tl.int32)))
@@ -200,14 +198,14 @@ def document_ids_forward(
                     n = tl.load(tile_list + listed * tile_list_s0 + (last_tile - entry) * tile_list_s1) * BN
                     acc, m, l = key_tile(
                         acc, m, l, K, k_b, k_h, k_s, ids_ptr, ids_s0, ids_s1, V, v_b, v_h, v_s, b, hk, n, Sk, q, i,
-                        ids_rows_0, c, False, False, BM, BN, TMA,
+                        ids_rows, c, False, False, BM, BN, TMA,
                     )
                 # listed from the left: tiles cut by the mask or by the end of the keys
                 for entry in range(0, tl.load(tile_counts + listed * tile_counts_s0)):
                     n = tl.load(tile_list + listed * tile_list_s0 + entry * tile_list_s1) * BN
                     acc, m, l = key_tile(
                         acc, m, l, K, k_b, k_h, k_s, ids_ptr, ids_s0, ids_s1, V, v_b, v_h, v_s, b, hk, n, Sk, q, i,
-                        ids_rows_0, c, True, True, BM, BN, TMA,
+                        ids_rows, c, True, True, BM, BN, TMA,
                     )
         total = tl.sum(l, 1)  # [BM]
         empty = total <= 0.0

@@ -60,7 +60,7 @@ def tanh(x):
 
 @triton.jit
 def key_tile(
-    acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score_0, i, mask_0,
+    acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask,
     MASKED: tl.constexpr, CAREFUL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
 ):
     """Adds the keys from n on to the state."""
@@ -69,10 +69,10 @@ def key_tile(
     if MASKED:
         inside = j < Sk
     s = tl.dot(q, k.T)  # [BM, BN]
-    x = tanh(s * score_0)  # [BM, BN]
+    x = tanh(s * score)  # [BM, BN]
     if MASKED:
         keep = inside[None, :] & (
-            (j[None, :] <= i[:, None]) & ((j[None, :] >= mask_0) & (j[None, :] <= i[:, None]))
+            (j[None, :] <= i[:, None]) & ((j[None, :] >= mask) & (j[None, :] <= i[:, None]))
         )  # [BM, BN]
         x = tl.where(keep, x, float("-inf"))
     m_new = tl.maximum(m, tl.max(x, 1) * 72.13475204444816)  # [BM]
@@ -125,8 +125,8 @@ def gemma2_local_forward(
         i1 = last_row + offset
         i = tl.minimum(rows, last_row) + offset  # [BM] positions; past the end, the last one again
         q = load_tile(Q, b, h, row0, 0, q_b, q_h, q_s, Sq, 128, BM, 128, TMA)  # [BM, 128]
-        score_0 = scale * 0.02
-        mask_0 = i[:, None] - 4095
+        score = scale * 0.02
+        mask = i[:, None] - 4095
         key_lo = tl.maximum(tl.minimum(i0 - 4095, Sk), 0)
         key_hi = tl.maximum(tl.minimum(i1 + 1, Sk), 0)
         full_lo = tl.maximum(tl.minimum(i1 - 4095, Sk), 0)
@@ -142,8 +142,8 @@ def gemma2_local_forward(
         # tiles in which every pair counts
         for n in range(full_start, full_end, BN):
             acc, m, l = key_tile(
-                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score_0, i, mask_0, False, False, BM,
-                BN, TMA,
+                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, False, False, BM, BN,
+                TMA,
             )
         # tiles cut by the mask or by the end of the keys
         cut_0 = (tl.maximum(full_start - lo, 0) + (BN - 1)) // BN
@@ -151,8 +151,8 @@ def gemma2_local_forward(
         for t in range(0, cut_1):
             n = tl.where(t < cut_0, lo + t * BN, full_end + (t - cut_0) * BN)
             acc, m, l = key_tile(
-                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score_0, i, mask_0, True, PASS == 1, BM,
-                BN, TMA,
+                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, True, PASS == 1, BM, BN,
+                TMA,
             )
         if PASS == 0:
             tl.store(lost + tl.program_id(0) * lost_s0, tl.max((acc != acc).to(tl.int32)))
@@ -165,8 +165,8 @@ def gemma2_local_forward(
                 # tiles in which every pair counts
                 for n in range(full_start, full_end, BN):
                     acc, m, l = key_tile(
-                        acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score_0, i, mask_0, False,
-                        False, BM, BN, TMA,
+                        acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, False, False,
+                        BM, BN, TMA,
                     )
                 # tiles cut by the mask or by the end of the keys
                 cut_0 = (tl.maximum(full_start - lo, 0) + (BN - 1)) // BN
@@ -174,8 +174,8 @@ def gemma2_local_forward(
                 for t in range(0, cut_1):
                     n = tl.where(t < cut_0, lo + t * BN, full_end + (t - cut_0) * BN)
                     acc, m, l = key_tile(
-                        acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score_0, i, mask_0, True, True,
-                        BM, BN, TMA,
+                        acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, True, True, BM,
+                        BN, TMA,
                     )
         total = tl.sum(l, 1)  # [BM]
         empty = total <= 0.0

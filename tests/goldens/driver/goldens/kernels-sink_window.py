@@ -54,7 +54,7 @@ def store_tile(
 
 @triton.jit
 def key_tile(
-    acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask_0, c,
+    acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask, c,
     MASKED: tl.constexpr, CAREFUL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
 ):
     """Adds the keys from n on to the state."""
@@ -66,7 +66,7 @@ def key_tile(
     x = s  # [BM, BN]
     if MASKED:
         keep = inside[None, :] & (
-            (j[None, :] <= i[:, None]) & ((j[None, :] <= 3) | (j[None, :] >= mask_0) & (j[None, :] <= i[:, None]))
+            (j[None, :] <= i[:, None]) & ((j[None, :] <= 3) | (j[None, :] >= mask) & (j[None, :] <= i[:, None]))
         )  # [BM, BN]
         x = tl.where(keep, x, float("-inf"))
     m_new = tl.maximum(m, tl.max(x, 1) * c)  # [BM]
@@ -120,7 +120,7 @@ def sink_window_forward(
         i = tl.minimum(rows, last_row) + offset  # [BM] positions; past the end, the last one again
         q = load_tile(Q, b, h, row0, 0, q_b, q_h, q_s, Sq, 128, BM, 128, TMA)  # [BM, 128]
         c = scale * 1.4426950408889634  # to units of log 2
-        mask_0 = i[:, None] - 1023
+        mask = i[:, None] - 1023
         key_hi_0 = tl.maximum(tl.minimum(tl.minimum(i1 + 1, 4), Sk), 0)
         full_hi_0 = tl.maximum(tl.minimum(tl.minimum(i0 + 1, 4), Sk), 0)
         key_lo_1 = tl.maximum(tl.minimum(i0 - 1023, Sk), 0)
@@ -145,7 +145,7 @@ def sink_window_forward(
         for t in range(0, whole_1):
             n = tl.where(t < whole_0, t * BN, full_start_1 + (t - whole_0) * BN)
             acc, m, l = key_tile(
-                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask_0, c, False, False, BM, BN, TMA,
+                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask, c, False, False, BM, BN, TMA,
             )
         # tiles cut by the mask or by the end of the keys
         cut_0 = (tl.maximum(key_hi_0 - full_end_0, 0) + (BN - 1)) // BN
@@ -157,7 +157,7 @@ def sink_window_forward(
                 tl.where(t < cut_1, lo_1 + (t - cut_0) * BN, full_end_1 + (t - cut_1) * BN),
             )
             acc, m, l = key_tile(
-                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask_0, c, True, PASS == 1, BM, BN,
+                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask, c, True, PASS == 1, BM, BN,
                 TMA,
             )
         if PASS == 0:
@@ -174,7 +174,7 @@ def sink_window_forward(
                 for t in range(0, whole_1):
                     n = tl.where(t < whole_0, t * BN, full_start_1 + (t - whole_0) * BN)
                     acc, m, l = key_tile(
-                        acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask_0, c, False, False, BM,
+                        acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask, c, False, False, BM,
                         BN, TMA,
                     )
                 # tiles cut by the mask or by the end of the keys
@@ -187,8 +187,8 @@ def sink_window_forward(
                         tl.where(t < cut_1, lo_1 + (t - cut_0) * BN, full_end_1 + (t - cut_1) * BN),
                     )
                     acc, m, l = key_tile(
-                        acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask_0, c, True, True, BM,
-                        BN, TMA,
+                        acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask, c, True, True, BM, BN,
+                        TMA,
                     )
         total = tl.sum(l, 1)  # [BM]
         empty = total <= 0.0
