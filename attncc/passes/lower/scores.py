@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from attncc.ir.attention import Attention, Input
-from attncc.ir.build import Builder, fresh, iota, read, reduce, row
-from attncc.ir.expr import Dtype, Expr, Value, cast_to, const, lift, minimum, name
+from attncc.ir.build import Builder, fresh, read, reduce
+from attncc.ir.expr import Dtype, Expr, Value, cast_to, const, lift, name
 from attncc.ir.rewrite import names, rebuild, transform
 from attncc.ir.tile import Param
 
@@ -233,14 +233,3 @@ def _positive(e: Expr) -> bool:
     if e.value is not None:
         return e.value > 0
     return e.op == "name" and e.attr == "scale"
-
-
-def key_positions(n0: Expr, last: Expr | None) -> Expr:
-    """[1, BN] key positions of the tile at `n0`, kept inside the sequence where `last` is given."""
-    j = n0 + iota("BN")
-    return row(j if last is None else minimum(j, last))
-
-
-def row_positions(first: Expr, last: Expr, rows: Expr) -> Expr:
-    """[BM] positions of the tile's rows; rows past the end repeat the last one, so that they read inside."""
-    return minimum(first + rows, last)
