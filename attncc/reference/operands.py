@@ -85,7 +85,7 @@ def prepare(
             if x.shape[1] != y.shape[1]:
                 raise ValueError(f"v: expected {x.shape[1]} keys as k has (sequence {number}), got {y.shape[1]}")
     sequences = tuple(Sequence(n, *parts) for n, parts in enumerate(zip(queries, keys, values, strict=True)))
-    ragged = attn.layout == "varlen" or where.seqused_k is not None or not sequences  # an empty batch has no lengths
+    ragged = attn.layout == "varlen" or where.seqused_k is not None or not sequences
     return Call(sequences, behind, _sizes(attn, sequences, inputs, ragged))
 
 
@@ -249,7 +249,8 @@ def _sizes(
     for declared in attn.inputs:
         _input(declared, inputs[declared.name], sizes, ragged)
     for size in attn.sizes:
-        got = sizes.get(size.name)
+        unknown = not sequences and size.name in ("Sq", "Sk")  # an empty batch has no lengths
+        got = None if unknown else sizes.get(size.name)
         if got is not None and size.fixed not in (None, got):
             raise ValueError(f"{size.name}: the spec fixes it to {size.fixed}, got {got}")
     return {name: n for name, n in sizes.items() if name not in ("Sq", "Sk")}

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from attncc import reference
-from attncc.ir.attention import Align, Attention, Dims, Heads, Input, Layout, Normalizer, Storage
+from attncc.ir.attention import Align, Attention, Dims, Heads, Input, Layout, Normalizer, Size, Storage
 from attncc.ir.expr import TRUE, Expr, bucket, const, eq, ew, load, maximum, name, where
 
 
@@ -215,6 +215,15 @@ def test_pages_hold_the_same_keys(layout: Layout, lengths: list[int]) -> None:
         keys, values = k[n, :, :length].tolist(), v[n, :, :length].tolist()
         expected, _ = attend(attn, t, n, q[n].tolist(), keys, values, length - 2)
         close(heads_first(o, n), expected)
+
+
+def test_an_empty_batch_has_no_lengths_to_differ_from_fixed_ones() -> None:
+    attn = replace(plain(mask=j <= i), sizes=(Size("Sq", fixed=3), Size("Sk", fixed=3)))
+    q, k, v = operands(attn, 0, 3, 3)
+    o, lse = reference.attention(attn, q, k, v, return_lse=True)
+    assert o.shape == (0, 4, 3, attn.dims.v) and lse.shape == (0, 4, 3)
+    with pytest.raises(ValueError, match="Sq: the spec fixes it to 3, got 2"):
+        reference.attention(attn, *operands(attn, 1, 2, 3))
 
 
 def test_seqused_cuts_dense_keys() -> None:
