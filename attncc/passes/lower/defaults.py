@@ -79,6 +79,10 @@ def _is_unmasked(attn: Attention) -> bool:
     return attn.parts[0].mask == TRUE
 
 
+def _is_masked(attn: Attention) -> bool:
+    return not _is_unmasked(attn)
+
+
 def _has_small_tiles(attn: Attention) -> bool:
     """Scores that read inputs, and masks that start behind the first key."""
     part = attn.parts[0]
@@ -114,7 +118,11 @@ HOPPER: Final = (
     ),
     Rule("values up to 128: three programs a multiprocessor", _values_up_to(128), _config(64, 128, 4, 1, 168, tma=1)),
     Rule("heads up to 160", _up_to(160), _config(64, 64, 4, 2, tma=1)),
-    Rule("heads of several pieces up to 256", _both(_has_pieces, _up_to(256)), _config(64, 32, 4, 2, tma=1)),
+    Rule(
+        "heads of several pieces up to 256, masked",
+        _both(_both(_has_pieces, _is_masked), _up_to(256)),
+        _config(64, 32, 4, 2, tma=1),
+    ),
     Rule("heads up to 256", _up_to(256), _config(64, 128, 4, 1, tma=1)),
     Rule("the widest heads", _always, _config(64, 32, 8, 1, tma=1)),
 )
