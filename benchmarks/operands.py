@@ -1,0 +1,101 @@
+"""Tensors of a case, and its score and mask as FlexAttention's callables, which mean the same as the spec."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import BLOCK, DENSITY, WINDOW, Case
+
+Mod = Callable[..., Any] | None
+Given = Mapping[str, Tensor]
+
+
+def operands(case: Case, device: str = "cuda") -> tuple[Tensor, Tensor, Tensor]:
+    """Random normal q, k, v in bf16."""
+    g = torch.Generator(device).manual_seed(0)
+
+    def make(heads: int, dim: int) -> Tensor:
+        return torch.randn(case.b, heads, case.s, dim, device=device, dtype=torch.bfloat16, generator=g)
+
+    return make(case.hq, case.dqk), make(case.hk, case.dqk), make(case.hk, case.dv)
+
+
+def inputs(case: Case, device: str = "cuda") -> dict[str, Tensor]:
+    """The variant's extra tensors."""
+    g = torch.Generator(device).manual_seed(1)
+    match case.variant:
+        case "alibi":
+            heads = torch.arange(1, case.hq + 1, device=device)
+            return {"slopes": torch.exp2(-8.0 * heads / case.hq).float()}
+        case "relative_bias":
+            return {"bias": torch.randn(case.hq, 2 * case.s, device=device, generator=g).bfloat16()}
+        case "documents":
+            cuts = torch.randperm(case.s - 1, generator=torch.Generator().manual_seed(3))[:11] + 1
+            return {"starts": torch.cat([torch.zeros(1), cuts.sort().values]).int().to(device)}
+        case "blocks":
+            n = case.s // BLOCK
+            blocks = torch.rand(n, n, device=device, generator=g) < DENSITY
+            blocks[:, 0] = True
+            return {"blocks": blocks}
+        case _:
+            return {}
+
+
+def mods(case: Case, given: Given) -> tuple[Mod, Mod]:
+    """FlexAttention's score_mod and mask_mod."""
+    return score_mod(case, given), mask_mod(case, given)
+
+
+def score_mod(case: Case, given: Given) -> Mod:
+    match case.variant:
+        case "softcap":
+            return lambda s, b, h, i, j: 30.0 * torch.tanh(s / 30.0)
+        case "alibi":
+            slopes = given["slopes"]
+            return lambda s, b, h, i, j: s + slopes[h] * (j - i)
+        case "relative_bias":
+            bias, middle = given["bias"], case.s
+            return lambda s, b, h, i, j: s + bias[h, i - j + middle]
+        case _:
+            return None
+
+
+def mask_mod(case: Case, given: Given) -> Mod:
+    match case.variant:
+        case "none":
+            return None
+        case "window":
+            return lambda b, h, i, j: (i >= j) & (i - j < WINDOW)
+        case "documents":
+            starts = given["starts"]
+            at = torch.arange(case.s, device=starts.device)
+            ids = torch.searchsorted(starts.long(), at, right=True).int()
+            return lambda b, h, i, j: (i >= j) & (ids[i] == ids[j])
+        case "blocks":
+            blocks = given["blocks"]
+            return lambda b, h, i, j: blocks[i // BLOCK, j // BLOCK]
+        case _:
+            return lambda b, h, i, j: i >= j
+
+
+def visible_pairs(case: Case, given: Given) -> int:
+    """(query, key) pairs that count in a head; a causal triangle as half of its square, as everyone counts it."""
+    s = case.s
+    match case.variant:
+        case "none":
+            return s * s
+        case "window":
+            width = min(WINDOW, s)
+            return width * s - width * (width - 1) // 2
+        case "documents":
+            ends = torch.cat([given["starts"][1:].cpu(), torch.tensor([s])])
+            lengths = (ends - given["starts"].cpu()).double()
+            return int((lengths * lengths / 2).sum())
+        case "blocks":
+            return int(given["blocks"].sum()) * BLOCK * BLOCK
+        case _:
+            return s * s // 2
