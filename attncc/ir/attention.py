@@ -98,10 +98,17 @@ class Call:
 class Storage:
     """How keys and values lie in memory."""
 
-    kind: Literal["dense", "paged", "latent", "gathered"] = "dense"
+    kind: Literal["dense", "paged", "latent", "gathered", "given", "pooled"] = "dense"
     page_size: int | None = None
     rope: int | None = None
     index: str = ""
+    """gathered: the input that lists keys; given: the input that holds this part's own keys."""
+    values: str = ""
+    """given: the input that holds this part's own values."""
+    block: int | None = None
+    """pooled: keys and values are means over so many; None: over the blocks of the part's selection."""
+    weighted: bool = False
+    """pooled: each mean counts as often as it has members."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +122,10 @@ class Select:
     rule: Call
     force: tuple[Call, ...]
     reuse: Call
+    charge: bool = True
+    """Whether forced blocks count toward the rule's budget; if not, they take no part in the competition."""
+    take: Literal["selected", "marginal", "rest"] = "selected"
+    """Which blocks the part attends to: the rule's, the middle class of `ternary`, or all but the rule's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +138,12 @@ class State:
     causal: bool
     chunk: int
     initial: str
+    initial_mass: str = ""
+    """normalizer linear: the input that holds the sum of features behind `initial`."""
+    scale: Expr | None = None
+    """Factor of every product of features; None is the run-time scale."""
+    prescale: Expr | None = None
+    """Factor of queries and keys before the feature map."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +202,8 @@ class Part:
     dropout: float = 0.0
     kv: Storage = Storage()
     name: str = ""
+    columns: tuple[int, int] | None = None
+    """The columns [lo, hi) of queries and keys that this part multiplies; None is all."""
     key_tiles: KeyTiles | None = None
     """Set by the pass `sparsify`."""
 
@@ -207,6 +226,9 @@ class Attention:
     scale: Expr
     """Default of the run-time argument `scale`, over the sizes."""
     doc: str = ""
+    family: str = ""
+    source: str = ""
+    """Where the method was published, such as 'arXiv 2503.16428'."""
     dtype: OperandDtype = "bf16"
     layout: Layout = "bhsd"
     inputs: tuple[Input, ...] = ()

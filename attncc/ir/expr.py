@@ -29,6 +29,8 @@ STRUCTURAL: Final[dict[str, str]] = {
     "load": "attr: buffer; args: one index per axis (tile level: a mask behind them, if any)",
     "bucket": "attr: a buffer sorted along its last axis; args: leading indices, then x; "
     "value: how many entries of that row are <= x (tile level: the row's length behind them)",
+    # scalar level
+    "qdot": "attr: a buffer; args: one index per axis but the last; value: the query times that row",
     # scalar level, made by the mask solver
     "rows_min": "args: an expression of i; the least value over the rows of the query tile",
     "rows_max": "args: an expression of i; the greatest value over the rows of the query tile",
@@ -157,6 +159,11 @@ def load(buffer: str, *index: Value, dtype: Dtype = "f32") -> Expr:
 def bucket(buffer: str, *index_and_x: Value) -> Expr:
     """How many entries of the sorted row `buffer[index…]` are <= x (the last argument)."""
     return Expr("bucket", tuple(map(lift, index_and_x)), buffer, "i32")
+
+
+def qdot(buffer: str, *index: Value) -> Expr:
+    """The dot product of the query with the row `buffer[index…]`, which has Dqk entries."""
+    return Expr("qdot", tuple(map(lift, index)), buffer, "f32")
 
 
 def broadcast(*shapes: Shape) -> Shape:

@@ -28,7 +28,7 @@ def names(e: Expr) -> frozenset[str]:
 
 def buffers(e: Expr) -> frozenset[str]:
     """The tensors `e` reads."""
-    return frozenset(str(n.attr) for n in walk(e) if n.op in ("load", "bucket", "tile"))
+    return frozenset(str(n.attr) for n in walk(e) if n.op in ("load", "bucket", "qdot", "tile"))
 
 
 def rebuild(e: Expr, args: tuple[Expr, ...]) -> Expr:
@@ -38,7 +38,7 @@ def rebuild(e: Expr, args: tuple[Expr, ...]) -> Expr:
     if e.op in OPS:
         new = ew(e.op, *args)
         return replace(new, attr=e.attr) if new.op == e.op and e.attr is not None else new
-    if e.op in ("load", "bucket"):
+    if e.op in ("load", "bucket", "qdot"):
         return Expr(e.op, args, e.attr, e.dtype, broadcast(*(a.shape for a in args)))
     if e.op in ("cast", "rows_min", "rows_max"):
         return Expr(e.op, args, e.attr, e.dtype, args[0].shape)

@@ -131,6 +131,14 @@ def _bucket(e: Expr, tensors: Mapping[str, Tensor]) -> Type:
     return "i32", _joined(e.args)
 
 
+def _qdot(e: Expr, tensors: Mapping[str, Tensor]) -> Type:
+    tensor = _tensor(e, tensors)
+    require(tensor.dtype in FLOATS, f"'qdot' multiplies floats, '{e.attr}' is {tensor.dtype}")
+    require(len(e.args) == tensor.rank - 1, f"'{e.attr}' has {tensor.rank} axes, 'qdot' got {len(e.args)} indices")
+    _index(str(e.attr), e.args)
+    return "f32", _joined(e.args)
+
+
 def _tile(e: Expr, tensors: Mapping[str, Tensor]) -> Type:
     tensor = _tensor(e, tensors)
     require(tensor.is_operand, f"'{e.attr}' is no operand, so it has no tiles")
@@ -246,6 +254,7 @@ RULES: Final[dict[str, Rule]] = {
     "name": Rule(BOTH, (0,), lambda e, tensors: (e.dtype, e.shape)),
     "load": Rule(BOTH, (), _load),
     "bucket": Rule(BOTH, (), _bucket),
+    "qdot": Rule(("scalar",), (), _qdot),
     "rows_min": Rule(("scalar",), (1,), _same),
     "rows_max": Rule(("scalar",), (1,), _same),
     "cast": Rule(BOTH, (1,), lambda e, tensors: (e.dtype, e.args[0].shape)),

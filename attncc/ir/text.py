@@ -133,6 +133,10 @@ def _bucket(e: Expr) -> tuple[str, int]:
     return f"bucket({e.attr}; {_list(e.args)})", ATOM
 
 
+def _qdot(e: Expr) -> tuple[str, int]:
+    return f"qdot({e.attr}{'; ' if e.args else ''}{_list(e.args)})", ATOM
+
+
 def _expand(e: Expr) -> tuple[str, int]:
     axes = [":"] * len(e.args[0].shape)
     assert isinstance(e.attr, int)
@@ -156,6 +160,7 @@ STRUCTURES: Final[dict[str, Callable[[Expr], tuple[str, int]]]] = {
     "name": lambda e: (str(e.attr), ATOM),
     "load": _load,
     "bucket": _bucket,
+    "qdot": _qdot,
     "rows_min": lambda e: (f"rows_min({_list(e.args)})", ATOM),
     "rows_max": lambda e: (f"rows_max({_list(e.args)})", ATOM),
     "program": lambda e: (f"program({e.attr})", ATOM),

@@ -185,4 +185,6 @@ def _read(e: Expr) -> frozenset[str]:
         return names(e) - {"i", "row"}
     if e.op == "name":
         return frozenset({str(e.attr)})
+    if e.op == "qdot":  # reads the query, which is where qk is
+        return frozenset(chain.from_iterable(map(_read, e.args))) | {"qk"}
     return frozenset(chain.from_iterable(map(_read, e.args)))

@@ -28,6 +28,8 @@ class Scope:
     device: torch.device
     shapes: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict[str, "tuple[int | str, ...]"])
     """Declared shapes of inputs: an axis declared as 1 broadcasts, one that happens to be 1 does not."""
+    query: Tensor | None = None
+    """Every query of the sequence [H, Sq, D], for `qdot`."""
 
 
 def _floordiv(a: Tensor, b: Tensor) -> Tensor:
@@ -125,6 +127,8 @@ def _node(e: Expr, args: list[Tensor], scope: Scope) -> Tensor:
             return _as(read(scope.inputs[buffer], args, scope.shapes.get(buffer)), e.dtype, scope)
         case "bucket":
             return count_up_to(scope.inputs[str(e.attr)], args[:-1], args[-1])
+        case "qdot":
+            return _query_times(scope, scope.inputs[str(e.attr)], args, scope.shapes.get(str(e.attr)))
         case "cast":
             return args[0].to(_torch_dtype(e.dtype, scope))
         case "where":
@@ -171,6 +175,15 @@ def read(x: Tensor, index: list[Tensor], declared: tuple[int | str, ...] | None 
         return torch.zeros(shape, dtype=x.dtype, device=x.device)
     value = x[tuple(safe)]
     return value if inside is None else torch.where(inside, value, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def _query_times(scope: Scope, x: Tensor, index: list[Tensor], declared: tuple[int | str, ...] | None) -> Tensor:
+    """The queries at (h, row) times x[index…], whose last axis has their entries."""
+    assert scope.query is not None
+    column = torch.arange(x.shape[-1], device=x.device)
+    rows = read(x, [*(at[..., None] for at in index), column], declared)
+    query = scope.query[scope.names["h"], scope.names["row"]]
+    return (query.to(scope.dtype) * rows.to(scope.dtype)).sum(-1)
 
 
 def count_up_to(x: Tensor, row: list[Tensor], value: Tensor) -> Tensor:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from attncc.errors import Unsupported
-from attncc.ir.attention import Attention, Part
+from attncc.ir.attention import Attention
 from attncc.reference.operands import Call, Indexing, prepare
-from attncc.reference.sequence import Numbers, Partial, attend
+from attncc.reference.rows import Numbers
+from attncc.reference.sequence import Attended, Selections, attend
+from attncc.reference.taps import tapped
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,10 @@ class Outputs:
     o: Tensor
     lse: Tensor | None
     max_score: Tensor
+    taps: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """The other outputs by name, a second one of a kind as `name_2`: [B, …], for varlen a tuple with one a sequence."""
+    selections: tuple[Selections, ...] = ()
+    """What each sequence selected in each part; the next call's `before`."""
 
 
 def _combines(attn: Attention) -> bool:
@@ -38,28 +44,6 @@ def _combines(attn: Attention) -> bool:
         "gate": args in (parts, parts - 1),
     }
     return parts == 1 or known.get(attn.combine.name, False)
-
-
-REFUSED_PART: Final[dict[str, Callable[[Part], bool]]] = {
-    "select": lambda part: part.select is not None,
-    "state": lambda part: part.state is not None,
-}
-
-REFUSED: Final[dict[str, Callable[[Attention], bool]]] = {
-    "quantize": lambda attn: bool(attn.quantize),
-    "prologue": lambda attn: bool(attn.prologue),
-    "epilogue": lambda attn: bool(attn.epilogue),
-    "outputs": lambda attn: any(o.name not in ("o", "lse", "max_score") for o in attn.outputs),
-    "combine": lambda attn: not _combines(attn),
-}
-
-
-def refusals(attn: Attention) -> Iterator[str]:
-    """The keys of the spec that the oracle does not evaluate, as `Unsupported.key` spells them."""
-    for n, part in enumerate(attn.parts):
-        prefix = f"parts[{n}]." if len(attn.parts) > 1 else ""
-        yield from (prefix + key for key, hit in REFUSED_PART.items() if hit(part))
-    yield from (key for key, hit in REFUSED.items() if hit(attn))
 
 
 def attention(
@@ -94,23 +78,47 @@ def outputs(
     block_table: Tensor | None = None,
     seqused_k: Tensor | None = None,
     seed: int = 0,
+    before: tuple[Selections, ...] = (),
 ) -> Outputs:
     """All outputs of a variant on these operands.
 
     q, k, v have the spec's layout; paged keys and values are [pages, page_size, H, D]; latent ones leave
     v out. `dtype` is that of the matrix products; the elementwise work between them is done in it too, but
-    in float32 at least. None takes q's dtype: the same computation in eager torch.
+    in float32 at least. None takes q's dtype: the same computation in eager torch. `before` are the selections
+    of an earlier call, one entry a sequence, for parts that use them again.
     """
-    for key in refusals(attn):
-        raise Unsupported(f"the oracle does not evaluate '{key}'", key=key)
+    if not _combines(attn):
+        raise Unsupported("the oracle does not combine these parts", key="combine")
     call = prepare(attn, q, k, v, inputs, Indexing(cu_seqlens_q, cu_seqlens_k, block_table, seqused_k))
     matmul = dtype or q.dtype
     elementwise = torch.promote_types(matmul, torch.float32)
     numbers = Numbers(matmul, elementwise, scale, seed, call.sizes, inputs)
-    done = [attend(attn, sequence, numbers) for sequence in call.sequences]
-    if attn.layout == "varlen":
-        return _packed(attn, q, call, done, matmul)
-    return _stacked(attn, q, done, matmul)
+    if before and len(before) != len(call.sequences):
+        raise ValueError(f"before: expected {len(call.sequences)} entries, one a sequence, got {len(before)}")
+    earlier = before or ((),) * len(call.sequences)
+    done = [attend(attn, sequence, numbers, some) for sequence, some in zip(call.sequences, earlier, strict=True)]
+    made = _packed(attn, q, call, done, matmul) if attn.layout == "varlen" else _stacked(attn, q, done, matmul)
+    return replace(made, taps=_taps(attn, done), selections=tuple(a.selections for a in done))
+
+
+def _taps(attn: Attention, done: list[Attended]) -> dict[str, Any]:
+    """The outputs beside o, lse and max_score by name."""
+    columns: list[tuple[str, list[Tensor]]] = []
+    for n, call in enumerate(tapped(attn)):
+        columns.append((call.name, [a.taps[n] for a in done]))
+    if attn.wants("final_state"):
+        for n in range(sum(part.state is not None for part in attn.parts)):
+            columns.append(("final_state", [a.states[n] for a in done]))
+    if attn.wants("indices"):
+        for n, part in enumerate(attn.parts):
+            if part.select is not None:
+                columns.append(("indices", [s.classes for a in done if (s := a.selections[n]) is not None]))
+    found: dict[str, Any] = {}
+    for name, pieces in columns:
+        again = sum(key == name or key.startswith(f"{name}_") for key in found)
+        key = f"{name}_{again + 1}" if again else name
+        found[key] = torch.stack(pieces) if attn.layout != "varlen" and pieces else tuple(pieces)
+    return found
 
 
 def _has_lse(attn: Attention) -> bool:
@@ -118,7 +126,7 @@ def _has_lse(attn: Attention) -> bool:
     return merged and all(part.normalizer.kind == "softmax" for part in attn.parts)
 
 
-def _stacked(attn: Attention, q: Tensor, done: list[Partial], dtype: torch.dtype) -> Outputs:
+def _stacked(attn: Attention, q: Tensor, done: list[Attended], dtype: torch.dtype) -> Outputs:
     if not done:
         rows = q.shape[1] if attn.layout == "bshd" else q.shape[2]
         nothing = q.new_zeros((0, attn.heads.q, rows), dtype=torch.promote_types(dtype, torch.float32))
@@ -132,13 +140,13 @@ def _stacked(attn: Attention, q: Tensor, done: list[Partial], dtype: torch.dtype
     )
 
 
-def _packed(attn: Attention, q: Tensor, call: Call, done: list[Partial], dtype: torch.dtype) -> Outputs:
+def _packed(attn: Attention, q: Tensor, call: Call, done: list[Attended], dtype: torch.dtype) -> Outputs:
     """Sequences one behind the other; packed rows behind the last sequence count as empty."""
     wide = torch.promote_types(dtype, torch.float32)
     behind = (attn.heads.q, call.rows_behind)
     nothing = q.new_full(behind, -math.inf, dtype=wide)
     empty = q.new_zeros((*behind, attn.dims.v), dtype=wide)
-    pieces = [*done, Partial(empty, nothing, nothing if _has_lse(attn) else None)]
+    pieces = [*done, Attended(empty, nothing, nothing if _has_lse(attn) else None)]
     return Outputs(
         torch.cat([p.o for p in pieces], 1).to(dtype).transpose(0, 1),
         _all([p.lse for p in pieces], lambda parts: torch.cat(parts, 1)),

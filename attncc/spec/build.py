@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 from attncc.errors import SpecError
 from attncc.ir.attention import (
@@ -57,6 +57,8 @@ class _Builder:
             parts=parts,
             scale=self.expression(("scale",), model.scale, "scale", "float", "the scale"),
             doc=model.doc,
+            family=model.family,
+            source=model.source,
             dtype=model.dtype,
             layout=model.layout,
             inputs=self.inputs,
@@ -131,6 +133,7 @@ class _Builder:
             dropout=model.dropout,
             kv=self.storage(kv_at, kv),
             name=name,
+            columns=(model.columns[0], model.columns[1]) if model.columns else None,
         )
 
     def normalizer(self, path: Path_, text: str) -> Normalizer:
@@ -139,9 +142,12 @@ class _Builder:
 
     def storage(self, path: Path_, text: str) -> Storage:
         bound = self.bound(path, text, vocabulary.STORAGE, "storage")
-        page, rope = bound.number("page_size"), bound.number("rope")
+        page, rope, block = (bound.number(word) for word in ("page_size", "rope", "block"))
         as_int = lambda n: None if n is None else int(n)
-        return Storage(bound.name, as_int(page), as_int(rope), bound.word("name"))  # type: ignore[arg-type]
+        index = bound.word("name") or bound.word("k")
+        weighted = bool(bound.values.get("weighted", False))
+        kind: Any = bound.name
+        return Storage(kind, as_int(page), as_int(rope), index, bound.word("v"), as_int(block), weighted)
 
     def select(self, model: SelectModel, at: Path_) -> Select:
         return Select(
@@ -152,6 +158,8 @@ class _Builder:
             rule=self.call((*at, "rule"), model.rule, vocabulary.SELECT_RULE, "rule"),
             force=self.calls((*at, "force"), model.force, vocabulary.SELECT_FORCE, "forced set"),
             reuse=self.call((*at, "reuse"), model.reuse, vocabulary.SELECT_REUSE, "reuse"),
+            charge=model.charge,
+            take=model.take,
         )
 
     def state(self, branch: BranchModel, at: Path_) -> State:
@@ -166,8 +174,17 @@ class _Builder:
             update=self.call((*path, "update"), model.update, vocabulary.UPDATE, "update"),
             causal=model.causal,
             chunk=model.chunk,
-            initial=declarations.reference(model.initial, (*path, "initial"), self.source, self.inputs),
+            initial=self.input(model.initial, (*path, "initial")),
+            initial_mass=self.input(model.initial_mass, (*path, "initial_mass")),
+            scale=self.factor((*path, "scale"), model.scale),
+            prescale=self.factor((*path, "prescale"), model.prescale),
         )
+
+    def input(self, word: str | None, path: Path_) -> str:
+        return declarations.reference(word, path, self.source, self.inputs)
+
+    def factor(self, path: Path_, text: str | None) -> Expr | None:
+        return None if text is None else self.expression(path, text, "head", "float", "a factor")
 
     # -- the rest ------------------------------------------------------------------------------------
 

@@ -66,7 +66,7 @@ def _combine(attn: Attention) -> Iterator[Finding]:
 def _outputs(attn: Attention) -> Iterator[Finding]:
     names = [o.name for o in attn.outputs]
     for k, name in enumerate(names):
-        if name in names[:k] and not name.endswith("_mass"):
+        if name in names[:k] and name in ("o", "lse", "max_score", "final_state", "indices"):
             yield ("outputs", k), f"'{name}' is given twice", ""
     if "o" not in names:
         yield ("outputs",), "the output 'o' cannot be left out", "outputs: [o, …]"
@@ -79,6 +79,7 @@ def _outputs(attn: Attention) -> Iterator[Finding]:
         "column_mass": (soft, "the mass of a column is one of softmax"),
         "row_mass": (soft, "the mass of a row is one of softmax"),
         "block_mass": (soft, "the mass of a block is one of softmax"),
+        "pair_value": (soft, "the weights of pairs are those of softmax"),
     }
     for k, name in enumerate(names):
         held, reason = demands.get(name, (True, ""))
@@ -175,10 +176,19 @@ def _kv(attn: Attention, part: Part) -> Iterator[Finding]:
             yield ("kv",), f"latent: rope={kv.rope} leaves nothing of the {dims.qk} columns", ""
         if attn.heads.v != attn.heads.kv:
             yield ("kv",), "latent: V is a view of K, so heads.v must be heads.kv", ""
+    if kv.kind == "given":
+        for word in (kv.index, kv.values):
+            yield from _float_input(attn, ("kv",), word, "given")
+            if len(attn.input(word).shape) != 4:
+                yield ("kv",), f"given keys and values have axes [B, H, N, D], '{word}' has others", ""
+    if kv.kind == "pooled" and kv.block is None and part.select is None:
+        yield ("kv",), "pooled needs a size, or a selection whose blocks it pools", "kv: pooled(64)"
     if kv.kind == "gathered" and _dtype(attn, kv.index) not in INTS:
         yield ("kv",), f"gathered needs an int input, '{kv.index}' is not", ""
-    if kv.kind in ("paged", "gathered") and part.state:
+    if kv.kind in ("paged", "gathered", "pooled") and part.state:
         yield ("kv",), f"a state is not kept in {kv.kind} storage", ""
+    if part.columns and not 0 <= part.columns[0] < part.columns[1] <= dims.qk:
+        yield ("columns",), f"columns are some of the {dims.qk} of a head: [lo, hi), lo < hi", ""
 
 
 def _state(attn: Attention, part: Part) -> Iterator[Finding]:
@@ -194,10 +204,23 @@ def _state(attn: Attention, part: Part) -> Iterator[Finding]:
         yield ("state", "decay"), "totals have no order to decay in", "causal: true"
     if not state.causal and state.update.name == "delta":
         yield ("state", "update"), "the delta rule goes token by token", "causal: true"
-    if state.initial:
-        yield from _float_input(attn, ("state", "initial"), state.initial, "initial")
+    if part.select and (state.causal or state.update.name != "add"):
+        yield ("select",), "a state over selected blocks has no order", "causal: false"
     if part.normalizer.kind == "linear" and state.update.name == "delta":
         yield ("normalizer",), "the delta rule has no sum of weights to divide by", "normalizer: none"
+
+
+def _initial_state(attn: Attention, part: Part) -> Iterator[Finding]:
+    state = part.state
+    if state is None:
+        return
+    for key, word in (("initial", state.initial), ("initial_mass", state.initial_mass)):
+        if word:
+            yield from _float_input(attn, ("state", key), word, key)
+    if state.initial_mass and not (part.normalizer.kind == "linear" and state.initial):
+        yield ("state", "initial_mass"), "a mass stands beside an initial state and linear(eps)", ""
+    if state.update.name == "none" and not state.initial:
+        yield ("state", "update"), "a state that nothing enters is its initial one", "initial: NAME"
 
 
 def _softmax(attn: Attention, part: Part) -> Iterator[Finding]:
@@ -240,6 +263,10 @@ def _select_rule(attn: Attention, part: Part) -> Iterator[Finding]:
         yield ("select", "normalize"), "weights are the sizes of clusters", "normalize: softmax"
     if select.normalize == "anchor" and not {f.name for f in select.force} & {"sink", "local"}:
         yield ("select", "normalize"), "'anchor' is the mass of what is forced by sink or local", "force: [sink(1)]"
+    if select.take == "marginal" and rule != "ternary":
+        yield ("select", "take"), f"'{rule}' has no middle class", "rule: ternary(0.05, 0.10)"
+    if rule == "lines" and select.score.name != "exact_mass":
+        yield ("select", "rule"), "lines are sums of exact masses", "score: exact_mass(last=64)"
     if rule == "ternary" and shares > 1:
         yield ("select", "rule"), "the shares of ternary(hi, lo) exceed the whole", ""
     if rule == "mass" and select.normalize == "none":
@@ -260,7 +287,7 @@ def _antidiagonal(block: tuple[int | str, int | str], stride: float) -> Iterator
             yield ("select", "score"), f"a stride of {stride:g} does not divide the {key} block of {size}", ""
 
 
-PART_RULES: Final[tuple[PartRule, ...]] = (_kv, _state, _softmax, _select_block, _select_rule)
+PART_RULES: Final[tuple[PartRule, ...]] = (_kv, _state, _initial_state, _softmax, _select_block, _select_rule)
 RULES: Final[tuple[Rule, ...]] = (_combine, _outputs, _modes, _quantize, _tune, _steps, _varlen)
 
 

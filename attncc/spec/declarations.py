@@ -25,7 +25,20 @@ API_NAMES: Final = frozenset(
 )
 """Arguments and results of the emitted function."""
 LANGUAGE_NAMES: Final = frozenset(
-    {*POSITION_NAMES, *SIZE_NAMES, *MACROS, *FUNCTIONS, "qk", "scale", "bucket", "true", "false", "inf", "score"}
+    {
+        *POSITION_NAMES,
+        *SIZE_NAMES,
+        *MACROS,
+        *FUNCTIONS,
+        "qk",
+        "scale",
+        "bucket",
+        "qdot",
+        "true",
+        "false",
+        "inf",
+        "score",
+    }
 )
 PACKAGES: Final = frozenset({"attncc", "torch", "triton", "numpy", "tvm"})
 

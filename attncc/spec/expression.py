@@ -20,7 +20,7 @@ from attncc.ir.attention import Align, Input
 from attncc.ir.expr import FALSE, TRUE, Expr, const, name
 from attncc.ir.rewrite import substitute
 from attncc.spec.budget import MAX_DEPTH, Budget
-from attncc.spec.macros import MACROS, Param, check_count, count_up_to, read, signature
+from attncc.spec.macros import MACROS, Param, check_count, count_up_to, read, rows_of, signature
 from attncc.spec.operators import FUNCTIONS, Fault, apply, as_bool, as_float, as_int, integer
 from attncc.spec.source import Snippet
 
@@ -242,8 +242,11 @@ class Reader:
             raise self.fault(node, f"'{word}' has no value here", hint)
         raise self.fault(node, f"unknown name '{word}'", nearest(word, self.words()))
 
+    def functions(self) -> list[str]:
+        return [*FUNCTIONS, *MACROS, "bucket", "qdot"]
+
     def words(self) -> list[str]:
-        return [*self.visible, *self.scope.inputs, *MACROS, *FUNCTIONS, "bucket"]
+        return [*self.visible, *self.scope.inputs, *self.functions()]
 
     def unary(self, node: ast.expr, op: ast.unaryop, operand: ast.expr) -> Expr:
         if isinstance(op, ast.UAdd):
@@ -313,8 +316,10 @@ class Reader:
             raise self.fault(keywords[0], f"'{word}' takes no arguments by name")
         if word == "bucket":
             return self.bucket(node, args)
+        if word == "qdot":
+            return self.qdot(node, args)
         if word not in FUNCTIONS:
-            raise self.fault(function, f"unknown function '{word}'", nearest(word, [*FUNCTIONS, *MACROS, "bucket"]))
+            raise self.fault(function, f"unknown function '{word}'", nearest(word, self.functions()))
         row = FUNCTIONS[word]
         if not row.least <= len(args) <= row.most:
             count = str(row.least) if row.least == row.most else f"{row.least} to {row.most}"
@@ -331,6 +336,16 @@ class Reader:
         x = self.input(table, "bucket needs an input")
         at = [self.typed(axis, "int", "an index") for axis in index]
         return count_up_to(x, *at, self.typed(value, "int", "the value of bucket"))
+
+    def qdot(self, node: ast.expr, args: list[ast.expr]) -> Expr:
+        """The query times a row of an input: `qdot(table[h, i - j + n])`, the last axis left out."""
+        if self.context != "score":
+            raise self.fault(node, "'qdot' multiplies the query: it stands in a score only")
+        if len(args) != 1:
+            raise self.fault(node, f"'qdot' takes 1 argument, got {len(args)}", "qdot(x[e, …])")
+        rows = self.axes(args[0].slice) if isinstance(args[0], ast.Subscript) else []
+        x = self.input(args[0].value if isinstance(args[0], ast.Subscript) else args[0], "qdot needs an input")
+        return rows_of(x, *(self.typed(axis, "int", "an index") for axis in rows))
 
     def macro(self, node: ast.expr, word: str, args: list[ast.expr], keywords: list[ast.keyword]) -> Expr:
         params = MACROS[word].params

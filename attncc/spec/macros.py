@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from attncc.ir.attention import Input
-from attncc.ir.expr import TRUE, Dtype, Expr, bucket, const, eq, load, maximum, minimum, name, where
+from attncc.ir.expr import TRUE, Dtype, Expr, bucket, const, eq, load, maximum, minimum, name, qdot, where
 from attncc.spec.operators import Fault
 
 b, i, j, row = (name(word) for word in ("b", "i", "j", "row"))
@@ -69,6 +69,18 @@ def count_up_to(x: Input, *index_and_x: Expr) -> Expr:
     if len(index_and_x) != len(x.shape):
         raise Fault(f"bucket over '{x.name}' takes {len(x.shape) - 1} row indices and a value")
     return bucket(x.name, *index_and_x)
+
+
+def rows_of(x: Input, *index: Expr) -> Expr:
+    """`qdot`: the query times the row of `x` at these indices; its last axis has the query's entries."""
+    if LOAD_DTYPES[x.dtype] != "f32":
+        raise Fault(f"qdot multiplies floats, input '{x.name}' is {x.dtype}")
+    if not x.shape or x.shape[-1] in ("B", "Hq", "Hk", "Hv", "Sq", "Sk", "Dv"):
+        raise Fault("qdot needs an input whose last axis has the head's Dqk entries", f"{x.name}: […, Dqk]")
+    if len(index) != len(x.shape) - 1:
+        raise Fault(f"qdot over '{x.name}' takes {len(x.shape) - 1} indices, got {len(index)}")
+    where_from = [const(0) if size == 1 else at for size, at in zip(x.shape, index, strict=False)]
+    return qdot(x.name, *where_from)
 
 
 def _causal() -> Expr:

@@ -53,7 +53,7 @@ def expression(e: Expr) -> str:
 
 def _render(e: Expr) -> tuple[str, int]:
     """The text of `e` and how tightly its outermost operator binds."""
-    if e.op in ("const", "name", "load", "bucket"):
+    if e.op in ("const", "name", "load", "bucket", "qdot"):
         return _leaf(e)
     if idiom := _idiom(e):
         return idiom, ATOM
@@ -88,6 +88,8 @@ def _leaf(e: Expr) -> tuple[str, int]:
             return str(e.attr), ATOM
         case "load":
             return (f"{e.attr}[{', '.join(index)}]" if index else str(e.attr)), ATOM
+        case "qdot":
+            return f"qdot({e.attr}[{', '.join(index)}])" if index else f"qdot({e.attr})", ATOM
         case _:
             row = f"{e.attr}[{', '.join(index[:-1])}]" if index[:-1] else str(e.attr)
             return f"bucket({row}, {index[-1]})", ATOM
@@ -134,7 +136,8 @@ def _calls(found: Iterable[Call], table: Vocabulary) -> list[str]:
 
 def document(attn: Attention) -> str:
     """The canonical YAML of a variant: keys in the schema's order, defaults left out."""
-    entries: dict[str, Any] = {"attncc": 1, "name": attn.name, **_unless({"doc": (attn.doc, "")})}
+    entries: dict[str, Any] = {"attncc": 1, "name": attn.name}
+    entries |= _unless({"doc": (attn.doc, ""), "family": (attn.family, ""), "source": (attn.source, "")})
     entries["heads"] = _heads(attn.heads)
     entries["dims"] = attn.dims.qk if attn.dims.v == attn.dims.qk else {"qk": attn.dims.qk, "v": attn.dims.v}
     entries |= _unless({"dtype": (attn.dtype, "bf16"), "layout": (attn.layout, "bhsd")})
@@ -177,6 +180,8 @@ def _branch(part: Part) -> dict[str, Any]:
         entries["select"] = _select(part.select)
     if part.state:
         entries["state"] = _state(part.state)
+    if part.columns:
+        entries["columns"] = list(part.columns)
     return entries
 
 
@@ -236,6 +241,11 @@ def _storage(kv: Storage) -> str:
             return f"latent(rope={kv.rope})"
         case "gathered":
             return f"gathered({kv.index})"
+        case "given":
+            return f"given({kv.index}, {kv.values})"
+        case "pooled":
+            args = [*([str(kv.block)] if kv.block else []), *(["weighted=true"] if kv.weighted else [])]
+            return f"pooled({', '.join(args)})" if args else "pooled"
         case _:
             return kv.kind
 
@@ -249,6 +259,8 @@ def _select(select: Select) -> dict[str, Any]:
         **_unless(
             {
                 "force": (_calls(select.force, SELECT_FORCE), []),
+                "charge": (select.charge, True),
+                "take": (select.take, "selected"),
                 "reuse": (call(select.reuse, SELECT_REUSE[select.reuse.name]), "every_call"),
             }
         ),
@@ -264,9 +276,16 @@ def _state(state: State) -> dict[str, Any]:
             "causal": (state.causal, True),
             "chunk": (state.chunk, 64),
             "initial": (state.initial, ""),
+            "initial_mass": (state.initial_mass, ""),
+            "scale": (_optional(state.scale), None),
+            "prescale": (_optional(state.prescale), None),
         }
     )
     return entries or {"feature": state.feature}
+
+
+def _optional(e: Expr | None) -> str | None:
+    return None if e is None else expression(e)
 
 
 def _quantizer(q: Quantizer) -> str:

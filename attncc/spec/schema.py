@@ -24,6 +24,7 @@ from attncc.spec import vocabulary
 from attncc.spec.calls import Vocabulary, usage
 
 IDENTIFIER: Final = r"^[A-Za-z][A-Za-z0-9_]*$"
+LINE: Final = r"^[^\n\r]*$"
 NAME_LENGTH: Final = 64
 
 
@@ -186,6 +187,10 @@ class SelectModel(Model):
     )
     rule: str = _call(vocabulary.SELECT_RULE, None, "which of the scored blocks are taken")
     force: list[str] = Field([], description="blocks that are always taken")
+    charge: bool = Field(True, description="whether forced blocks count toward the rule's budget")
+    take: Literal["selected", "marginal", "rest"] = Field(
+        "selected", description="what the branch attends to: the rule's blocks, ternary's middle class, or all others"
+    )
     reuse: str = _call(vocabulary.SELECT_REUSE, "every_call", "when the selection is made anew")
 
 
@@ -200,6 +205,9 @@ class StateModel(Model):
     causal: bool = Field(True, description="false: totals only, per sequence where the layout is varlen")
     chunk: Annotated[int, Field(ge=1, le=65536)] = Field(64, description="tokens a chunk of the scan")
     initial: Identifier | None = Field(None, description="the input that holds the state to start from")
+    initial_mass: Identifier | None = Field(None, description="the input that holds the sum of features behind it")
+    scale: Expression | None = Field(None, description="factor of every product of features; the run-time scale")
+    prescale: Expression | None = Field(None, description="factor of queries and keys before the feature map")
 
 
 class QuantizeModel(Model):
@@ -222,6 +230,9 @@ class BranchModel(Model):
     kv: str = _call(vocabulary.STORAGE, "dense", "how keys and values lie in memory")
     select: SelectModel | None = Field(None, description="block or token selection")
     state: StateModel | None = Field(None, description="a linear or recurrent state instead of a score")
+    columns: Annotated[list[Annotated[int, Field(ge=0, le=1024)]], Field(min_length=2, max_length=2)] | None = Field(
+        None, description="the columns [lo, hi) of queries and keys that this branch multiplies"
+    )
 
 
 class PartModel(BranchModel):
@@ -248,7 +259,9 @@ class SpecModel(BranchModel):
 
     attncc: Version = Field(description="the version of this schema")
     name: Identifier = Field(description="a Python identifier: the name of the emitted package")
-    doc: Annotated[str, Field(max_length=200, pattern=r"^[^\n\r]*$")] = Field("", description="one line on what it is")
+    doc: Annotated[str, Field(max_length=200, pattern=LINE)] = Field("", description="one line on what it is")
+    family: Annotated[str, Field(max_length=40, pattern=LINE)] = Field("", description="the family it belongs to")
+    source: Annotated[str, Field(max_length=200, pattern=LINE)] = Field("", description="where it was published")
     heads: HeadsModel = Field(description="head counts: n or {q, kv, v, map}")
     dims: DimsModel = Field(description="head sizes: d or {qk, v}, 1 to 1024")
     dtype: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="the dtype of q, k, v and o")

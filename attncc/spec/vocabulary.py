@@ -7,7 +7,7 @@ from typing import Final
 from attncc.spec.calls import Arg, Signature, Vocabulary
 from attncc.spec.expression import Context, Want
 
-DTYPES: Final = ("int8", "int4", "fp8_e4m3", "fp8_e5m2", "nvfp4")
+DTYPES: Final = ("int8", "int4", "int2", "fp8_e4m3", "fp8_e5m2", "nvfp4")
 
 
 def _count(name: str, keyword: bool = False, required: bool = True, low: float = 1) -> Arg:
@@ -16,6 +16,10 @@ def _count(name: str, keyword: bool = False, required: bool = True, low: float =
 
 def _option(name: str, *words: str) -> Arg:
     return Arg(name, "word", required=False, keyword=True, words=words)
+
+
+def _flag(name: str) -> Arg:
+    return Arg(name, "flag", required=False, keyword=True)
 
 
 def _tensor(name: str, keyword: bool = False, required: bool = True) -> Arg:
@@ -37,6 +41,15 @@ def _share(name: str) -> Arg:
 
 ON: Final = _option("on", "q", "k", "v", "qk")
 
+PER: Final[Vocabulary] = {
+    "tensor": (),
+    "head": (),
+    "block": (_count("n", required=False),),
+    "token": (),
+    "channel": (),
+    "thread": (),
+    "group": (_count("n"),),
+}
 NORMALIZER: Final[Vocabulary] = {
     "softmax": (Arg("sink", "expr", required=False, keyword=True),),
     "sigmoid": (),
@@ -50,6 +63,8 @@ STORAGE: Final[Vocabulary] = {
     "paged": (_count("page_size"),),
     "latent": (_count("rope", keyword=True, low=0),),
     "gathered": (_tensor("name"),),
+    "given": (_tensor("k"), _tensor("v")),
+    "pooled": (_count("block", required=False), _flag("weighted")),
 }
 COMBINE: Final[Vocabulary] = {
     "lse": (),
@@ -71,9 +86,12 @@ PROLOGUE: Final[Vocabulary] = {
         _number("base", 1.0),
         _count("dims", keyword=True, required=False),
         _option("pairs", "half", "interleaved"),
+        _option("positions", "logical", "packed"),
         ON,
     ),
     "rms_norm": (_tensor("weight", keyword=True, required=False), _number("eps", 0.0), ON),
+    "silu": (ON,),
+    "lerp": (_tensor("other"), _expr("weight", "head"), ON),
     "l2_norm": (_number("eps", 0.0), _number("to", 0.0), ON),
     "temperature": (_expr("factor", "head"), ON),
     "causal_conv": (
@@ -101,18 +119,28 @@ OUTPUTS: Final[Vocabulary] = {
     "max_score": (),
     "column_mass": (_expr("rows", "row", "any", required=False),),
     "row_mass": (_expr("cols", "key", "any", required=False),),
-    "block_mass": (),
+    "block_mass": (_count("q", required=False), _count("k", required=False)),
+    "pair_value": (_tensor("z"),),
     "final_state": (),
     "indices": (),
 }
 SELECT_SCORE: Final[Vocabulary] = {
-    "pooled_dot": (_option("pool", "mean", "max"),),
+    "pooled_dot": (_option("pool", "mean", "max"), _number("gate", -1.0, 1.0)),
     "antidiagonal": (_count("stride", keyword=True),),
-    "lowbit_qk": (_count("bits", keyword=True, required=False),),
+    "lowbit_qk": (
+        _count("bits", keyword=True, required=False),
+        _option("per", "tensor", "block", "token", "thread"),
+        _option("smooth", "mean"),
+    ),
     "token_dot": (),
-    "minmax_bound": (),
-    "centroid_dot": (_tensor("labels", keyword=True, required=False),),
-    "exact_mass": (),
+    "minmax_bound": (_count("sub", keyword=True, required=False),),
+    "centroid_dot": (
+        _tensor("k"),
+        _tensor("q", keyword=True, required=False),
+        _count("iters", keyword=True, required=False, low=0),
+        _option("metric", "euclidean", "dot"),
+    ),
+    "exact_mass": (_tensor("lse", keyword=True, required=False), _count("last", keyword=True, required=False)),
     "relu_indexer": (
         _tensor("q", keyword=True, required=False),
         _tensor("k", keyword=True, required=False),
@@ -123,25 +151,31 @@ SELECT_SCORE: Final[Vocabulary] = {
 }
 SELECT_RULE: Final[Vocabulary] = {
     "topk": (Arg("k", "expr", want="int", low=1),),
-    "topk_ratio": (_share("r"),),
-    "mass": (_share("tau"), _option("crossing", "in", "out")),
+    "topk_ratio": (
+        _share("r"),
+        _option("round", "down", "nearest"),
+        _count("least", keyword=True, required=False, low=0),
+    ),
+    "mass": (_share("tau"), _option("crossing", "in", "out"), _number("least", 0.0, 1.0)),
     "any_above": (_expr("tau", "head"),),
     "bernoulli": (_expr("p", "pair"),),
     "ternary": (_share("hi"), _share("lo")),
+    "lines": (_count("columns"), _count("diagonals")),
 }
 SELECT_FORCE: Final[Vocabulary] = {
     "sink": (_count("n"),),
-    "local": (_count("n"),),
+    "local": (_count("n"), _count("segment", keyword=True, required=False)),
     "diagonal": (),
     "first_column": (),
     "last_pages": (_count("n"),),
     "rows": (_expr("which", "row", "bool"),),
+    "columns": (_expr("which", "key", "bool"),),
 }
 SELECT_REUSE: Final[Vocabulary] = {
     "every_call": (),
     "every": (_count("n"),),
     "cosine": (_number("theta", -1.0, 1.0, keyword=False),),
-    "given": (_tensor("name", required=False),),
+    "given": (),
     "across_layers": (),
 }
 DECAY: Final[Vocabulary] = {
@@ -150,16 +184,7 @@ DECAY: Final[Vocabulary] = {
     "scalar": (_tensor("name"),),
     "vector": (_tensor("name"),),
 }
-UPDATE: Final[Vocabulary] = {"add": (), "delta": (_tensor("beta"),)}
-PER: Final[Vocabulary] = {
-    "tensor": (),
-    "head": (),
-    "block": (_count("n", required=False),),
-    "token": (),
-    "channel": (),
-    "group": (_count("n"),),
-}
-
+UPDATE: Final[Vocabulary] = {"add": (), "delta": (_tensor("beta"),), "none": ()}
 _QUANTIZER: Final[Signature] = (
     Arg("per", "call", required=False, keyword=True, table=PER),
     Arg("symmetric", "flag", required=False, keyword=True),

@@ -221,7 +221,8 @@ def test_an_empty_batch_has_no_lengths_to_differ_from_fixed_ones() -> None:
     attn = replace(plain(mask=j <= i), sizes=(Size("Sq", fixed=3), Size("Sk", fixed=3)))
     q, k, v = operands(attn, 0, 3, 3)
     o, lse = reference.attention(attn, q, k, v, return_lse=True)
-    assert o.shape == (0, 4, 3, attn.dims.v) and lse.shape == (0, 4, 3)
+    assert o.shape == (0, 4, 3, attn.dims.v)
+    assert lse.shape == (0, 4, 3)
     with pytest.raises(ValueError, match="Sq: the spec fixes it to 3, got 2"):
         reference.attention(attn, *operands(attn, 1, 2, 3))
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from attncc import reference
 from attncc.errors import Unsupported
-from attncc.ir.attention import Attention, Call, Input, Part, Quantizer, Select, Size, State, Storage
-from attncc.ir.expr import const, load
+from attncc.ir.attention import Attention, Input, Size, Storage
+from attncc.ir.expr import load
 
 BIAS = (Input("bias", ("B", "Hq", "Sq", "Sk")),)
 DENSE = plain(mask=j <= i)
@@ -169,37 +169,6 @@ def test_bad_calls_are_refused(case: str) -> None:
 def test_operands_on_two_devices_are_refused() -> None:
     with pytest.raises(ValueError, match="k: expected device cpu as q has, got meta"):
         reference.attention(DENSE, **dense(k=torch.zeros(2, 2, 5, 8, device="meta")))
-
-
-# -- what the oracle does not evaluate -----------------------------------------------------------
-
-STATE = State("elu1", Call("none"), Call("add"), True, 64, "")
-SELECT = Select((64, 64), Call("pooled_dot"), "softmax", "none", Call("topk", (const(4),)), (), Call("every_call"))
-
-REFUSED: dict[str, tuple[Attention, str]] = {
-    "state": (plain(state=STATE), "state"),
-    "select": (plain(select=SELECT), "select"),
-    "state of a part": (
-        replace(plain(), parts=(Part(qk), Part(qk, state=STATE)), combine=Call("add")),
-        "parts[1].state",
-    ),
-    "quantize": (plain(quantize=(Quantizer("k", "int8"),)), "quantize"),
-    "prologue": (plain(prologue=(Call("rope"),)), "prologue"),
-    "epilogue": (plain(epilogue=(Call("gate", (const(0.5),)),)), "epilogue"),
-    "taps": (plain(outputs=(Call("o"), Call("column_mass"))), "outputs"),
-    "two storages": (
-        replace(plain(), parts=(Part(qk), Part(qk, kv=Storage("latent"))), combine=Call("add")),
-        "parts",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_unsupported_features_name_their_key(case: str) -> None:
-    attn, key = REFUSED[case]
-    with pytest.raises(Unsupported) as refusal:
-        reference.attention(attn, **dense())
-    assert refusal.value.key == key
 
 
 def test_lse_of_sigmoid_is_refused() -> None:

@@ -425,7 +425,7 @@ IMPOSSIBLE: list[tuple[str, str, str]] = [
     (SELECT.replace("mass(0.9)", "ternary(0.7, 0.6)"), "exceed the whole", "ternary(0.7, 0.6)"),
     (SELECT.replace("mass(0.9)", "mass(0.9, crossing=at)"), "one of in, out", "at"),
     (SELECT.replace("antidiagonal(stride=16)", "token_dot"), "scores a token", "token_dot"),
-    (SELECT.replace("antidiagonal(stride=16)", "centroid_dot"), "scores a cluster", "centroid_dot"),
+    (SELECT.replace("antidiagonal(stride=16)", "token_dot"), "scores a token", "token_dot"),
     (SELECT.replace("antidiagonal(stride=16)", "given(map)"), "names no input", "map"),
     (SELECT + "  normalize: weighted_softmax", "sizes of clusters", "weighted_softmax"),
     (SELECT + "  normalize: anchor", "forced by sink or local", "anchor"),
@@ -454,7 +454,7 @@ IMPOSSIBLE: list[tuple[str, str, str]] = [
     ("quantize:\n  cache: staircase([(128, int8)])", "last step must be without end", "128"),
     ("quantize:\n  cache: staircase([(64, int8), (32, int8), (inf, int4)])", "ages rise", "32"),
     ("quantize:\n  cache: staircase([(inf, int8), (inf, int4)])", "only the last step", "inf"),
-    ("quantize:\n  cache: staircase([(inf, int2)])", "must be one of", "int2"),
+    ("quantize:\n  cache: staircase([(inf, int3)])", "must be one of", "int3"),
     ("quantize:\n  cache: int8\nmodes: [backward]", "quantised cache", "backward"),
     ("kv: paged(16)\nmodes: [prefill, backward]", "paged or gathered", "backward"),
 ]

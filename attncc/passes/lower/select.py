@@ -62,6 +62,10 @@ def _raises_integers(a: Attention) -> bool:
     return any(node.op == "pow" and node.dtype in INTS for e in formulas for node in walk(e))
 
 
+def _multiplies_queries(a: Attention) -> bool:
+    return any(node.op == "qdot" for p in a.parts for node in walk(p.score))
+
+
 def _unknown_outputs(a: Attention) -> bool:
     return any(o.name not in ("o", "lse") for o in a.outputs)
 
@@ -76,6 +80,8 @@ GAPS: Final = (
     Gap("prologue", lambda a: bool(a.prologue), "no steps"),
     Gap("epilogue", lambda a: bool(a.epilogue), "no steps"),
     Gap("normalizer", lambda a: a.parts[0].normalizer.kind not in NORMALIZERS, ", ".join(NORMALIZERS)),
+    Gap("score", _multiplies_queries, "scores over qk, positions and inputs"),
+    Gap("columns", lambda a: a.parts[0].columns is not None, "all columns"),
     Gap("score", _raises_integers, "whole numbers to a constant power up to 16; float(…) ** anything"),
     Gap("outputs", _unknown_outputs, "o, lse"),
     Gap("modes", lambda a: "prefill" not in a.modes, "prefill (it serves short queries too)"),

@@ -1,0 +1,5 @@
+"""Selections: which blocks or tokens of the keys a block of queries attends to."""
+
+from attncc.reference.select.selection import Selection, select
+
+__all__ = ["Selection", "select"]
