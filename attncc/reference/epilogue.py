@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+import torch
 from torch import Tensor
 
 from attncc.errors import Unsupported
@@ -14,8 +15,6 @@ from attncc.reference.rows import Rows
 Step = Callable[[Call, Tensor, Rows], Tensor]
 """The output [H, R, D] and its rows, whose values are the sequence's."""
 
-STEPS: Final[dict[str, Step]] = {}
-
 
 def epilogue(attn: Attention, o: Tensor, rows: Rows) -> Tensor:
     """The output behind all steps, in their order."""
@@ -24,3 +23,37 @@ def epilogue(attn: Attention, o: Tensor, rows: Rows) -> Tensor:
             raise Unsupported(f"the oracle does not evaluate the step '{step.name}'", key="epilogue")
         o = STEPS[step.name](step, o, rows)
     return o
+
+
+def _own_values(rows: Rows, o: Tensor) -> Tensor:
+    """The value at each row's own position [H, R, Dv]; 0 where there is no such key."""
+    position, keys = rows.scope.names["i"].flatten(), rows.shape[2]
+    inside = (position >= 0) & (position < keys)
+    if not keys:
+        return torch.zeros_like(o)
+    v = rows.v[:, torch.where(inside, position, 0)].to(o.dtype)
+    return torch.where(inside[:, None], v, 0.0)
+
+
+def _factor(call: Call, rows: Rows) -> Tensor:
+    return rows.per_row(call.args[0])[..., None]
+
+
+def _lerp_v(call: Call, o: Tensor, rows: Rows) -> Tensor:
+    """(1 - w) o + w v: attention drawn towards the identity (SoftPAG, arXiv 2506.10978)."""
+    w = _factor(call, rows)
+    return (1 - w) * o + w * _own_values(rows, o)
+
+
+def _absorb(call: Call, o: Tensor, rows: Rows) -> Tensor:
+    """The output times a matrix a head [H, r, Dv] (MLA, DeepSeek-V2)."""
+    matmul = rows.numbers.matmul
+    return (o.to(matmul) @ rows.scope.inputs[call.words[0]].to(matmul)).to(o.dtype)
+
+
+STEPS: Final[dict[str, Step]] = {
+    "lerp_v": _lerp_v,
+    "gate": lambda call, o, rows: _factor(call, rows) * o,
+    "skip": lambda call, o, rows: o + _factor(call, rows) * _own_values(rows, o),
+    "absorb": _absorb,
+}

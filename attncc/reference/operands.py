@@ -70,9 +70,9 @@ def prepare(
     for name, x in (("q", q), ("k", k), ("v", v)):
         _tensor(name, x)
     assert v is not None
-    _operand(attn, "q", q, attn.layout, attn.heads.q, attn.dims.qk)
+    _operand(attn, "q", q, attn.layout, attn.heads.q, attn.dims.qk + _absorbed(attn, "q", inputs))
     kv_layout = "paged" if storage.kind == "paged" else attn.layout
-    _operand(attn, "k", k, kv_layout, attn.heads.kv, attn.dims.qk)
+    _operand(attn, "k", k, kv_layout, attn.heads.kv, attn.dims.qk + _absorbed(attn, "k", inputs))
     v_heads = attn.heads.kv if storage.kind == "latent" else attn.heads.v
     _operand(attn, "v", v, kv_layout, v_heads, attn.dims.v)
     _same_places(attn, q, k, v, inputs, where)
@@ -90,11 +90,19 @@ def prepare(
 
 
 def memory(attn: Attention) -> Storage:
-    """How the keys lie in memory: the parts agree on it, but for those that read lists of them."""
-    kinds = {part.kv for part in attn.parts if part.kv.kind != "gathered"} or {Storage()}
+    """How the keys lie in memory: the parts agree on it, but for those that read lists, means, or keys of their own."""
+    kinds = {part.kv for part in attn.parts if part.kv.kind not in ("gathered", "given", "pooled")} or {Storage()}
     if len(kinds) > 1:
         raise Unsupported("the oracle reads one kind of key storage in all parts", key="parts")
     return kinds.pop()
+
+
+def _absorbed(attn: Attention, operand: str, inputs: Mapping[str, Tensor]) -> int:
+    """How many columns more an operand has before its `absorb` steps: each makes r columns of n, W [H, n, r]."""
+    steps = [step for step in attn.prologue if step.name == "absorb"]
+    words = [step.words[0] for step in steps if operand in str(dict(step.kwargs).get("on", "q"))]
+    shapes = [inputs[word].shape for word in words if word in inputs]
+    return sum(shape[-2] - shape[-1] for shape in shapes)
 
 
 # -- one check each ------------------------------------------------------------------------------
