@@ -15,6 +15,7 @@ from attncc.ir.attention import Attention
 from attncc.reference.operands import Call, Indexing, prepare
 from attncc.reference.rows import Numbers
 from attncc.reference.sequence import Attended, Selections, attend
+from attncc.reference.state import has_lse
 from attncc.reference.taps import tapped
 
 
@@ -22,7 +23,8 @@ from attncc.reference.taps import tapped
 class Outputs:
     """`o` in q's layout with Dv columns; `lse` and `max_score` as [B, Hq, Sq], for varlen [Hq, T].
 
-    There is no lse for other normalizers than softmax, nor for parts that are not combined by lse.
+    There is no lse where weights may be negative (all but softmax, and sums of positive features), nor for parts
+    that are not combined by lse.
     """
 
     o: Tensor
@@ -38,8 +40,8 @@ def _combines(attn: Attention) -> bool:
     """Whether these parts can be combined as they shall; gate has one factor fewer where the first part has none."""
     parts, args = len(attn.parts), len(attn.combine.args)
     known = {
-        "lse": args == 0 and all(p.normalizer.kind == "softmax" for p in attn.parts),
-        "add": args == 0 and not attn.combine.words,
+        "lse": args == 0 and all(map(has_lse, attn.parts)),
+        "add": args == 0,
         "lerp": args == 1 and parts == 2,
         "gate": args in (parts, parts - 1),
     }
@@ -60,7 +62,9 @@ def attention(
     if not return_lse:
         return result.o
     if result.lse is None:
-        raise Unsupported("an lse exists for softmax parts combined by lse only", key="outputs")
+        raise Unsupported(
+            "an lse exists for softmax or positive features, in one part or combined by lse, only", key="outputs"
+        )
     return result.o, result.lse
 
 
@@ -123,7 +127,7 @@ def _taps(attn: Attention, done: list[Attended]) -> dict[str, Any]:
 
 def _has_lse(attn: Attention) -> bool:
     merged = len(attn.parts) == 1 or attn.combine.name == "lse"
-    return merged and all(part.normalizer.kind == "softmax" for part in attn.parts)
+    return merged and all(map(has_lse, attn.parts))
 
 
 def _stacked(attn: Attention, q: Tensor, done: list[Attended], dtype: torch.dtype) -> Outputs:

@@ -41,10 +41,10 @@ def attend_pairs(attn: Attention, part: Part, rows: Rows, columns: Tensor | None
         names = rows.scope.names
         keep = kept(part.dropout, rows.numbers.seed, *(names[n] for n in ("b", "h", "i", "j")))
         p = torch.where(keep, p / (1 - part.dropout), 0.0)
-    return Partial(_weighted(quantized_weights(attn, p), seen, rows), top, lse, sink, p if kind == "softmax" else None)
+    return Partial(weighted(quantized_weights(attn, p), seen, rows), top, lse, sink, p if kind == "softmax" else None)
 
 
-def _weighted(p: Tensor, seen: Tensor, rows: Rows) -> Tensor:
+def weighted(p: Tensor, seen: Tensor, rows: Rows) -> Tensor:
     """The values weighted by p; where some rows see a value that is not finite, those alone become NaN."""
     matmul = rows.numbers.matmul
     v = _zero_unused(rows.v, seen.any(1))

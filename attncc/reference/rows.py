@@ -90,6 +90,14 @@ class Partial:
     sink: Tensor | None = None
     p: Tensor | None = None
     """softmax: the weights [H, R, K] that made `o`, for taps."""
+    mass: Tensor | None = None
+    """A state: the sum of its weights [H, R]; where that is 0, it has no logarithm and `o` is not divided yet."""
+
+    def cut(self, start: int, step: int) -> Partial:
+        """Rows [start, start + step)."""
+        at = slice(start, start + step)
+        mine = lambda x: None if x is None else x[:, at]
+        return Partial(self.o[:, at], self.top[:, at], *map(mine, (self.lse, self.sink, self.p, self.mass)))
 
 
 def scope_of(attn: Attention, sequence: Sequence, numbers: Numbers) -> Scope:

@@ -51,7 +51,7 @@ def attend(attn: Attention, sequence: Sequence, numbers: Numbers, before: Select
     whole = replace(whole, row_term=stored.row_term, key_term=stored.key_term)
     earlier = before or (None,) * len(attn.parts)
     views = [view(attn, part, whole, some) for part, some in zip(attn.parts, earlier, strict=True)]
-    states = [attend_state(p, v.rows) if p.state else None for p, v in zip(attn.parts, views, strict=True)]
+    states = [attend_state(attn, p, v.rows) if p.state else None for p, v in zip(attn.parts, views, strict=True)]
     heads, total, keys = whole.shape
     step = max(1, CHUNK_ELEMENTS // max(1, heads * keys))
     starts = range(0, total, step) if total else range(1)
@@ -83,8 +83,7 @@ def _partial(
     """A part on some rows."""
     if state is None:
         return attend_pairs(attn, part, v.rows.cut(start, step), column)
-    at, p = slice(start, start + step), state.partial
-    return Partial(p.o[:, at], p.top[:, at], None if p.lse is None else p.lse[:, at])
+    return state.partial.cut(start, step)
 
 
 def _recomputed(

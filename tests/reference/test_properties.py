@@ -191,7 +191,6 @@ def test_gates_may_read_rows() -> None:
     ("call", "count"),
     [
         (Call("lse"), 2),
-        (Call("add", words=("proj",)), 2),
         (Call("lerp", (const(0.5),)), 3),
         (Call("lerp"), 2),
         (Call("gate", (const(0.5),)), 3),
