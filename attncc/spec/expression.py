@@ -235,7 +235,7 @@ class Reader:
             return MACROS[word].build()
         if word in MACROS:
             raise self.fault(node, f"'{word}' needs arguments", signature(word))
-        if word in FUNCTIONS:
+        if word in self.functions():
             raise self.fault(node, f"'{word}' is a function", f"write {word}(…)")
         if word in NAMES:
             hint = f"known here: {', '.join(CONTEXTS[self.context]) or 'sizes'}"
@@ -269,10 +269,14 @@ class Reader:
 
     def subscript(self, node: ast.expr, value: ast.expr, index: ast.expr) -> Expr:
         x = self.input(value, "only an input can be indexed")
+        return read(x, *self.indices(index, x))
+
+    def indices(self, index: ast.expr, x: Input) -> list[Expr]:
+        """What stands between the brackets behind `x`, each index inside of its axis where that is known."""
         at = [self.typed(axis, "int", "an index") for axis in self.axes(index)]
         for axis, (size, e) in enumerate(zip(x.shape, at, strict=False)):
             self.check_extent(index, x, axis, size, e)
-        return read(x, *at)
+        return at
 
     def axes(self, index: ast.expr) -> list[ast.expr]:
         return list(index.elts) if isinstance(index, ast.Tuple) else [index]
@@ -343,9 +347,13 @@ class Reader:
             raise self.fault(node, "'qdot' multiplies the query: it stands in a score only")
         if len(args) != 1:
             raise self.fault(node, f"'qdot' takes 1 argument, got {len(args)}", "qdot(x[e, …])")
-        rows = self.axes(args[0].slice) if isinstance(args[0], ast.Subscript) else []
-        x = self.input(args[0].value if isinstance(args[0], ast.Subscript) else args[0], "qdot needs an input")
-        return rows_of(x, *(self.typed(axis, "int", "an index") for axis in rows))
+        table, index = (args[0].value, args[0].slice) if isinstance(args[0], ast.Subscript) else (args[0], None)
+        x = self.input(table, "qdot needs an input")
+        width = x.shape[-1] if x.shape else 0
+        if (self.scope.sizes[width].value if isinstance(width, str) else width) != self.scope.sizes["Dqk"].value:
+            hint = f"{x.name}: {{shape: […, Dqk]}}"
+            raise self.fault(node, "qdot needs an input whose last axis has the head's Dqk entries", hint)
+        return rows_of(x, *([] if index is None else self.indices(index, x)))
 
     def macro(self, node: ast.expr, word: str, args: list[ast.expr], keywords: list[ast.keyword]) -> Expr:
         params = MACROS[word].params

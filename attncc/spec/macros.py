@@ -75,8 +75,6 @@ def rows_of(x: Input, *index: Expr) -> Expr:
     """`qdot`: the query times the row of `x` at these indices; its last axis has the query's entries."""
     if LOAD_DTYPES[x.dtype] != "f32":
         raise Fault(f"qdot multiplies floats, input '{x.name}' is {x.dtype}")
-    if not x.shape or x.shape[-1] in ("B", "Hq", "Hk", "Hv", "Sq", "Sk", "Dv"):
-        raise Fault("qdot needs an input whose last axis has the head's Dqk entries", f"{x.name}: […, Dqk]")
     if len(index) != len(x.shape) - 1:
         raise Fault(f"qdot over '{x.name}' takes {len(x.shape) - 1} indices, got {len(index)}")
     where_from = [const(0) if size == 1 else at for size, at in zip(x.shape, index, strict=False)]
