@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,21 +17,38 @@ from attncc.codegen.package import TargetConfigs, emit
 from attncc.device import DEVICES, Device, find, here
 from attncc.errors import CompilerBug, SpecError, Unsupported, nearest
 from attncc.ir.attention import Attention
+from attncc.ir.primitives import primitives
 from attncc.ir.text import digest, text
 from attncc.ir.tile import Program
 from attncc.ir.verify import verify_program
 from attncc.passes.lower.defaults import default_configs
-from attncc.passes.lower.select import select
+from attncc.passes.lower.select import gaps, select
 from attncc.spec import Spec
 from attncc.version import VERSION
 
-__all__ = ["Outcome", "Progress", "Report", "Stage", "check", "compile", "explain", "load", "schema", "targets"]
+__all__ = [
+    "Outcome",
+    "Progress",
+    "Report",
+    "Stage",
+    "System",
+    "check",
+    "compile",
+    "explain",
+    "load",
+    "schema",
+    "systems",
+    "targets",
+]
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many steps are done, and how many there are."""
 
 SPEC_STAGE: Final = "spec"
 PROGRAM_STAGE: Final = "lower"
+EXAMPLES: Final = Path(__file__).parents[1] / "examples"
+LOWERINGS: Final = ("triton: prefill forward",)
+"""What every skeleton there is gives."""
 STAGES: Final = (SPEC_STAGE, *(name for name, _ in passes.PIPELINE), PROGRAM_STAGE)
 
 
@@ -41,6 +58,25 @@ class Stage:
 
     name: str
     text: str
+    missing: tuple[str, ...] = ()
+    """lower: the keys that have no lowering yet; the text then says what is supported."""
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """What is known of one spec of a directory."""
+
+    file: str
+    name: str
+    family: str = ""
+    source: str = ""
+    primitives: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    """By key of the spec; what is left out is plain dense attention."""
+    lowerings: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    """The keys that no lowering carries yet."""
+    error: str = ""
+    """Why it does not load."""
 
 
 def load(source: Spec | str | os.PathLike[str]) -> Spec:
@@ -100,7 +136,7 @@ def default_config(attn: Attention, device: Device) -> TargetConfigs:
 def explain(source: Spec | str | os.PathLike[str], pass_name: str | None = None) -> tuple[Stage, ...]:
     """The IR as loaded, behind each pass, and as tile program with the reason for its skeleton.
 
-    `pass_name` leaves one of the stages only; a variant that cannot be lowered still shows its passes then.
+    `pass_name` leaves one of the stages only. Of a variant that nothing carries yet the last stage says why.
     """
     if pass_name is not None and pass_name not in STAGES:
         raise SpecError(f"unknown pass '{pass_name}'", hint=nearest(pass_name, STAGES))
@@ -109,11 +145,43 @@ def explain(source: Spec | str | os.PathLike[str], pass_name: str | None = None)
     with _place(loaded):
         rewritten = passes.run(loaded.attention, lambda name, attn: stages.append(Stage(name, text(attn))))
         if pass_name in (None, PROGRAM_STAGE):
-            program = select(rewritten)
-            verify_program(program)
-            why = f"# skeleton: {program.skeleton}\n# because: {program.why}\n"
-            stages.append(Stage(PROGRAM_STAGE, why + text(program)))
+            stages.append(_lowered(rewritten))
     return tuple(s for s in stages if pass_name in (None, s.name))
+
+
+def _lowered(attn: Attention) -> Stage:
+    """The tile program with the reason for its skeleton, or what keeps every skeleton from the variant."""
+    try:
+        program = select(attn)
+    except Unsupported as error:
+        missing = [(gap.key, f"{gap.message}; supported: {gap.supported}") for gap in gaps(attn)]
+        missing = missing or [(error.key, f"{error.message}; {error.hint}")]
+        lines = "".join(f"# {line}\n" for _, line in missing)
+        return Stage(
+            PROGRAM_STAGE, f"# no skeleton carries this variant yet\n{lines}", tuple(key for key, _ in missing)
+        )
+    verify_program(program)
+    why = f"# skeleton: {program.skeleton}\n# because: {program.why}\n"
+    return Stage(PROGRAM_STAGE, why + text(program))
+
+
+def systems(folder: str | os.PathLike[str] | None = None) -> tuple[System, ...]:
+    """Every spec of a directory, by family and name, those that do not load last; the examples where none is named."""
+    place = Path(folder) if folder is not None else EXAMPLES if EXAMPLES.is_dir() else Path("examples")
+    if not place.is_dir():
+        raise SpecError(f"'{place}' is no directory", hint="attncc list DIR, a directory of specs")
+    return tuple(sorted(map(_system, place.glob("*.yaml")), key=lambda s: (bool(s.error), s.family, s.name)))
+
+
+def _system(path: Path) -> System:
+    """One spec: what it uses, and which lowerings carry it, found by running the passes."""
+    try:
+        attn = spec.load(path).attention
+        lowered = _lowered(passes.run(attn))
+    except SpecError as error:
+        return System(path.name, path.stem, error=str(error))
+    found = () if lowered.missing else LOWERINGS
+    return System(path.name, attn.name, attn.family, attn.source, primitives(attn), found, lowered.missing)
 
 
 def check(

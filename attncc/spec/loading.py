@@ -27,9 +27,15 @@ class Spec:
     source: Source | None = field(default=None, compare=False, repr=False)
 
     def locate(self, key: str) -> Location | None:
-        """Where the value of a dotted key such as `parts[0].state` stands; None where the text lacks it."""
-        node = self.source.node(parse_path(key)) if self.source else None
-        return node.location if node else None
+        """Where the value of a dotted key such as `parts[0].state` stands; None where the text lacks it.
+
+        A branch's key such as `state` is looked for in each of the parts too.
+        """
+        if self.source is None:
+            return None
+        path = parse_path(key)
+        places = (path, *(("parts", n, *path) for n in range(len(self.attention.parts))))
+        return next((node.location for node in map(self.source.node, places) if node is not None), None)
 
 
 def loads(text: str, file: str = "<string>") -> Spec:

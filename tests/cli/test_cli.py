@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 import time
@@ -188,6 +189,46 @@ def test_explain_shows_one_stage(spec: Path) -> None:
     assert alone.strip() == stages["sparsify"].strip()
 
 
+def test_explain_says_what_has_no_lowering(tmp_path: Path) -> None:
+    path = bad(tmp_path, "mask: causal", "mask: causal\ndropout: 0.1")
+    whole = run("explain", path)
+    assert whole.exit_code == 0, whole.output
+    assert "# 'dropout' has no lowering for this value yet; supported: 0" in whole.stdout
+    stages = json.loads(run("explain", path, "--json").stdout)["stages"]
+    assert [s["name"] for s in stages] == list(driver.STAGES)
+    assert stages[-1]["missing"] == ["dropout"]
+
+
+def test_list_tells_of_every_spec(spec: Path) -> None:
+    (spec.parent / "other.yaml").write_text(
+        SPEC.replace("name: tiny", "name: other\nfamily: f|g\nsource: arXiv 2401.00001")
+    )
+    table = run("list", spec.parent)
+    assert table.exit_code == 0, table.output
+    assert re.search(r"^ tiny +triton: prefill forward +mask\(positions\) *$", table.stdout, re.MULTILINE)
+    page = run("list", spec.parent, "--markdown").stdout.splitlines()
+    assert page[0] == "# Systems"
+    link = "[arXiv 2401.00001](https://arxiv.org/abs/2401.00001)"
+    assert page[-2:] == [
+        "| `tiny` |  |  | triton: prefill forward | mask(positions) |",
+        rf"| `other` | f\|g | {link} | triton: prefill forward | mask(positions) |",
+    ]
+    listed = json.loads(run("list", spec.parent, "--json").stdout)["systems"]
+    assert [s["name"] for s in listed] == ["tiny", "other"]
+    assert listed[0]["primitives"] == {"mask": ["positions"]}
+
+
+def test_list_shows_what_does_not_load_and_exits_2(spec: Path) -> None:
+    (spec.parent / "broken.yaml").write_text(SPEC.replace("causal", "causl"))
+    for options in ((), ("--json",), ("--markdown",)):
+        result = run("list", spec.parent, *options)
+        assert result.exit_code == 2
+        assert "broken" in result.stdout
+        assert "tiny" in result.stdout
+        assert "did you mean 'causal'?" in result.stdout
+    assert run("list", spec).exit_code == 2
+
+
 def test_targets_lists_the_device_table() -> None:
     table = run("targets")
     assert table.exit_code == 0
@@ -206,7 +247,7 @@ def test_schema_is_json_either_way() -> None:
 
 def test_help_names_the_exit_codes() -> None:
     text = run("--help").stdout
-    assert all(word in text for word in ("compile", "check", "explain", "schema", "targets", "70"))
+    assert all(word in text for word in ("compile", "check", "explain", "list", "schema", "targets", "70"))
 
 
 # -- the process ---------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from attncc.device import find, here
 from attncc.errors import CompilerBug, SpecError, Unsupported
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 SPEC = """attncc: 1
 name: tiny
 heads: {q: 4, kv: 2}
@@ -120,8 +119,9 @@ def test_the_same_bytes_under_any_hash_seed(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from attncc import driver
-for path in sorted(Path("examples").glob("*.yaml")):
-    driver.compile(path, sys.argv[1], ["sm_90", "cpu"])
+for system in driver.systems("examples"):
+    if system.lowerings:
+        driver.compile(Path("examples", system.file), sys.argv[1], ["sm_90", "cpu"])
 """
     seeds = ("0", "1234")
     for seed in seeds:
@@ -131,7 +131,7 @@ for path in sorted(Path("examples").glob("*.yaml")):
         subprocess.run(command, cwd=ROOT, env=environment, check=True)
     first, second = (tree(tmp_path / seed) for seed in seeds)
     assert first == second
-    assert len(first) > 8 * len(EXAMPLES)
+    assert len(first) > 8 * sum(bool(system.lowerings) for system in driver.systems(ROOT / "examples"))
 
 
 # -- errors --------------------------------------------------------------------------------------
@@ -148,13 +148,23 @@ for path in sorted(Path("examples").glob("*.yaml")):
 )
 def test_what_is_unsupported_has_its_line(line: str, key: str, tmp_path: Path) -> None:
     loaded = spec.loads(SPEC + line + "\n", "variant.yaml")
-    for action in (lambda: driver.compile(loaded, tmp_path), lambda: driver.explain(loaded)):
+    for action in (lambda: driver.compile(loaded, tmp_path), lambda: driver.check(loaded)):
         with pytest.raises(Unsupported) as error:
             action()
-        assert error.value.key.startswith(key)
+        assert error.value.key == key
         assert error.value.location is not None
         assert error.value.location.line == 10
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_unsupported_has_its_line_in_its_part(tmp_path: Path) -> None:
+    text = "attncc: 1\nname: t\nheads: 2\ndims: 16\nparts:\n  - mask: causal\n    select:\n"
+    text += "      block: {q: 1, k: 8}\n      score: random\n      rule: topk(2)\n"
+    with pytest.raises(Unsupported) as error:
+        driver.compile(spec.loads(text), tmp_path)
+    assert error.value.key == "select"
+    assert error.value.location is not None
+    assert error.value.location.line == 8
 
 
 def test_a_card_of_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
@@ -191,10 +201,59 @@ def test_one_stage() -> None:
         assert driver.explain(loaded, name) == (whole[name],)
 
 
-def test_passes_can_be_seen_of_what_cannot_be_lowered() -> None:
-    loaded = spec.loads(SPEC + "dropout: 0.1\n")
-    (stage,) = driver.explain(loaded, "sparsify")
-    assert stage.text
+UNSUPPORTED = "dropout: 0.1\nepilogue: [lerp_v(0.5)]\nprologue: [silu]\n"
+
+
+def test_all_stages_can_be_seen_of_what_cannot_be_lowered() -> None:
+    stages = driver.explain(spec.loads(SPEC + UNSUPPORTED))
+    assert tuple(s.name for s in stages) == driver.STAGES
+    assert "key_tiles" in stages[-2].text
+    assert stages[-1].missing == ("dropout", "prologue", "epilogue")
+    assert stages[-1].text.startswith("# no skeleton carries this variant yet\n# 'dropout'")
+    assert "supported: no steps" in stages[-1].text
+
+
+def test_the_last_stage_alone_says_what_is_missing() -> None:
+    (stage,) = driver.explain(spec.loads(SPEC + "dropout: 0.1\n"), "lower")
+    assert stage.missing == ("dropout",)
+
+
+# -- systems -------------------------------------------------------------------------------------
+
+
+def test_systems_tell_what_they_use_and_what_carries_them(tmp_path: Path) -> None:
+    head, tail = SPEC.split("name: tiny\n")
+    (tmp_path / "b.yaml").write_text(f"{head}name: first\nfamily: alpha\nsource: arXiv 1\n{tail}")
+    (tmp_path / "a.yaml").write_text(f"{head}name: second\nfamily: alpha\n{tail}{UNSUPPORTED}")
+    (tmp_path / "c.yaml").write_text(SPEC)
+    (tmp_path / "0.yaml").write_text(SPEC.replace("causal", "causl"))
+    (tmp_path / "no_spec.txt").write_text("")
+    found = driver.systems(tmp_path)
+    assert [(s.file, s.name) for s in found] == [
+        ("c.yaml", "tiny"), ("b.yaml", "first"), ("a.yaml", "second"), ("0.yaml", "0"),
+    ]  # fmt: skip
+    plain, first, second, broken = found
+    used = {"score": ("data", "positions"), "mask": ("positions",)}
+    assert (first.family, first.source, first.primitives) == ("alpha", "arXiv 1", used)
+    assert (first.lowerings, first.missing) == (("triton: prefill forward",), ())
+    assert plain.primitives == first.primitives
+    assert second.primitives == used | {"dropout": ("philox",), "prologue": ("silu",), "epilogue": ("lerp_v",)}
+    assert (second.lowerings, second.missing) == ((), ("dropout", "prologue", "epilogue"))
+    assert "did you mean 'causal'?" in broken.error
+    assert not broken.lowerings
+
+
+def test_systems_need_a_directory(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="nowhere"):
+        driver.systems(tmp_path / "nowhere")
+
+
+def test_the_examples_are_the_default() -> None:
+    found = {s.name: s for s in driver.systems()}
+    assert sorted(found) == sorted(p.stem for p in (ROOT / "examples").glob("*.yaml"))
+    assert not [s for s in found.values() if s.error]
+    assert all(s.lowerings or s.missing for s in found.values())
+    assert found["gemma2_local"].lowerings
 
 
 def test_an_unknown_stage_names_the_nearest() -> None:

@@ -14,7 +14,7 @@ from attncc.errors import CompilerBug, Unsupported
 from attncc.ir.attention import Attention, Call
 from attncc.ir.expr import Expr, eq, ew, maximum, minimum, where
 from attncc.ir.text import text
-from attncc.passes.fuse import fuse
+from attncc.passes.lower.select import gaps, select
 
 
 def test_every_pass_is_shown_in_order() -> None:
@@ -71,10 +71,13 @@ def test_nesting_does_not_multiply(mask: Expr) -> None:
 
 
 @pytest.mark.parametrize("key", ["prologue", "epilogue"])
-def test_steps_are_refused_by_key_and_name(key: str) -> None:
-    attn = replace(attention(causal), **{key: (Call("rope"), Call("gate"))})
-    with pytest.raises(Unsupported, match="rope, gate") as caught:
-        fuse(attn)
+def test_steps_pass_and_are_refused_by_the_lowering(key: str) -> None:
+    attn = replace(attention(causal), **{key: (Call("silu"), Call("l2_norm"))})
+    rewritten = passes.run(attn)
+    assert getattr(rewritten, key) == getattr(attn, key)
+    assert [gap.key for gap in gaps(rewritten)] == [key]
+    with pytest.raises(Unsupported, match=key) as caught:
+        select(rewritten)
     assert caught.value.key == key
 
 

@@ -8,7 +8,7 @@ from math import inf
 from typing import Final
 
 from attncc.errors import Unsupported
-from attncc.ir.attention import Attention
+from attncc.ir.attention import Attention, Part
 from attncc.ir.expr import INTS
 from attncc.ir.rewrite import names, walk
 from attncc.ir.tile import Program
@@ -37,11 +37,15 @@ SKELETONS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """A key no skeleton carries yet: where it is used, and what is supported instead."""
+    """A key no skeleton carries yet: where a variant uses it, and what is supported instead."""
 
     key: str
     used: Callable[[Attention], bool]
     supported: str
+
+    @property
+    def message(self) -> str:
+        return f"'{self.key}' has no lowering for this value yet"
 
 
 def _fixes_packed_lengths(a: Attention) -> bool:
@@ -62,8 +66,8 @@ def _raises_integers(a: Attention) -> bool:
     return any(node.op == "pow" and node.dtype in INTS for e in formulas for node in walk(e))
 
 
-def _multiplies_queries(a: Attention) -> bool:
-    return any(node.op == "qdot" for p in a.parts for node in walk(p.score))
+def _any(holds: Callable[[Part], bool]) -> Callable[[Attention], bool]:
+    return lambda a: any(map(holds, a.parts))
 
 
 def _unknown_outputs(a: Attention) -> bool:
@@ -72,16 +76,20 @@ def _unknown_outputs(a: Attention) -> bool:
 
 GAPS: Final = (
     Gap("parts", lambda a: len(a.parts) != 1, "a single part"),
-    Gap("state", lambda a: a.parts[0].state is not None, "softmax, sigmoid, relu, none and linear over a mask"),
-    Gap("select", lambda a: a.parts[0].select is not None, "a mask, which may read inputs (block tables)"),
-    Gap("kv", lambda a: a.parts[0].kv.kind != "dense", "dense"),
-    Gap("dropout", lambda a: a.parts[0].dropout > 0, "0"),
+    Gap("state", _any(lambda p: p.state is not None), "softmax, sigmoid, relu, none and linear over a mask"),
+    Gap("select", _any(lambda p: p.select is not None), "a mask, which may read inputs (block tables)"),
+    Gap("kv", _any(lambda p: p.kv.kind != "dense"), "dense"),
+    Gap("dropout", _any(lambda p: p.dropout > 0), "0"),
     Gap("quantize", lambda a: bool(a.quantize), "no quantisation"),
     Gap("prologue", lambda a: bool(a.prologue), "no steps"),
     Gap("epilogue", lambda a: bool(a.epilogue), "no steps"),
-    Gap("normalizer", lambda a: a.parts[0].normalizer.kind not in NORMALIZERS, ", ".join(NORMALIZERS)),
-    Gap("score", _multiplies_queries, "scores over qk, positions and inputs"),
-    Gap("columns", lambda a: a.parts[0].columns is not None, "all columns"),
+    Gap("normalizer", _any(lambda p: p.normalizer.kind not in NORMALIZERS), ", ".join(NORMALIZERS)),
+    Gap(
+        "score",
+        _any(lambda p: any(node.op == "qdot" for node in walk(p.score))),
+        "scores over qk, positions and inputs",
+    ),
+    Gap("columns", _any(lambda p: p.columns is not None), "all columns"),
     Gap("score", _raises_integers, "whole numbers to a constant power up to 16; float(…) ** anything"),
     Gap("outputs", _unknown_outputs, "o, lse"),
     Gap("modes", lambda a: "prefill" not in a.modes, "prefill (it serves short queries too)"),
@@ -95,17 +103,19 @@ GAPS: Final = (
 )
 
 
+def gaps(attn: Attention) -> tuple[Gap, ...]:
+    """What keeps every skeleton from a variant that passed the pipeline."""
+    return tuple(gap for gap in GAPS if gap.used(attn))
+
+
 def select(attn: Attention) -> Program:
     """The tile program of a variant that passed the pipeline.
 
     Raises:
         Unsupported: names the spec's key that nothing carries yet, and what is supported.
     """
-    for gap in GAPS:
-        if gap.used(attn):
-            raise Unsupported(
-                f"'{gap.key}' has no lowering for this value yet", gap.key, hint=f"supported: {gap.supported}"
-            )
+    for gap in gaps(attn):
+        raise Unsupported(gap.message, gap.key, hint=f"supported: {gap.supported}")
     for skeleton in SKELETONS:
         if skeleton.applies(attn):
             return replace(skeleton.build(attn), why=skeleton.why)
