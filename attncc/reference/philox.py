@@ -40,11 +40,16 @@ def philox(counter: Block, seed: int) -> Block:
     return x0, x1, x2, x3
 
 
-def kept(p: float, seed: int, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    """Which positions dropout with probability `p` keeps; the indices broadcast together."""
+def drawn(seed: int, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """The word of each position; the indices broadcast together."""
     words = philox((j // 4, i, h, b), seed)
     shape = torch.broadcast_shapes(*(w.shape for w in words))
-    drawn = words[3]
+    word = words[3]
     for lane in range(3):
-        drawn = torch.where(j % 4 == lane, words[lane], drawn)
-    return drawn.expand(shape) >= int(p * 2**32)
+        word = torch.where(j % 4 == lane, words[lane], word)
+    return word.expand(shape)
+
+
+def kept(p: float, seed: int, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """Which positions dropout with probability `p` keeps; the indices broadcast together."""
+    return drawn(seed, b, h, i, j) >= int(p * 2**32)
