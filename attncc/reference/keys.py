@@ -38,7 +38,8 @@ def view(attn: Attention, part: Part, whole: Rows, before: Selection | None = No
 def _given(attn: Attention, part: Part, rows: Rows) -> Rows:
     """The part's own keys and values: inputs [B, H, N, D], the axes B and H as many as declared, or 1."""
     heads = torch.arange(attn.heads.q, device=rows.q.device)
-    k, v = (_own(attn, rows.scope.inputs[word], heads, rows) for word in (part.kv.index, part.kv.values))
+    k = _own(attn, part.kv.index, rows.q.shape[-1], heads, rows)
+    v = _own(attn, part.kv.values, attn.dims.v, heads, rows)
     if k.shape[1] != v.shape[1]:
         raise ValueError(f"{part.kv.values}: expected {k.shape[1]} keys as {part.kv.index} has, got {v.shape[1]}")
     at = torch.arange(k.shape[1], device=k.device)[None, None, :]
@@ -46,8 +47,12 @@ def _given(attn: Attention, part: Part, rows: Rows) -> Rows:
     return replace(rows, k=k, v=v, scope=replace(rows.scope, names=names))
 
 
-def _own(attn: Attention, x: Tensor, heads: Tensor, rows: Rows) -> Tensor:
-    """[H, N, D] of the sequence."""
+def _own(attn: Attention, word: str, width: int, heads: Tensor, rows: Rows) -> Tensor:
+    """[H, N, D] of the sequence, one head per query head."""
+    x, batch = rows.scope.inputs[word], rows.numbers.sizes["B"]
+    if len(x) not in (1, batch) or attn.heads.q % x.shape[1] or x.shape[-1] != width:
+        expected = f"[1 or {batch}, a divisor of {attn.heads.q}, keys, {width}]"
+        raise ValueError(f"{word}: expected shape {expected}, got {list(x.shape)}")
     mine = x[rows.scope.names["b"] if len(x) > 1 else 0]
     return mine[served_by(attn, heads, mine.shape[0])]
 
