@@ -97,6 +97,8 @@ def _modes(attn: Attention) -> Iterator[Finding]:
             yield ("modes", attn.modes.index(mode)), f"'{mode}' through a paged or gathered cache", ""
         if mode in attn.modes and any(q.operand == "cache" for q in attn.quantize):
             yield ("modes", attn.modes.index(mode)), f"'{mode}' through a quantised cache", ""
+        elif mode in attn.modes and attn.quantize:
+            yield ("modes", attn.modes.index(mode)), f"'{mode}' through rounding, which has no gradient", ""
 
 
 def _quantize(attn: Attention) -> Iterator[Finding]:
@@ -105,6 +107,15 @@ def _quantize(attn: Attention) -> Iterator[Finding]:
         per = q.per.name if q.per else ""
         if q.operand == "p" and (q.smooth or per == "channel"):
             yield path, "probabilities are not smoothed, and have no channels", ""
+        elif q.operand == "p" and per not in ("", "token", "group"):
+            yield path, "probabilities are relative to the greatest of their row", f"{q.dtype}(per=token)"
+        if per == "thread" and q.operand not in ("q", "k"):
+            yield path, "threads share scales in q and k", f"{q.dtype}(per=block)"
+        if q.operand == "v" and any(p.kv.kind == "latent" for p in attn.parts):
+            yield path, "latent: V is a view of K, so k or the cache is quantised", ""
+        ages = [age for age, _ in q.staircase if age is not None]
+        if any(age % ages[0] for age in ages):
+            yield path, f"segments of {ages[0]} tokens go down the staircase whole: ages are its multiples", ""
         if q.operand == "v" and q.smooth:
             yield path, "smoothing subtracts a mean from q or k", ""
         if q.dtype == "nvfp4" and per not in ("", "group"):
