@@ -29,7 +29,7 @@ def lines(rule: Call, part: Part, rows: Rows, blocks: Blocks) -> Tensor:
     mass = reduced(p.flatten(1)[..., None], flat, max(keys, int(offset.max()) + 1), "sum")[..., 0]
     columns = _best(p.sum(1), _number(rule.args[0]), forced.get("sink", 0), part.select.charge)
     diagonals = _best(mass, _number(rule.args[1]), forced.get("local", 0), part.select.charge)
-    first = blocks.over_queries(rows.scope.names["i"].expand(heads, -1, 1), "amin")[..., 0]
+    first = blocks.over_queries(rows.scope.names["i"].expand(heads, -1, 1).double(), "amin")[..., 0].long()
     size = part.select.block[0] if isinstance(part.select.block[0], int) else 1
     chosen = [windows(c, d, first[h].tolist(), size) for h, (c, d) in enumerate(zip(columns, diagonals, strict=True))]
     return torch.stack(chosen).gather(1, blocks.q_block[..., None].expand(-1, -1, keys))

@@ -78,7 +78,7 @@ def minmax_bound(call: Call, part: Part, rows: Rows, blocks: Blocks) -> Tensor:
     step = most if sub is None else _count(sub)
     pages = max(1, -(-most // step))
     keys = torch.arange(rows.shape[2], device=rows.k.device).expand_as(blocks.k_block)
-    first = blocks.over_keys(keys[..., None], "amin")[..., 0].gather(1, blocks.k_block)
+    first = blocks.over_keys(keys[..., None].double(), "amin")[..., 0].long().gather(1, blocks.k_block)
     page = blocks.k_block * pages + (keys - first) // step
     empty = (sizes(page, blocks.nk * pages) == 0)[:, None]
     top, least = (reduced(rows.k, page, blocks.nk * pages, how) for how in ("amax", "amin"))
