@@ -57,6 +57,9 @@ def _combine(attn: Attention) -> Iterator[Finding]:
     if name == "gate" and len(attn.combine.args) not in (n, n - 1):
         hint = "one gate a part, or one fewer where the first has none"
         yield ("combine",), f"{len(attn.combine.args)} gates for {n} parts", hint
+    for word in attn.combine.words:
+        if len(attn.input(word).shape) not in (2, 3):
+            yield ("combine",), f"'{word}' has axes [Dv, Dv] or [Hq, Dv, Dv], its shape here has others", ""
     names = [p.name for p in attn.parts if p.name]
     for k, part in enumerate(attn.parts):
         if part.name and names.count(part.name) > 1:
@@ -232,6 +235,32 @@ def _initial_state(attn: Attention, part: Part) -> Iterator[Finding]:
         yield ("state", "initial_mass"), "a mass stands beside an initial state and linear(eps)", ""
     if state.update.name == "none" and not state.initial:
         yield ("state", "update"), "a state that nothing enters is its initial one", "initial: NAME"
+    if state.update.name == "none" and state.decay.name != "none":
+        yield ("state", "decay"), "a state that nothing enters stays what it is", "decay: none"
+    if state.decay.name == "vector" and state.feature == "taylor2":
+        yield ("state", "decay"), "a decay of each column has none for their products", "decay: scalar(NAME)"
+
+
+STATE_AXES: Final = {
+    "scalar": ("B", "H", "Sk"),
+    "vector": ("B", "H", "Sk", "Dqk"),
+    "delta": ("B", "H", "Sk"),
+    "initial": ("B", "H", "F", "Dv"),
+    "initial_mass": ("B", "H", "F"),
+}
+"""Axes of a state's inputs: H is the query or the key heads, F the features."""
+
+
+def _state_axes(attn: Attention, part: Part) -> Iterator[Finding]:
+    if part.state is None:
+        return
+    calls = {"decay": part.state.decay, "update": part.state.update}
+    read = [(key, call.name, word) for key, call in calls.items() for word in call.words]
+    read += [("initial", "initial", part.state.initial), ("initial_mass", "initial_mass", part.state.initial_mass)]
+    for key, kind, word in read:
+        axes = STATE_AXES[kind]
+        if word and len(attn.input(word).shape) != len(axes):
+            yield ("state", key), f"'{word}' has axes [{', '.join(axes)}], its shape here has others", ""
 
 
 def _softmax(attn: Attention, part: Part) -> Iterator[Finding]:
@@ -298,7 +327,15 @@ def _antidiagonal(block: tuple[int | str, int | str], stride: float) -> Iterator
             yield ("select", "score"), f"a stride of {stride:g} does not divide the {key} block of {size}", ""
 
 
-PART_RULES: Final[tuple[PartRule, ...]] = (_kv, _state, _initial_state, _softmax, _select_block, _select_rule)
+PART_RULES: Final[tuple[PartRule, ...]] = (
+    _kv,
+    _state,
+    _initial_state,
+    _state_axes,
+    _softmax,
+    _select_block,
+    _select_rule,
+)
 RULES: Final[tuple[Rule, ...]] = (_combine, _outputs, _modes, _quantize, _tune, _steps, _varlen)
 
 

@@ -410,6 +410,13 @@ IMPOSSIBLE: list[tuple[str, str, str]] = [
         "no sum of weights",
         "linear(0)",
     ),
+    ("inputs: {g: {shape: [B]}}\nstate: {decay: scalar(g)}", "has axes [B, H, Sk]", "scalar(g)"),
+    ("inputs: {g: {shape: [B, Hq, Sk]}}\nstate: {decay: vector(g)}", "has axes [B, H, Sk, Dqk]", "vector(g)"),
+    ("inputs: {g: {shape: [B, 1, Sk, 4]}}\nstate: {feature: taylor2, decay: vector(g)}", "products", "vector(g)"),
+    ("inputs: {x: {shape: [B, 1, Sk, 4]}}\nstate: {update: delta(x)}", "has axes [B, H, Sk]", "delta(x)"),
+    ("inputs: {s: {shape: [64, 64]}}\nstate: {initial: s}", "has axes [B, H, F, Dv]", "s"),
+    ("inputs: {s: {shape: [1, 1, 64, 64]}}\nstate: {update: none, initial: s, decay: const(-1)}", "stays", "const(-1)"),
+    ("inputs: {p: {shape: [64]}}\nparts: [{}, {}]\ncombine: add(p)", "has axes [Dv, Dv]", "add(p)"),
     ("state: {}\nkv: paged(16)", "not kept in paged storage", "paged(16)"),
     ("state: {}\nschedule: split_kv(4)", "no keys to split", "split_kv(4)"),
     # select
