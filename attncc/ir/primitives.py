@@ -64,6 +64,9 @@ PRIMITIVES: Final[Mapping[str, Mapping[str, Scope]]] = {
 TENSORS: Final = frozenset({"cos", "sin", "weight", "bias", "lse", "q", "k", "w"})
 """Options whose word is the name of an input; words by position always are."""
 
+FEATURES: Final = ("identity", "relu", "elu1", "softmax", "exp", "taylor2")
+FORMATS: Final = ("int8", "int4", "int2", "fp8_e4m3", "fp8_e5m2", "nvfp4")
+
 SCORE: Final = name("qk", "f32") * name("scale", "f32")
 
 
