@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import torch
@@ -23,6 +23,12 @@ def epilogue(attn: Attention, o: Tensor, rows: Rows) -> Tensor:
             raise Unsupported(f"the oracle does not evaluate the step '{step.name}'", key="epilogue")
         o = STEPS[step.name](step, o, rows)
     return o
+
+
+def columns(attn: Attention, inputs: Mapping[str, Tensor]) -> int:
+    """How many columns the output has behind all steps."""
+    matrices = [inputs[step.words[0]] for step in attn.epilogue if step.name == "absorb"]
+    return matrices[-1].shape[-1] if matrices else attn.dims.v
 
 
 def _own_values(rows: Rows, o: Tensor) -> Tensor:

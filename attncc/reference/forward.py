@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attncc.errors import Unsupported
 from attncc.ir.attention import Attention
+from attncc.reference.epilogue import columns
 from attncc.reference.operands import Call, Indexing, prepare
 from attncc.reference.rows import Numbers
 from attncc.reference.sequence import Attended, Selections, attend
@@ -21,8 +22,9 @@ from attncc.reference.taps import tapped
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """`o` in q's layout with Dv columns; `lse` and `max_score` as [B, Hq, Sq], for varlen [Hq, T].
+    """`o` in q's layout with Dv columns, or those of an absorbed projection; `lse` and `max_score` as [B, Hq, Sq].
 
+    For varlen lse and max_score are [Hq, T].
     There is no lse where weights may be negative (all but softmax, and sums of positive features), nor for parts
     that are not combined by lse.
     """
@@ -101,7 +103,8 @@ def outputs(
         raise ValueError(f"before: expected {len(call.sequences)} entries, one a sequence, got {len(before)}")
     earlier = before or ((),) * len(call.sequences)
     done = [attend(attn, sequence, numbers, some) for sequence, some in zip(call.sequences, earlier, strict=True)]
-    made = _packed(attn, q, call, done, matmul) if attn.layout == "varlen" else _stacked(attn, q, done, matmul)
+    join = _packed if attn.layout == "varlen" else _stacked
+    made = join(attn, q, call, done, matmul, columns(attn, inputs))
     return replace(made, taps=_taps(attn, done), selections=tuple(a.selections for a in done))
 
 
@@ -130,11 +133,11 @@ def _has_lse(attn: Attention) -> bool:
     return merged and all(map(has_lse, attn.parts))
 
 
-def _stacked(attn: Attention, q: Tensor, done: list[Attended], dtype: torch.dtype) -> Outputs:
+def _stacked(attn: Attention, q: Tensor, call: Call, done: list[Attended], dtype: torch.dtype, width: int) -> Outputs:
     if not done:
         rows = q.shape[1] if attn.layout == "bshd" else q.shape[2]
         nothing = q.new_zeros((0, attn.heads.q, rows), dtype=torch.promote_types(dtype, torch.float32))
-        o = q.new_zeros((*q.shape[:-1], attn.dims.v), dtype=dtype)
+        o = q.new_zeros((*q.shape[:-1], width), dtype=dtype)
         return Outputs(o, nothing if _has_lse(attn) else None, nothing)
     o = torch.stack([p.o for p in done]).to(dtype)
     return Outputs(
@@ -144,12 +147,12 @@ def _stacked(attn: Attention, q: Tensor, done: list[Attended], dtype: torch.dtyp
     )
 
 
-def _packed(attn: Attention, q: Tensor, call: Call, done: list[Attended], dtype: torch.dtype) -> Outputs:
+def _packed(attn: Attention, q: Tensor, call: Call, done: list[Attended], dtype: torch.dtype, width: int) -> Outputs:
     """Sequences one behind the other; packed rows behind the last sequence count as empty."""
     wide = torch.promote_types(dtype, torch.float32)
     behind = (attn.heads.q, call.rows_behind)
     nothing = q.new_full(behind, -math.inf, dtype=wide)
-    empty = q.new_zeros((*behind, attn.dims.v), dtype=wide)
+    empty = q.new_zeros((*behind, width), dtype=wide)
     pieces = [*done, Attended(empty, nothing, nothing if _has_lse(attn) else None)]
     return Outputs(
         torch.cat([p.o for p in pieces], 1).to(dtype).transpose(0, 1),

@@ -81,9 +81,9 @@ DEFAULT_ON: Final = {"absorb": "q", "value_shift": "v"}
 def _behind(run: Sequence[Call], x: Tensor, operand: str, setting: Setting) -> Tensor:
     """One operand behind steps of one name that follow each other."""
     if run[0].name == "causal_conv":
-        counts = {letter: getattr(setting.entered, letter).shape[0] for letter in on(run[0])}
-        start = sum(n for letter, n in counts.items() if letter < operand)
-        return convolved(run, x, slice(start, start + counts[operand]), setting.scope)
+        letters = on(run[0])
+        start = sum(getattr(setting.entered, letter).shape[0] for letter in letters[: letters.index(operand)])
+        return convolved(run, x, slice(start, start + x.shape[0]), setting.scope)
     for call in run:
         x = STEPS[call.name](call, x, operand, setting)
     return x

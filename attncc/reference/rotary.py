@@ -15,7 +15,7 @@ BASE: Final = 10000.0
 
 
 def rotate(x: Tensor, positions: Tensor, call: Call, scope: Scope) -> Tensor:
-    """x […, D] turned by a `rope` step; positions are whole numbers that broadcast to x's leading axes […].
+    """x […, D] turned by a `rope` step; positions are whole numbers […], which broadcast with x's leading axes.
 
     The first `dims` columns (all, unless said) are `dims / 2` pairs: halves apart, or neighbours if interleaved.
     Pair t turns by position * base^(-2 t / dims); or `cos` and `sin` are tables [P, dims / 2], also [B, P, dims / 2].
@@ -31,7 +31,7 @@ def rotate(x: Tensor, positions: Tensor, call: Call, scope: Scope) -> Tensor:
     else:
         first, second = turned[..., 0::2], turned[..., 1::2]
         turned = torch.stack([first * cos - second * sin, second * cos + first * sin], -1).flatten(-2)
-    return torch.cat([turned, rest], -1)
+    return torch.cat([turned, rest.expand(*turned.shape[:-1], -1)], -1)
 
 
 def _tables(positions: Tensor, options: dict[str, Expr | str], width: int, scope: Scope) -> tuple[Tensor, Tensor]:
