@@ -36,7 +36,7 @@ PRIMITIVES: Final[Mapping[str, Mapping[str, Scope]]] = {
     },
     "epilogue": {**_plain("absorb"), "lerp_v": "row", "gate": "row", "skip": "row"},
     "outputs": {
-        **_plain("o", "lse", "max_score", "block_mass", "pair_value", "final_state", "indices"),
+        **_plain("o", "lse", "max_score", "block_mass", "pair_value", "final_state", "final_mass", "indices"),
         "column_mass": "row",
         "row_mass": "key",
     },

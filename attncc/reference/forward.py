@@ -113,9 +113,12 @@ def _taps(attn: Attention, done: list[Attended]) -> dict[str, Any]:
     columns: list[tuple[str, list[Tensor]]] = []
     for n, call in enumerate(tapped(attn)):
         columns.append((call.name, [a.taps[n] for a in done]))
-    if attn.wants("final_state"):
-        for n in range(sum(part.state is not None for part in attn.parts)):
-            columns.append(("final_state", [a.states[n] for a in done]))
+    dv = attn.dims.v
+    for n, part in enumerate(part for part in attn.parts if part.state is not None):
+        if attn.wants("final_state"):
+            columns.append(("final_state", [a.states[n][..., :dv] for a in done]))
+        if attn.wants("final_mass") and part.normalizer.kind == "linear":
+            columns.append(("final_mass", [a.states[n][..., dv] for a in done]))
     if attn.wants("indices"):
         for n, part in enumerate(attn.parts):
             if part.select is not None:

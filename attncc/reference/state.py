@@ -28,7 +28,7 @@ Token = Callable[[Tensor, int], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Stated:
-    """What a state makes of its rows, and the state behind the last key [H, F, Dv]."""
+    """What a state makes of its rows, and the state behind the last key [H, F, V]."""
 
     partial: Partial
     final: Tensor
@@ -51,8 +51,7 @@ def attend_state(attn: Attention, part: Part, rows: Rows) -> Stated:
         read, last = _scan(_token(attn, part, state, rows), first, state.chunk, rows)
     else:
         read, last = _totals(first, rows)
-    dv = attn.dims.v
-    return Stated(_normalized(part, read * _factor(state, rows), dv), last[..., :dv])
+    return Stated(_normalized(part, read * _factor(state, rows), attn.dims.v), last)
 
 
 def has_lse(part: Part) -> bool:

@@ -21,7 +21,7 @@ from attncc.reference.rows import Partial, Rows
 
 Join = Callable[[Sequence[Tensor]], Tensor]
 
-PLAIN: Final = ("o", "lse", "max_score", "final_state", "indices")
+PLAIN: Final = ("o", "lse", "max_score", "final_state", "final_mass", "indices")
 BLOCK: Final = 64
 """Rows and keys a block, where `block_mass` does not say."""
 

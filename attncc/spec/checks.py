@@ -69,7 +69,7 @@ def _combine(attn: Attention) -> Iterator[Finding]:
 def _outputs(attn: Attention) -> Iterator[Finding]:
     names = [o.name for o in attn.outputs]
     for k, name in enumerate(names):
-        if name in names[:k] and name in ("o", "lse", "max_score", "final_state", "indices"):
+        if name in names[:k] and name in ("o", "lse", "max_score", "final_state", "final_mass", "indices"):
             yield ("outputs", k), f"'{name}' is given twice", ""
     if "o" not in names:
         yield ("outputs",), "the output 'o' cannot be left out", "outputs: [o, …]"
@@ -78,6 +78,7 @@ def _outputs(attn: Attention) -> Iterator[Finding]:
         "lse": (has_lse(attn.parts, attn.combine), "only softmax has a log-sum-exp"),
         "max_score": (any(p.state is None for p in attn.parts), "a state has no scores"),
         "final_state": (any(p.state for p in attn.parts), "no part has a state"),
+        "final_mass": (any(p.state and p.normalizer.kind == "linear" for p in attn.parts), "no state is normalised"),
         "indices": (any(p.select for p in attn.parts), "no part selects"),
         "column_mass": (soft, "the mass of a column is one of softmax"),
         "row_mass": (soft, "the mass of a row is one of softmax"),

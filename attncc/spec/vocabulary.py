@@ -122,6 +122,7 @@ OUTPUTS: Final[Vocabulary] = {
     "block_mass": (_count("q", required=False), _count("k", required=False)),
     "pair_value": (_tensor("z"),),
     "final_state": (),
+    "final_mass": (),
     "indices": (),
 }
 SELECT_SCORE: Final[Vocabulary] = {

@@ -107,9 +107,9 @@ def test_chunks_do_not_matter(name: str) -> None:
         assert torch.equal(got.taps["final_state"], expected.taps["final_state"])
 
 
-@pytest.mark.parametrize("name", ["scalar decay", "vector decay", "gated delta", "vector gated delta"])
+@pytest.mark.parametrize("name", ["scalar decay", "vector decay, normalised", "gated delta", "vector gated delta"])
 def test_prefill_is_a_shorter_one_and_steps(name: str) -> None:
-    attn = spec(BODIES[name] + TAPS)
+    attn = spec(BODIES[name] + (TAPS.replace("]", ", final_mass]") if "normalised" in name else TAPS))
     shapes = {"s0": ("B", "Hq", "F", "Dv")}  # as the final state's
     attn = replace(attn, inputs=tuple(replace(i, shape=shapes.get(i.name, i.shape)) for i in attn.inputs))
     q, k, v, x = draw(attn, 9, 9)
@@ -117,9 +117,11 @@ def test_prefill_is_a_shorter_one_and_steps(name: str) -> None:
     at, got = 0, []
     for n in (5, 1, 1, 2):
         cut = slice(at, at + n)
-        step = {name: t if name == "s0" else t[:, :, cut] for name, t in x.items()}
+        step = {key: t if key in ("s0", "z0") else t[:, :, cut] for key, t in x.items()}
         some = reference.outputs(attn, q[:, :, cut], k[:, :, cut], v[:, :, cut], inputs=step)
         x, at = {**x, "s0": some.taps["final_state"]}, at + n
+        if "z0" in x:
+            x["z0"] = some.taps["final_mass"]
         got.append(some.o)
     close(torch.cat(got, 2), whole.o)
     close(x["s0"], whole.taps["final_state"])

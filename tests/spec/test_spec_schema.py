@@ -370,6 +370,7 @@ IMPOSSIBLE: list[tuple[str, str, str]] = [
     ("outputs: [o, o]", "given twice", "o"),
     ("outputs: [o, ls]", "unknown output 'ls'", "ls"),
     ("outputs: [o, final_state]", "no part has a state", "final_state"),
+    ("state: {}\noutputs: [o, final_mass]", "no state is normalised", "final_mass"),
     ("outputs: [o, indices]", "no part selects", "indices"),
     ("outputs: [o, column_mass(j < 3)]", "'j' has no value here", "j"),
     ("normalizer: relu\noutputs: [o, block_mass]", "one of softmax", "block_mass"),
