@@ -168,7 +168,7 @@ def qdot(buffer: str, *index: Value) -> Expr:
 
 def broadcast(*shapes: Shape) -> Shape:
     """The common shape, by NumPy's rule; a size-1 axis is the int 1."""
-    rank = max(map(len, shapes))
+    rank = max(map(len, shapes), default=0)
     out: list[Dim] = []
     for axis in range(-rank, 0):
         sizes = {s[axis] for s in shapes if len(s) >= -axis} - {1}

@@ -266,7 +266,7 @@ ZERO: Final[Interval] = (const(0), const(0))
 def _rises(e: Expr, rising: Mapping[str, Expr]) -> bool:
     """Whether a read of a sorted row never falls as its index rises: not outside the row, where it gives 0."""
     length = rising.get(str(e.attr))
-    match e.args[-1]:
+    match e.args[-1] if e.args else None:
         case Expr("min", (index, last)) if length is not None:
             return last == length - 1 and is_at_least(index, 0)
         case Expr("max", (Expr("sub", (Expr("bucket", _, buffer), Expr("const", _, 1))), Expr("const", _, 0))):

@@ -241,7 +241,7 @@ def _part(part: Part) -> Iterator[str]:
             continue
         if isinstance(value, KeyTiles):
             yield from _key_tiles(value)
-        elif isinstance(value, (Expr, float)):
+        elif isinstance(value, (Expr, float, tuple)):
             yield f"{INDENT * 2}{f.name}: {_value(value)}"
         else:
             yield f"{INDENT * 2}{f.name}: {_record(value)}"

@@ -183,6 +183,7 @@ def test_casts_of_constants_are_constants() -> None:
         ([(), ("BM",)], ("BM",)),
         ([("BN",), ("BM", "BN")], ("BM", "BN")),
         ([(1, 1), (1,)], (1, 1)),
+        ([], ()),
     ],
 )
 def test_broadcast(shapes: list[tuple[str | int, ...]], common: tuple[str | int, ...]) -> None:

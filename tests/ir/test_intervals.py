@@ -153,6 +153,9 @@ def test_unmoved_parts_stand_for_themselves() -> None:
     fixed = load("table", b * 2 + n, dtype="i32")
     assert interval(fixed, BOX) == (fixed, fixed)
     assert interval(fixed <= 3, BOX) == (fixed <= 3, fixed <= 3)
+    alone = load("alone", dtype="i32")
+    assert interval(i - j < alone, BOX)[0].op == interval(i - j < n, BOX)[0].op == "lt"
+    assert interval(alone, BOX, RISING) == (alone, alone)
 
 
 def test_flags_of_rows_are_counted_as_integers() -> None:

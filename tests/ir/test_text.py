@@ -289,3 +289,8 @@ def test_same_text_under_other_hash_seeds() -> None:
 
 def test_an_input_without_axes_is_shown() -> None:
     assert "inputs: name=t, shape=[]" in text(replace(PLAIN, inputs=(Input("t", ()),)))
+
+
+def test_columns_of_a_part_are_shown() -> None:
+    part = replace(PLAIN.part, columns=(0, 4))
+    assert "        columns: [0, 4]\n" in text(replace(PLAIN, parts=(part,)))
