@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from attncc.reference.normalize import column_weights, logaddexp, softmax, weigh
 from attncc.reference.philox import kept
 from attncc.reference.quantize import quantized_weights
 from attncc.reference.rows import Partial, Rows
+
+LOG_MEMBERS: Final = "log_members"
+"""The name in a scope that a score gains where keys are means: how many keys each stands for, as a logarithm."""
 
 
 def attend_pairs(attn: Attention, part: Part, rows: Rows, columns: Tensor | None) -> Partial:
@@ -58,6 +62,8 @@ def weighted(p: Tensor, seen: Tensor, rows: Rows) -> Tensor:
 
 def seen_keys(part: Part, rows: Rows) -> Tensor:
     """Which keys each row takes part with: [Hq, rows, Sk]."""
+    if rows.chosen is not None and part.kv.kind == "pooled" and part.kv.block is None:
+        return rows.chosen  # means over a selection's blocks: the mask spoke of their members
     seen = evaluate(part.mask, rows.scope).expand(rows.shape)
     seen = seen if rows.chosen is None else seen & rows.chosen
     return seen & _listed(part, rows) if part.kv.kind == "gathered" else seen
@@ -101,6 +107,7 @@ def scores(part: Part, rows: Rows, seen: Tensor, fill: float) -> Tensor:
 
 def _formula(e: Expr, rows: Rows, names: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
     value = evaluate(e, replace(rows.scope, names=names))
+    value = value + names[LOG_MEMBERS] if LOG_MEMBERS in names else value
     return value.to(rows.numbers.elementwise).expand(shape)
 
 

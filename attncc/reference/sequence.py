@@ -46,11 +46,14 @@ class Attended:
 def attend(attn: Attention, sequence: Sequence, numbers: Numbers, before: Selections = ()) -> Attended:
     """One sequence whole; `before` are the selections of an earlier call, for parts that reuse them."""
     scope = scope_of(attn, sequence, numbers)
-    stored = quantized(attn, prologue(attn, sequence, scope))
+    entered = prologue(attn, sequence, scope)
+    stored = quantized(attn, entered)
     whole = rows_of(attn, stored.sequence, scope, numbers)
     whole = replace(whole, row_term=stored.row_term, key_term=stored.key_term)
+    selecting = attn.quantize and any(part.select for part in attn.parts)
+    exact = rows_of(attn, entered, scope, numbers) if selecting else None
     earlier = before or (None,) * len(attn.parts)
-    views = [view(attn, part, whole, some) for part, some in zip(attn.parts, earlier, strict=True)]
+    views = [view(attn, part, whole, some, exact) for part, some in zip(attn.parts, earlier, strict=True)]
     states = [attend_state(attn, p, v.rows) if p.state else None for p, v in zip(attn.parts, views, strict=True)]
     heads, total, keys = whole.shape
     step = max(1, CHUNK_ELEMENTS // max(1, heads * keys))
