@@ -135,6 +135,35 @@ def test_taps_are_sums_of_the_weights(body: str, chunk: int, monkeypatch: pytest
             torch.testing.assert_close(zero if a is None else a, zero if b is None else b, rtol=1e-9, atol=1e-11)
 
 
+def test_a_state_takes_its_share_and_has_no_columns() -> None:
+    """Softmax beside a state of a learnt prefix, as NTK-Attention has it: rows sum to what softmax keeps of them."""
+    text = """attncc: 1
+name: t
+heads: 2
+dims: 8
+inputs: {s0: {shape: [1, Hq, Dqk, Dv], grad: true}, mass: {shape: [1, Hq, Dqk], grad: true}}
+parts:
+- mask: causal
+- normalizer: linear(0)
+  state: {feature: elu1, update: none, initial: s0, initial_mass: mass, scale: 1.0}
+outputs: [o, column_mass, row_mass]
+"""
+    q, k, v = normal(2, 2, 6, 8), normal(2, 2, 6, 8), normal(2, 2, 6, 8)
+    s0, mass = normal(1, 2, 8, 8), normal(1, 2, 8).detach().abs().requires_grad_()
+    got = reference.outputs(loads(text).attention, q, k, v, inputs={"s0": s0, "mass": mass}).taps
+    e = torch.exp(q @ k.mT / math.sqrt(8)).tril()
+    features = torch.nn.functional.elu(q) + 1
+    p = e / (e.sum(3, keepdim=True) + (features * mass[:, :, None]).sum(3, keepdim=True))
+    for name, axis in (("column_mass", 2), ("row_mass", 3)):
+        torch.testing.assert_close(got[name], p.sum(axis), rtol=1e-9, atol=1e-11)
+        for a, b in zip(
+            grad(got[name][..., 0].sum(), (q, k, mass), retain_graph=True),
+            grad(p.sum(axis)[..., 0].sum(), (q, k, mass), retain_graph=True),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
 def test_the_rows_of_block_masses_sum_to_their_queries() -> None:
     """Without an empty row each row has a mass of 1: AdaSpa's search counts on it."""
     attn = loads("attncc: 1\nname: t\nheads: 2\ndims: 8\nmask: causal\noutputs: [o, 'block_mass(4, 3)']\n").attention
