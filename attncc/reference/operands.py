@@ -101,8 +101,10 @@ def _absorbed(attn: Attention, operand: str, inputs: Mapping[str, Tensor]) -> in
     """How many columns more an operand has before its `absorb` steps: each makes r columns of n, W [H, n, r]."""
     steps = [step for step in attn.prologue if step.name == "absorb"]
     words = [step.words[0] for step in steps if operand in str(dict(step.kwargs).get("on", "q"))]
-    shapes = [inputs[word].shape for word in words if word in inputs]
-    return sum(shape[-2] - shape[-1] for shape in shapes)
+    for word in words:
+        if word not in inputs:
+            raise TypeError(f"{word}: the input is missing")
+    return sum(inputs[word].shape[-2] - inputs[word].shape[-1] for word in words)
 
 
 # -- one check each ------------------------------------------------------------------------------
