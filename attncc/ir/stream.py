@@ -34,13 +34,10 @@ class Cut:
     def high(self) -> int:
         return self.total - (self.most - 1) * self.ranges
 
-    def start(self, n: int) -> int:
-        """The first tile of range n; that of range `ranges` is the total."""
-        return n * self.most - max(0, n - self.high)
-
     def bounds(self) -> tuple[tuple[int, int], ...]:
         """[lo, hi) of each range."""
-        return tuple((self.start(n), self.start(n + 1)) for n in range(self.ranges))
+        starts = [n * self.most - max(0, n - self.high) for n in range(self.ranges + 1)]
+        return tuple(pairwise(starts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,22 +71,9 @@ class Fragment:
         return 2 * self.range + int(self.host)
 
 
-@dataclass(frozen=True, slots=True)
-class Fixup:
-    """A line in several fragments, and the slots whose states make it, first tile first."""
-
-    line: int
-    slots: tuple[int, ...]
-
-
 def lines(keys: Sequence[int], heads: int, tile: int) -> tuple[int, ...]:
     """Tiles of each line, head-major and then by sequence; `keys` has each sequence's length."""
     return tuple(-(-n // tile) for n in keys) * heads
-
-
-def causal_lines(rows: int, row_tile: int, key_tile: int) -> tuple[int, ...]:
-    """Tiles of each row tile of one causal sequence with as many keys as rows."""
-    return tuple(-(-min(end, rows) // key_tile) for end in range(row_tile, rows + row_tile, row_tile))
 
 
 def programs(total: int, most: int, per_line: int) -> int:
@@ -128,8 +112,10 @@ def split_kv(tiles: Sequence[int], splits: int) -> tuple[Fragment, ...]:
     )
 
 
-def fixups(fragments: Sequence[Fragment]) -> tuple[Fixup, ...]:
-    """What the second kernel does: one entry for each line that no range holds alone."""
-    parts = [f for f in fragments if not f.whole]
-    borders = [n for n, f in enumerate(parts) if f.host]
-    return tuple(Fixup(parts[a].line, tuple(f.slot for f in parts[a:b])) for a, b in pairwise([*borders, len(parts)]))
+def fixups(fragments: Sequence[Fragment]) -> dict[int, tuple[int, ...]]:
+    """What the second kernel merges: for each line that no range holds alone its slots, first tile first."""
+    found: dict[int, tuple[int, ...]] = {}
+    for f in fragments:
+        if not f.whole:
+            found[f.line] = (*found.get(f.line, ()), f.slot)
+    return found

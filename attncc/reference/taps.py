@@ -19,8 +19,6 @@ from attncc.ir.attention import Attention, Call, Part
 from attncc.reference.combine import combine
 from attncc.reference.rows import Partial, Rows
 
-Join = Callable[[Sequence[Tensor]], Tensor]
-
 PLAIN: Final = ("o", "lse", "max_score", "final_state", "final_mass", "indices")
 BLOCK: Final = 64
 """Rows and keys a block, where `block_mass` does not say."""
@@ -28,10 +26,10 @@ BLOCK: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class Tap:
-    """What is made of the weights [H, R, K] of some rows, and how the pieces of all chunks become one."""
+    """What is made of the weights [H, R, K] of some rows; chunks of rows add up, or stand one behind the other."""
 
     of: Callable[[Call, Tensor, Rows], Tensor]
-    join: Join
+    by_row: bool = False
 
 
 def tapped(attn: Attention) -> tuple[Call, ...]:
@@ -50,8 +48,8 @@ def tap(attn: Attention, parts: Sequence[Partial], rows: Rows) -> list[Tensor]:
 
 def join(attn: Attention, chunks: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     """The taps of a sequence from those of its chunks of rows."""
-    pieces = zip(*chunks, strict=True)
-    return [TAPS[call.name].join(some) for call, some in zip(tapped(attn), pieces, strict=True)]
+    pieces = zip(tapped(attn), zip(*chunks, strict=True), strict=True)
+    return [torch.cat(some, 1) if TAPS[call.name].by_row else torch.stack(some).sum(0) for call, some in pieces]
 
 
 def weights(attn: Attention, parts: Sequence[Partial], rows: Rows) -> Tensor:
@@ -108,17 +106,9 @@ def _pair_value(call: Call, w: Tensor, rows: Rows) -> Tensor:
     return torch.einsum("hrk,rkc->hrc", w, mine[names["row"].flatten()].expand(-1, w.shape[2], -1))
 
 
-def _total(pieces: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(pieces)).sum(0)
-
-
-def _behind(pieces: Sequence[Tensor]) -> Tensor:
-    return torch.cat(list(pieces), 1)
-
-
 TAPS: Final[dict[str, Tap]] = {
-    "column_mass": Tap(_column_mass, _total),
-    "row_mass": Tap(_row_mass, _behind),
-    "block_mass": Tap(_block_mass, _total),
-    "pair_value": Tap(_pair_value, _behind),
+    "column_mass": Tap(_column_mass),
+    "row_mass": Tap(_row_mass, by_row=True),
+    "block_mass": Tap(_block_mass),
+    "pair_value": Tap(_pair_value, by_row=True),
 }

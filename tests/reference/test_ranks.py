@@ -20,8 +20,8 @@ from attncc.errors import Unsupported
 from attncc.ir.attention import Align, Attention, Heads
 from attncc.ir.stream import Cut
 from attncc.reference import ranks
-from attncc.reference.partial import Affine, affine, prefixes
 from attncc.reference.plans import Chunk, Owned, Pair, contiguous, gathered, packed, ring, work, zigzag
+from attncc.reference.ranks import Affine, affine, prefixes
 from attncc.spec import loads
 
 lengths = st.lists(st.integers(0, 23), min_size=1, max_size=4)

@@ -55,8 +55,8 @@ def by_fragments(
             store(f.line, made)
         else:
             slots[f.slot] = made
-    for fix in fixups(fragments):
-        store(fix.line, merge([slots[s] for s in fix.slots]))
+    for line, used in fixups(fragments).items():
+        store(line, merge([slots[s] for s in used]))
     return o, lse
 
 
