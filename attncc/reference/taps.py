@@ -98,8 +98,6 @@ def _pair_value(call: Call, w: Tensor, rows: Rows) -> Tensor:
     """sum_j w_ij z_bijc: [H, R, C], z [B, Sq, Sk, C]."""
     (name,) = call.words
     z, names = rows.scope.inputs[name], rows.scope.names
-    if z.ndim != 4:
-        raise ValueError(f"{name}: expected 4 axes [B, Sq, Sk, C] as pair_value reads it, got {list(z.shape)}")
     mine = z[names["b"] if len(z) > 1 else 0].to(w.dtype)
     if len(mine) == 1:
         return torch.einsum("hrk,kc->hrc", w, mine[0].expand(w.shape[2], -1))

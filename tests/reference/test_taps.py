@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from torch.autograd import grad
 
 from attncc import reference
 from attncc.errors import Unsupported
-from attncc.ir.attention import Attention
+from attncc.ir.attention import Attention, Call
 from attncc.reference import sequence
 from attncc.spec import loads
 
@@ -45,6 +44,7 @@ BODIES = {
     "empty rows": "mask: causal & (j > 6)\n",
     "two parts": "parts: [{mask: j < 3}, {mask: causal & (j >= 3), normalizer: 'softmax(sink=sinks[h])'}]\n",
     "beside given keys": "parts: [{mask: causal}, {kv: 'given(gk, gv)'}]\n",
+    "beside means": "parts: [{mask: causal}, {kv: pooled(4)}]\n",
     "added": "parts: [{mask: causal}, {mask: window(3)}]\ncombine: add\n",
     "interpolated": "parts: [{mask: causal}, {mask: causal & window(3)}]\ncombine: lerp(g[b, h, row])\n",
     "gated": "parts: [{mask: causal}, {mask: window(3)}]\ncombine: gate(g[b, h, row], 0.5)\n",
@@ -94,6 +94,9 @@ def matrix(body: str, qkv: dict[str, Tensor], inputs: dict[str, Tensor]) -> Tens
         case "beside given keys":
             own = torch.exp(qkv["q"] @ inputs["gk"].transpose(2, 3) / math.sqrt(8))
             return over(causal, own.sum(3, keepdim=True))
+        case "beside means":
+            means = torch.stack([x.mean(2) for x in k.split(4, 2)], 2)
+            return over(causal, torch.exp(qkv["q"] @ means.mT / math.sqrt(8)).sum(3, keepdim=True))
         case "added":
             return over(causal) + over(band)
         case "interpolated":
@@ -198,14 +201,28 @@ def test_pair_values_of_one_row_serve_all() -> None:
     torch.testing.assert_close(got, p @ z[:, 0][None])
 
 
-def _fails(text: str, kind: type[Exception], match: str, **inputs: Any) -> None:
-    attn = loads("attncc: 1\nname: t\nheads: 2\ndims: 8\n" + text).attention
-    with pytest.raises(kind, match=match):
-        reference.outputs(attn, normal(1, 2, 4, 8), normal(1, 2, 4, 8), normal(1, 2, 4, 8), inputs=inputs)
+def test_selected_keys_alone_have_mass() -> None:
+    text = """attncc: 1
+name: t
+heads: 2
+dims: 8
+mask: causal
+select: {block: {q: 4, k: 3}, score: pooled_dot, rule: topk(2), force: [diagonal]}
+outputs: [o, column_mass, 'block_mass(4, 3)', indices]
+"""
+    q, k, v = normal(2, 2, 14, 8), normal(2, 2, 14, 8), normal(2, 2, 14, 8)
+    got = reference.outputs(loads(text).attention, q, k, v)
+    chosen = (got.taps["indices"] == 1).repeat_interleave(4, 2)[:, :, :14].repeat_interleave(3, 3)[..., :14]
+    e = torch.where(chosen, torch.exp(q @ k.mT / math.sqrt(8)), 0.0).tril()
+    p = e / e.sum(3, keepdim=True)
+    torch.testing.assert_close(got.o, p @ v, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(got.taps["column_mass"], p.sum(2), rtol=1e-9, atol=1e-11)
+    assert bool((got.taps["block_mass"][got.taps["indices"] != 1] == 0).all())
 
 
-def test_what_has_no_weights_is_refused() -> None:
-    parts = "inputs: {w: {shape: [Dv, Dv]}}\nparts: [{mask: causal}, {mask: j < 2}]\ncombine: add(w)\n"
-    _fails(parts + "outputs: [o, row_mass]\n", Unsupported, "projection", w=normal(8, 8))
-    three = "inputs: {z: {shape: [B, Sq, Sk]}}\noutputs: [o, pair_value(z)]\n"
-    _fails(three, ValueError, "4 axes", z=normal(1, 4, 4))
+def test_a_projected_sum_has_no_weights() -> None:
+    text = "attncc: 1\nname: t\nheads: 2\ndims: 8\ninputs: {w: {shape: [Dv, Dv]}}\n"
+    text += "parts: [{mask: causal}, {mask: j < 2}]\ncombine: add(w)\n"
+    attn = replace(loads(text).attention, outputs=(Call("o"), Call("row_mass")))
+    with pytest.raises(Unsupported, match="projection"):
+        reference.outputs(attn, *(normal(1, 2, 4, 8) for _ in "qkv"), inputs={"w": normal(8, 8)})
