@@ -127,7 +127,7 @@ def _select(part: Part, select: Select, at: str) -> Iterator[Fault]:
             yield f"{at}.block.{side}", f"expected a size or {' or '.join(words)}, got {block}"
     if k == "page" and part.kv.kind != "paged":
         yield f"{at}.block.k", f"{part.kv.kind} storage has no pages"
-    if (k == "cluster") != (select.score.name == "centroid_dot") and select.score.name not in ("given", "random"):
+    if (k == "cluster") != (select.score.name == "centroid_dot"):
         yield f"{at}.score", f"'{select.score.name}' does not score blocks of {k}"
     if select.normalize == "weighted_softmax" and k != "cluster":
         yield f"{at}.normalize", f"blocks of {k} have no weights"

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Final
 
 from attncc.errors import SpecError, nearest
 from attncc.ir.attention import SIZE_NAMES, Attention, Call, Part
-from attncc.ir.expr import FLOATS, INTS, Expr
-from attncc.spec.macros import LOAD_DTYPES
+from attncc.ir.expr import INTS, Expr
+from attncc.spec import selections
+from attncc.spec.findings import Finding, PartRule, Rule, dtype_of, float_input, input_axes, number
 from attncc.spec.source import Path_, Source
-
-Finding = tuple[Path_, str, str]
-Rule = Callable[[Attention], Iterator[Finding]]
-PartRule = Callable[[Attention, Part], Iterator[Finding]]
 
 POSITIVE_FEATURES: Final = frozenset({"relu", "elu1", "softmax", "exp"})
 TUNE_WORDS: Final = ("sparsity", "documents", "weight")
@@ -73,7 +70,7 @@ def _outputs(attn: Attention) -> Iterator[Finding]:
             yield ("outputs", k), f"'{name}' is given twice", ""
     if "o" not in names:
         yield ("outputs",), "the output 'o' cannot be left out", "outputs: [o, …]"
-    soft = any(p.state is None and p.normalizer.kind == "softmax" for p in attn.parts)
+    soft = any(p.state is None and p.normalizer.kind == "softmax" for p in attn.parts) and not attn.combine.words
     demands = {
         "lse": (has_lse(attn.parts, attn.combine), "only softmax has a log-sum-exp"),
         "max_score": (any(p.state is None for p in attn.parts), "a state has no scores"),
@@ -89,6 +86,8 @@ def _outputs(attn: Attention) -> Iterator[Finding]:
         held, reason = demands.get(name, (True, ""))
         if not held:
             yield ("outputs", k), f"there is no output '{name}' here: {reason}", ""
+        for word in attn.outputs[k].words:
+            yield from input_axes(attn, ("outputs", k), word, name, "B", "Sq", "Sk", "C")
 
 
 def _modes(attn: Attention) -> Iterator[Finding]:
@@ -126,7 +125,7 @@ def _quantize(attn: Attention) -> Iterator[Finding]:
             yield path, "nvfp4 has one scale a group", "nvfp4(per=group(16))"
         if q.dtype.startswith(("fp8", "nvfp4")) and not q.symmetric:
             yield path, f"{q.dtype} has no zero point: it is symmetric", ""
-        if per == "group" and q.per and _number(q.per.args[0]) > max(attn.dims.qk, attn.dims.v):
+        if per == "group" and q.per and number(q.per.args[0]) > max(attn.dims.qk, attn.dims.v):
             yield path, "a group is wider than a head", ""
     by_operand = {q.operand for q in attn.quantize}
     if "cache" in by_operand and by_operand & {"k", "v"}:
@@ -155,20 +154,22 @@ def _steps(attn: Attention) -> Iterator[Finding]:
     for k, step in enumerate(attn.prologue):
         options = dict(step.kwargs)
         dims = options.get("dims")
-        if isinstance(dims, Expr) and not (_number(dims) <= attn.dims.qk and _number(dims) % 2 == 0):
-            yield ("prologue", k), f"rope turns an even number of the {attn.dims.qk} columns", ""
+        widths = {attn.dims.v if letter == "v" else attn.dims.qk for letter in str(options.get("on", "qk"))}
+        if isinstance(dims, Expr) and not (number(dims) <= min(widths) and number(dims) % 2 == 0):
+            yield ("prologue", k), f"rope turns an even number of the {min(widths)} columns", ""
         if step.name == "rope" and ("cos" in options) != ("sin" in options):
             yield ("prologue", k), "rope takes cos and sin together", ""
         if step.name == "rope" and "cos" in options and "base" in options:
             yield ("prologue", k), "rope takes a base, or cos and sin", ""
-        if step.name == "hadamard" and attn.dims.qk & (attn.dims.qk - 1):
-            yield ("prologue", k), f"a Hadamard transform needs a power of two, the head has {attn.dims.qk}", ""
+        odd = [n for n in widths if n & (n - 1)]
+        if step.name == "hadamard" and odd:
+            yield ("prologue", k), f"a Hadamard transform needs a power of two, the head has {odd[0]}", ""
     for key, steps in (("prologue", attn.prologue), ("epilogue", attn.epilogue), ("combine", (attn.combine,))):
         for k, step in enumerate(steps):
             words = [*step.words, *(v for o, v in step.kwargs if o in ("cos", "sin", "weight", "bias"))]
             for word in words:
                 path: Path_ = (key,) if key == "combine" else (key, k)
-                yield from _float_input(attn, path, str(word), step.name)
+                yield from float_input(attn, path, str(word), step.name)
 
 
 def _varlen(attn: Attention) -> Iterator[Finding]:
@@ -193,13 +194,11 @@ def _kv(attn: Attention, part: Part) -> Iterator[Finding]:
             yield ("kv",), "latent: V is a view of K, so heads.v must be heads.kv", ""
     if kv.kind == "given":
         for word in (kv.index, kv.values):
-            yield from _float_input(attn, ("kv",), word, "given")
-            if len(attn.input(word).shape) != 4:
-                yield ("kv",), f"given keys and values have axes [B, H, N, D], '{word}' has others", ""
+            yield from input_axes(attn, ("kv",), word, "given", "B", "H", "N", "D")
     if kv.kind == "pooled" and kv.block is None and part.select is None:
         yield ("kv",), "pooled needs a size, or a selection whose blocks it pools", "kv: pooled(64)"
-    if kv.kind == "gathered" and _dtype(attn, kv.index) not in INTS:
-        yield ("kv",), f"gathered needs an int input, '{kv.index}' is not", ""
+    if kv.kind == "gathered" and (dtype_of(attn, kv.index) not in INTS or len(attn.input(kv.index).shape) != 4):
+        yield ("kv",), f"gathered needs an int input [B, Hk, Sq, N], '{kv.index}' is none", ""
     if kv.kind in ("paged", "gathered", "pooled") and part.state:
         yield ("kv",), f"a state is not kept in {kv.kind} storage", ""
     if part.columns and not 0 <= part.columns[0] < part.columns[1] <= dims.qk:
@@ -214,7 +213,7 @@ def _state(attn: Attention, part: Part) -> Iterator[Finding]:
         yield ("normalizer",), f"a state is normalised by none or linear(eps), not {part.normalizer.kind}", ""
     for key, call in (("decay", state.decay), ("update", state.update)):
         for word in call.words:
-            yield from _float_input(attn, ("state", key), word, call.name)
+            yield from float_input(attn, ("state", key), word, call.name)
     if not state.causal and state.decay.name != "none":
         yield ("state", "decay"), "totals have no order to decay in", "causal: true"
     if not state.causal and state.update.name == "delta":
@@ -231,7 +230,7 @@ def _initial_state(attn: Attention, part: Part) -> Iterator[Finding]:
         return
     for key, word in (("initial", state.initial), ("initial_mass", state.initial_mass)):
         if word:
-            yield from _float_input(attn, ("state", key), word, key)
+            yield from float_input(attn, ("state", key), word, key)
     if state.initial_mass and not (part.normalizer.kind == "linear" and state.initial):
         yield ("state", "initial_mass"), "a mass stands beside an initial state and linear(eps)", ""
     if state.update.name == "none" and not state.initial:
@@ -272,83 +271,15 @@ def _softmax(attn: Attention, part: Part) -> Iterator[Finding]:
         yield ("select",), "a selection of keys has no whole columns", ""
 
 
-def _select_block(attn: Attention, part: Part) -> Iterator[Finding]:
-    """What the selector scores must be what the blocks are."""
-    if part.select is None:
-        return
-    (q, k), score = part.select.block, part.select.score.name
-    if q == "page":
-        yield ("select", "block", "q"), "queries are not kept in pages", ""
-    if k == "page" and part.kv.kind != "paged":
-        yield ("select", "block", "k"), "pages are those of paged storage", "kv: paged(64)"
-    wanted = SELECTOR_BLOCKS.get(score)
-    if wanted and k != wanted:
-        yield ("select", "score"), f"'{score}' scores a {wanted}, the blocks are {k}", f"block: {{k: {wanted}}}"
-    if k == "cluster" and score not in ("centroid_dot", "given", "random"):
-        yield ("select", "score"), f"'{score}' does not score clusters", "score: centroid_dot"
-    if score == "antidiagonal":
-        yield from _antidiagonal(part.select.block, _number(dict(part.select.score.kwargs)["stride"]))
-    if score == "minmax_bound" and k in ("token", "cluster"):
-        yield ("select", "score"), "'minmax_bound' bounds a block or page", ""
-    if score == "given" and len(attn.input(part.select.score.words[0]).shape) < 2:
-        yield ("select", "score"), "a given selection has an axis of queries and one of keys", ""
-
-
-def _select_rule(attn: Attention, part: Part) -> Iterator[Finding]:
-    """What the rule counts must be what the normalisation makes."""
-    select = part.select
-    if select is None:
-        return
-    rule, shares = select.rule.name, sum(map(_number, select.rule.args))
-    if select.normalize == "weighted_softmax" and select.block[1] != "cluster":
-        yield ("select", "normalize"), "weights are the sizes of clusters", "normalize: softmax"
-    if select.normalize == "anchor" and not {f.name for f in select.force} & {"sink", "local"}:
-        yield ("select", "normalize"), "'anchor' is the mass of what is forced by sink or local", "force: [sink(1)]"
-    if select.take == "marginal" and rule != "ternary":
-        yield ("select", "take"), f"'{rule}' has no middle class", "rule: ternary(0.05, 0.10)"
-    if rule == "lines" and select.score.name != "exact_mass":
-        yield ("select", "rule"), "lines are sums of exact masses", "score: exact_mass(last=64)"
-    if rule == "ternary" and shares > 1:
-        yield ("select", "rule"), "the shares of ternary(hi, lo) exceed the whole", ""
-    if rule == "mass" and select.normalize == "none":
-        yield ("select", "rule"), "a mass is a share of normalised scores", "normalize: softmax"
-    for n, forced in enumerate(select.force):
-        if forced.name == "last_pages" and part.kv.kind != "paged":
-            yield ("select", "force", n), "pages are those of paged storage", "kv: paged(64)"
-    if select.heads == "group_sum" and attn.heads.q == attn.heads.kv:
-        yield ("select", "heads"), "every key head serves one query head: there is no group", "heads: none"
-
-
-SELECTOR_BLOCKS: Final = {"token_dot": "token", "relu_indexer": "token", "centroid_dot": "cluster"}
-
-
-def _antidiagonal(block: tuple[int | str, int | str], stride: float) -> Iterator[Finding]:
-    for key, size in zip(("q", "k"), block, strict=True):
-        if not isinstance(size, int) or size % stride:
-            yield ("select", "score"), f"a stride of {stride:g} does not divide the {key} block of {size}", ""
-
-
 PART_RULES: Final[tuple[PartRule, ...]] = (
     _kv,
     _state,
     _initial_state,
     _state_axes,
     _softmax,
-    _select_block,
-    _select_rule,
+    selections.block,
+    selections.inputs,
+    selections.rule,
+    selections.forced,
 )
 RULES: Final[tuple[Rule, ...]] = (_combine, _outputs, _modes, _quantize, _tune, _steps, _varlen)
-
-
-def _dtype(attn: Attention, word: str) -> str:
-    return LOAD_DTYPES[attn.input(word).dtype]
-
-
-def _float_input(attn: Attention, path: Path_, word: str, owner: str) -> Iterator[Finding]:
-    if _dtype(attn, word) not in FLOATS:
-        yield path, f"'{owner}' needs a float input, '{word}' is {attn.input(word).dtype}", ""
-
-
-def _number(e: Expr | str) -> float:
-    """A constant's number; an expression that varies counts as 0, so that no bound refuses it."""
-    return float(e.value) if isinstance(e, Expr) and e.value is not None else 0.0

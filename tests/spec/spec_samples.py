@@ -20,6 +20,7 @@ inputs:
   offsets: {shape: [B, N], dtype: int32, sorted: true}
   edges: {shape: [E], dtype: int32, sorted: true}
   lengths: {shape: [B], dtype: int32}
+  picks: {shape: [B, Hk, Sq, P], dtype: int32}
   blocks: {shape: [M, M], dtype: bool}
   grid: {shape: [M, M], dtype: int32}
   tree_bits: {shape: [B, Sq], dtype: int32}

@@ -185,7 +185,7 @@ def test_every_key() -> None:
     [
         ("kv: latent(rope=32)", lambda a: a.part.kv, Storage("latent", rope=32)),
         ("kv: latent(32)", lambda a: a.part.kv, Storage("latent", rope=32)),
-        ("kv: gathered(ids)", lambda a: a.part.kv, Storage("gathered", index="ids")),
+        ("kv: gathered(picks)", lambda a: a.part.kv, Storage("gathered", index="picks")),
         ("kv: paged(page_size=64)", lambda a: a.part.kv, Storage("paged", 64)),
         ("normalizer: linear(1e-6)", lambda a: a.part.normalizer, Normalizer("linear", eps=1e-6)),
         ("normalizer: linear(eps=0)", lambda a: a.part.normalizer, Normalizer("linear", eps=0.0)),
@@ -349,6 +349,7 @@ IMPOSSIBLE: list[tuple[str, str, str]] = [
     ("dims: {qk: 64, v: 128}\nkv: latent(rope=0)", "Dv 128 > Dqk 64", "latent(rope=0)"),
     ("heads: {q: 8, kv: 2, v: 4}\nkv: latent(rope=8)", "heads.v must be heads.kv", "latent(rope=8)"),
     ("inputs: {x: {shape: [B]}}\nkv: gathered(x)", "needs an int input", "gathered(x)"),
+    ("inputs: {x: {shape: [B], dtype: int32}}\nkv: gathered(x)", "an int input [B, Hk, Sq, N]", "gathered(x)"),
     ("schedule: streamk", "unknown schedule 'streamk'", "streamk"),
     ("schedule: split_kv", "lacks its argument", "split_kv"),
     ("schedule: split_kv(0)", "at least 1", "0"),
@@ -357,6 +358,8 @@ IMPOSSIBLE: list[tuple[str, str, str]] = [
     ("prologue: [rope(dims=65)]", "even number", "rope(dims=65)"),
     ("prologue: [rope(dims=128)]", "even number of the 64 columns", "rope(dims=128)"),
     ("dims: 72\nprologue: [hadamard]", "power of two", "hadamard"),
+    ("dims: {qk: 64, v: 72}\nprologue: [hadamard(on=v)]", "the head has 72", "hadamard(on=v)"),
+    ('dims: {qk: 64, v: 32}\nprologue: ["rope(dims=64, on=v)"]', "of the 32 columns", "rope(dims=64, on=v)"),
     ("prologue: [causal_conv(w)]", "names no input", "w"),
     ("prologue: [rope(dims=32, on=q)]", "unbalanced parentheses", "rope(dims=32"),
     ("epilogue: [lerp_w(0.5)]", "unknown epilogue step", "lerp_w"),
@@ -524,7 +527,9 @@ def test_locate() -> None:
         place = found.locate(key)
         assert place is not None, key
         assert place.text[place.column - 1 :][: place.width] == text
-    assert found.locate("kv") is None
+    assert found.locate("kv") == found.locate("parts[0].kv")
+    assert found.locate("state.chunk") == found.locate("parts[1].state.chunk")
+    assert found.locate("pages") is None
     assert found.locate("parts[7]") is None
     assert found.text == EVERY_KEY
     assert found.captured == {}
