@@ -50,7 +50,7 @@ def _relative(part: Partial, base: Tensor) -> Tensor:
         weight = torch.exp(part.lse - base)
         return torch.cat([weight[..., None] * part.o, weight[..., None]], -1)
     # a mass of 0 trains too, so it is no matter for logarithms; only beside such a one the unit may overflow
-    unit = torch.exp(torch.clamp(-base, max=math.log(torch.finfo(base.dtype).max)))
+    unit = torch.exp(torch.clamp(-base, max=math.log(torch.finfo(base.dtype).max) - 1))
     divisor = torch.where(part.mass == 0, 1.0, part.mass)
     return unit[..., None] * torch.cat([divisor[..., None] * part.o, part.mass[..., None]], -1)
 

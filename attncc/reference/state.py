@@ -7,6 +7,7 @@ V is Dv + 1.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -139,7 +140,7 @@ def _scan(token: Token, S: Tensor, chunk: int, rows: Rows) -> tuple[Tensor, Tens
     """What each row reads behind the last key it may see [H, R, V], and the last state.
 
     Row r stands at `offset + r`: rows before key 0 read the initial state, rows behind the last key the last.
-    Chunks are walked again in the backward, which so keeps one state a chunk.
+    Where there are several chunks, the backward walks them again instead of keeping every state.
     """
     _, count, keys = rows.shape
     offset = int(rows.scope.names["i"][0, 0, 0]) if count else 0
@@ -153,8 +154,9 @@ def _scan(token: Token, S: Tensor, chunk: int, rows: Rows) -> tuple[Tensor, Tens
         return torch.cat(reads, 1), S
 
     reads = [_product(rows.q[:, : begins[0]], S, rows)]
+    again = functools.partial(checkpoint, walk, use_reentrant=False, preserve_rng_state=False)
     for start in range(0, keys, chunk):
-        read, S = checkpoint(walk, S, start, use_reentrant=False, preserve_rng_state=False)
+        read, S = again(S, start) if keys > chunk else walk(S, start)
         reads.append(read)
     return torch.cat(reads, 1), S
 

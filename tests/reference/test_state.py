@@ -190,3 +190,18 @@ def test_inputs_that_do_not_fit(body: str, wrong: dict[str, Any], message: str) 
     x = {**draw(spec(body), 3, 3)[3], **wrong}
     with pytest.raises(ValueError, match=message):
         reference.attention(attn, q, k, v, inputs=x)
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_the_operands_dtype_is_a_coarser_answer(name: str) -> None:
+    """dtype None: products of bf16 factors, the state itself in float32."""
+    attn = spec(BODIES[name] + TAPS)
+    q, k, v, x = draw(attn, 6, 6)
+    q, k, v = (t.bfloat16() for t in (q, k, v))
+    coarse = reference.outputs(attn, q, k, v, inputs=x, dtype=None)
+    fine = reference.outputs(attn, *(t.double() for t in (q, k, v)), inputs=x)
+    assert (coarse.o.dtype, coarse.taps["final_state"].dtype) == (torch.bfloat16, torch.float32)
+    assert not torch.equal(coarse.o.double(), fine.o)
+    size = fine.o.abs().max()
+    assert float((coarse.o.double() - fine.o).abs().max()) < 0.05 * float(size)
+    torch.testing.assert_close(coarse.taps["final_state"].double(), fine.taps["final_state"], rtol=0.05, atol=0.05)

@@ -109,14 +109,16 @@ def test_a_state_merges_with_softmax_by_its_mass(massless: bool) -> None:
     assert bool(ours[3].any())
 
 
-def test_a_massless_state_beside_tiny_or_no_weights() -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_massless_state_beside_tiny_or_no_weights(dtype: torch.dtype) -> None:
     attn = spec(MERGED.replace("causal", "causal & (i > 1)"))
     q, k, v, x = draw(attn, 5, 5)
     none = {n: torch.zeros_like(t) for n, t in x.items()}
-    o = reference.attention(attn, q * 0 + 40, k * 0 - 40, v, inputs=none)
+    o = reference.attention(attn, q * 0 + 40, k * 0 - 40, v, inputs=none, dtype=dtype)
     causal = torch.ones(5, 5, dtype=torch.float64).tril()
     causal[:2] = 0
-    close(o, (causal / causal.sum(-1, keepdim=True).clamp(min=1)) @ v.expand(B, H, -1, -1))
+    expected = (causal / causal.sum(-1, keepdim=True).clamp(min=1)) @ v.expand(B, H, -1, -1)
+    torch.testing.assert_close(o, expected.to(dtype))
 
 
 @pytest.mark.usefixtures("_chunks")
