@@ -130,8 +130,8 @@ def rows_of(attn: Attention, sequence: Sequence, scope: Scope, numbers: Numbers)
     heads = torch.arange(attn.heads.q, device=sequence.q.device)
     hk = served_by(attn, heads, attn.heads.kv)
     hv = served_by(attn, heads, sequence.v.shape[0])
-    scope = replace(scope, query=sequence.q)
-    return Rows(sequence.q, sequence.k[hk], sequence.v[hv], scope, numbers)
+    q, k, v = (x.to(numbers.elementwise) for x in (sequence.q, sequence.k, sequence.v))
+    return Rows(q, k[hk], v[hv], replace(scope, query=q), numbers)
 
 
 def _of_sequence(declared: Input, x: Tensor, sizes: Mapping[str, int]) -> Tensor:

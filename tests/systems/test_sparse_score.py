@@ -446,3 +446,15 @@ def test_examples_evaluate_as_they_are(name: str) -> None:
     expected = dense(q, k, k[..., :512] if v is None else v, causal(Sq, Sk), scale)
     assert attn.heads.q == ALL[name]["heads"]
     torch.testing.assert_close(got.o, expected[0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["nsa", "sale", "minference_block_sparse"])
+def test_narrow_operands_are_scored_and_pooled_in_float64(name: str) -> None:
+    attn = system(name, *(NSA if name == "nsa" else SMALL))
+    q, k, v = (x.bfloat16() for x in operands(attn, 150, 150))
+    inputs = {
+        x.name: normal(*({"B": 1, "Hq": 4, "Sq": 150}[str(n)] for n in x.shape)).sigmoid() / 4 for x in attn.inputs
+    }
+    narrow = reference.outputs(attn, q, k, v, inputs=inputs)
+    wide = reference.outputs(attn, q.double(), k.double(), v.double(), inputs=inputs)
+    assert torch.equal(narrow.o, wide.o)
