@@ -173,7 +173,6 @@ STEPS: dict[str, Callable[[Operands, Operands], Operands]] = {
     "l2_norm(to=2.0); temperature(t[hk], on=k); rope(dims=4)": lambda x, i: both(
         {**x, "q": unit(x["q"], 2.0), "k": unit(x["k"], 2.0) * i["t"][:, None, None]}, lambda y: turned(y, 4, 10000.0)
     ),
-    "rope(positions=packed)": lambda x, i: x,
 }  # fmt: skip
 
 
