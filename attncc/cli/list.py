@@ -33,7 +33,7 @@ def command(folder: Folder = None, markdown: Markdown = False, as_json: Json = F
     elif markdown:
         typer.echo("\n".join((PREFACE, *_page(systems))))
     else:
-        print_table(COLUMNS, map(_row, systems))
+        print_table(COLUMNS, map(_row, systems), wrapped=("source", "lowering"))
     if any(s.error for s in systems):
         raise typer.Exit(WRONG)
 
@@ -41,7 +41,7 @@ def command(folder: Folder = None, markdown: Markdown = False, as_json: Json = F
 def _row(s: driver.System) -> tuple[str, ...]:
     """A spec's cells; in place of its primitives the error that it does not load for."""
     used = " ".join(f"{key}({', '.join(words)})" for key, words in s.primitives.items()) or "–"
-    missing = f"none: {', '.join(dict.fromkeys(s.missing))}" if s.missing else ""
+    missing = f"not yet: {', '.join(dict.fromkeys(s.missing))}" if s.missing else ""
     return s.name, s.family, s.source, ", ".join(s.lowerings) or missing, s.error or used
 
 

@@ -87,14 +87,14 @@ def print_json(data: Any) -> None:
     typer.echo(json.dumps(data, ensure_ascii=False))
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A table on standard output: numbers stand to the right, and only the last column is ever wrapped."""
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], wrapped: Sequence[str] = ()) -> None:
+    """A table on standard output: numbers stand to the right; the last column is wrapped, and those in `wrapped`."""
     filled = [[_cell(value) for value in row] for row in rows]
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
     for at, column in enumerate(columns):
         numbers = all(row[at].replace(".", "").replace(",", "").isdigit() for row in filled)
-        last = at == len(columns) - 1
-        table.add_column(column, justify="right" if numbers and filled else "left", no_wrap=not last)
+        wraps = column in (*wrapped, columns[-1])
+        table.add_column(column, justify="right" if numbers and filled else "left", no_wrap=not wraps)
     for row in filled:
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else WIDTH).print(table)

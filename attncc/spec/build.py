@@ -112,6 +112,7 @@ class _Builder:
         for key in BRANCH_KEYS:
             if key in model.model_fields_set and key != "kv":
                 raise self.fault((key,), f"'{key}' stands beside 'parts'", "write it in the parts it is for")
+        self.storage(("kv",), model.kv)  # read even where every part has its own
         if "combine" in model.model_fields_set and len(model.parts) == 1:
             raise self.fault(("combine",), "there is nothing to combine: the spec has one part")
         return tuple(self.part(p, ("parts", k), p.name or "") for k, p in enumerate(model.parts))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,8 @@ def _absorbs(attn: Attention) -> bool:
 
 # -- damage --------------------------------------------------------------------------------------
 
+Draw = Callable[..., Any]
+
 FREE = {"name", "doc", "family", "source", "inputs", "sizes", "attncc"}
 """Keys below which the user's own words stand."""
 
@@ -98,7 +100,7 @@ def at(spec: Any, path: tuple[Any, ...]) -> Any:
     return spec
 
 
-def misspelt(draw: st.DrawFn, spec: dict[str, Any]) -> None:
+def misspelt(draw: Draw, spec: dict[str, Any]) -> None:
     """One word of the language, or the name of an input."""
     word = re.compile(r"[A-Za-z_]\w*")
     path = draw(st.sampled_from([p for p in places(spec) if isinstance(at(spec, p), str) and word.search(at(spec, p))]))
@@ -107,41 +109,41 @@ def misspelt(draw: st.DrawFn, spec: dict[str, Any]) -> None:
     at(spec, path[:-1])[path[-1]] = f"{whole[: found.end()]}zz{whole[found.end() :]}"
 
 
-def unknown_key(draw: st.DrawFn, spec: dict[str, Any]) -> None:
+def unknown_key(draw: Draw, spec: dict[str, Any]) -> None:
     path = draw(st.sampled_from([p for p in places(spec) if isinstance(at(spec, p), dict) and p[:1] != ("tune",)]))
     at(spec, path)["zz"] = 1
 
 
-def undeclared(draw: st.DrawFn, spec: dict[str, Any]) -> None:
+def undeclared(draw: Draw, spec: dict[str, Any]) -> None:
     """An input that something reads."""
     assume(spec.get("inputs"))
     del spec["inputs"][draw(st.sampled_from(sorted(spec["inputs"])))]
 
 
-def out_of_range(draw: st.DrawFn, spec: dict[str, Any]) -> None:
+def out_of_range(draw: Draw, spec: dict[str, Any]) -> None:
     """A number that counts something becomes 0 or less."""
     counts = [p for p in places(spec) if type(at(spec, p)) is int and p[0] != "tune" and "columns" not in p]
     path = draw(st.sampled_from(counts))
     at(spec, path[:-1])[path[-1]] = draw(st.sampled_from([0, -1, 2**41]))
 
 
-def reversed_columns(draw: st.DrawFn, spec: dict[str, Any]) -> None:
+def reversed_columns(draw: Draw, spec: dict[str, Any]) -> None:
     found = [p for p in places(spec) if p[-1:] == ("columns",)]
     assume(found)
     at(spec, found[0]).reverse()
 
 
-def wrong_kind(draw: st.DrawFn, spec: dict[str, Any]) -> None:
+def wrong_kind(draw: Draw, spec: dict[str, Any]) -> None:
     """A value becomes a list of lists, which no key takes."""
     path = draw(st.sampled_from([p for p in places(spec) if p]))
     at(spec, path[:-1])[path[-1]] = [[]]
 
 
-def no_output(draw: st.DrawFn, spec: dict[str, Any]) -> None:
+def no_output(draw: Draw, spec: dict[str, Any]) -> None:
     spec["outputs"] = draw(st.sampled_from([["max_score"], ["o", "o"], []]))
 
 
-def cut_short(draw: st.DrawFn, spec: dict[str, Any]) -> None:
+def cut_short(draw: Draw, spec: dict[str, Any]) -> None:
     """A call or an index loses its last bracket."""
     found = [p for p in places(spec) if isinstance(at(spec, p), str) and at(spec, p).endswith((")", "]"))]
     assume(found)

@@ -339,6 +339,7 @@ IMPOSSIBLE: list[tuple[str, str, str]] = [
     ("normalizer: linear(-1)", "in [0, 1]", "-1"),
     ("normalizer: softmax + 1", "must be a name", "softmax + 1"),
     ("kv: page(64)", "unknown storage 'page'", "page"),
+    ("kv: page(64)\nparts: [{kv: paged(8)}]", "unknown storage 'page'", "page"),
     ("kv: paged", "lacks its argument", "paged"),
     ("kv: paged(0)", "at least 1", "0"),
     ("kv: paged(64.0)", "must be an int", "64.0"),
