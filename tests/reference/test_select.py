@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -321,6 +322,19 @@ def test_local_follows_the_phase_of_its_segment() -> None:
     assert all(row == set(range(i + 1 - len(row), i + 1)) for i, row in enumerate(sets))
 
 
+def test_an_infinite_score_is_beyond_competition() -> None:
+    at = case(seed=6)
+    at["s"][:, :, 1] = math.inf
+    at["s"][1:, 2, 0] = -math.inf
+    result = run(variant(normalize="softmax"), at)
+
+    def choose(h: int, a: int, s: list[float], row: list[int]) -> set[int]:
+        rest = [c for c in row if math.isfinite(s[c])]
+        return {c for c in row if s[c] == math.inf} | set(order(s, rest)[:2])
+
+    check(result, at, each(at, choose))
+
+
 # -- heads -------------------------------------------------------------------------------------------
 
 
@@ -338,6 +352,23 @@ def test_heads(heads: str, normalize: str) -> None:
         return set(sorted(row, key=lambda c: (-round(merged[c], 12), c))[:2])
 
     check(result, at, each(at, choose))
+
+
+def test_heads_vote_on_what_they_see() -> None:
+    """A block that one head alone sees has that head's score for all, and those who do not see it go without."""
+    at = case(seed=2)
+    at["s"] = -at["s"].abs() - 1
+    sees = lambda h, i, j: j <= i or h == 3
+    result = run(variant(heads="max", mask="causal | (h == 3)"), at)
+    for a in range(4):
+        seen = [[c for c in range(5) if h == 3 or 3 * c <= min(12, a * 4 + 3)] for h in range(H)]
+        worth = [max(float(at["s"][h, a, c]) for h in range(H) if c in seen[h]) for c in range(5)]
+        best = set(order(worth, list(range(5)))[:2])
+        assert [row[a] for row in selected(result)] == [best & set(seen[h]) for h in range(H)]
+    chosen = selected(result)
+    for h in (0, 3):
+        o, _ = attend(at, lambda _, r, j, h=h: j // 3 in chosen[h][r // 4], lambda i, j, h=h: sees(h, i, j))
+        torch.testing.assert_close(result.o[0, h], o[h], rtol=1e-9, atol=1e-9)
 
 
 # -- use of earlier selections -----------------------------------------------------------------------
@@ -366,6 +397,22 @@ def test_a_selection_lasts_while_queries_point_its_way() -> None:
         q = turned.view(1, H, 1, 8).expand_as(at["q"]).contiguous()
         moved = run(attn, {**at, "q": q, "s": -at["s"]}, before=first.selections)
         assert (selected(moved) == selected(first)) == again
+
+
+def test_queries_are_judged_by_those_that_selected() -> None:
+    """Small turns add up: each is compared with the queries of the last selection, not of the last call."""
+    attn, at = variant(reuse="cosine(0.9)"), case()
+    x, y = normal(2, H * 8).unbind()
+    x, y = x / x.norm(), y - (y @ x) / (x @ x) * x
+    y = y / y.norm()
+    result, made = None, []
+    for step in range(4):  # 20 degrees each; 0.9 is 25.8
+        angle = math.radians(20 * step)
+        q = (math.cos(angle) * x + math.sin(angle) * y).view(1, H, 1, 8).expand_as(at["q"]).contiguous()
+        here = {**at, "q": q, "s": normal(*at["s"].shape, seed=step)}
+        result = run(attn, here, before=() if result is None else result.selections)
+        made.append(selected(result))
+    assert made[0] == made[1] != made[2] == made[3]
 
 
 def test_a_given_selection_is_demanded() -> None:
@@ -469,8 +516,11 @@ def test_means_of_a_selections_blocks(weighted: bool, take: str) -> None:
 
 
 def test_clusters_of_given_scores_are_refused() -> None:
+    attn = variant()
+    assert attn.part.select is not None
+    select = replace(attn.part.select, block=(4, "cluster"))
     with pytest.raises(Unsupported, match="clusters of centroid_dot only"):
-        run(variant(k="cluster"), case())
+        run(replace(attn, parts=(replace(attn.part, select=select),)), case())
 
 
 def test_no_queries() -> None:
