@@ -197,6 +197,19 @@ def test_examples_evaluate_as_they_are(name: str) -> None:
     torch.testing.assert_close(got.o, expected[0], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["sale", "minference_vertical_slash", "nsa", "prflash_attention"])
+@pytest.mark.parametrize("size", [(0, 5), (5, 0), (1, 1), (9, 3), (3, 150)], ids=str)
+def test_lengths_at_the_edge(name: str, size: tuple[int, int]) -> None:
+    """No queries, no keys, queries before the first key, few queries behind many keys."""
+    attn = system(name, *(NSA if name == "nsa" else SMALL))
+    q, k, v = operands(attn, *size)
+    inputs = {x.name: normal(*({"B": 1, "Hq": 4, "Sq": size[0]}[str(n)] for n in x.shape)).abs() for x in attn.inputs}
+    got = reference.outputs(attn, q, k, v, inputs=inputs)
+    assert bool(got.o.isfinite().all())
+    hidden = ~causal(*size).any(1)
+    assert bool((got.o[:, :, hidden] == 0).all())
+
+
 @pytest.mark.parametrize("name", ["nsa", "sale", "minference_block_sparse"])
 def test_narrow_operands_are_scored_and_pooled_in_float64(name: str) -> None:
     attn = system(name, *(NSA if name == "nsa" else SMALL))

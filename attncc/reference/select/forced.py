@@ -61,6 +61,8 @@ def _local(call: Call, rows: Rows, blocks: Blocks) -> Tensor:
 
 def _diagonal_end(rows: Rows, blocks: Blocks) -> Tensor:
     """[H, nq, 1]: the key block in which the query block's last position lies, or the last one there is."""
+    if not blocks.nk:
+        return blocks.visible.new_zeros((*blocks.visible.shape[:2], 1), dtype=torch.int64)
     position = rows.scope.names["i"].expand(*blocks.q_block.shape, 1).double()
     last = blocks.over_queries(position, "amax").clamp(0, blocks.k_block.shape[1] - 1)
     return blocks.k_block.gather(1, last[..., 0].long())[..., None]

@@ -26,7 +26,8 @@ def lines(rule: Call, part: Part, rows: Rows, blocks: Blocks) -> Tensor:
     offset = _offsets(some)
     heads, keys = p.shape[0], p.shape[2]
     flat = torch.where(offset < 0, -1, offset).flatten().expand(heads, -1)
-    mass = reduced(p.flatten(1)[..., None], flat, max(keys, int(offset.max()) + 1), "sum")[..., 0]
+    farthest = int(offset.max()) if offset.numel() else 0
+    mass = reduced(p.flatten(1)[..., None], flat, max(keys, farthest + 1), "sum")[..., 0]
     columns = _best(p.sum(1), _number(rule.args[0]), forced.get("sink", 0), part.select.charge)
     diagonals = _best(mass, _number(rule.args[1]), forced.get("local", 0), part.select.charge)
     first = blocks.over_queries(rows.scope.names["i"].expand(heads, -1, 1).double(), "amin")[..., 0].long()

@@ -74,9 +74,9 @@ def token_dot(call: Call, part: Part, rows: Rows, blocks: Blocks) -> Tensor:
 
 def minmax_bound(call: Call, part: Part, rows: Rows, blocks: Blocks) -> Tensor:
     """The most that a key of the block can score: its keys' greatest and least by column, `sub` keys at a time."""
-    sub, most = dict(call.kwargs).get("sub"), int(blocks.k_sizes.max())
+    sub, most = dict(call.kwargs).get("sub"), int(blocks.k_sizes.max()) if blocks.nk else 1
     step = most if sub is None else _count(sub)
-    pages = max(1, -(-most // step))
+    pages = -(-most // step)
     keys = torch.arange(rows.shape[2], device=rows.k.device).expand_as(blocks.k_block)
     first = blocks.over_keys(keys[..., None].double(), "amin")[..., 0].long().gather(1, blocks.k_block)
     page = blocks.k_block * pages + (keys - first) // step
