@@ -74,7 +74,8 @@ def prepare(
     kv_layout = "paged" if storage.kind == "paged" else attn.layout
     _operand(attn, "k", k, kv_layout, attn.heads.kv, attn.dims.qk + _absorbed(attn, "k", inputs))
     v_heads = attn.heads.kv if storage.kind == "latent" else attn.heads.v
-    _operand(attn, "v", v, kv_layout, v_heads, attn.dims.v)
+    absorbed_v = 0 if storage.kind == "latent" else _absorbed(attn, "v", inputs)
+    _operand(attn, "v", v, kv_layout, v_heads, attn.dims.v + absorbed_v)
     _same_places(attn, q, k, v, inputs, where)
 
     queries, behind = _queries(attn, q, where.cu_seqlens_q)

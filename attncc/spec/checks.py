@@ -157,6 +157,10 @@ def _steps(attn: Attention) -> Iterator[Finding]:
         widths = {attn.dims.v if letter == "v" else attn.dims.qk for letter in str(options.get("on", "qk"))}
         if isinstance(dims, Expr) and not (number(dims) <= min(widths) and number(dims) % 2 == 0):
             yield ("prologue", k), f"rope turns an even number of the {min(widths)} columns", ""
+        if step.name == "rope" and not {"dims", "cos"} & set(options) and any(n % 2 for n in widths):
+            yield ("prologue", k), f"rope turns pairs of columns, the head has {max(widths)}", "rope(dims=2)"
+        if step.name == "mean_residual" and options.get("on") == "v":
+            yield ("prologue", k), "mean_residual joins queries and keys", ""
         if step.name == "rope" and ("cos" in options) != ("sin" in options):
             yield ("prologue", k), "rope takes cos and sin together", ""
         if step.name == "rope" and "cos" in options and "base" in options:

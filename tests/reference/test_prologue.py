@@ -13,6 +13,7 @@ from torch.nn.functional import conv1d
 from torch.nn.functional import pad as padded
 
 from attncc import reference, spec
+from attncc.errors import SpecError
 from attncc.ir.attention import Attention
 from attncc.reference import Outputs
 from attncc.reference.evaluate import Scope
@@ -265,6 +266,24 @@ def test_an_absorbed_projection_widens_the_queries() -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
     with pytest.raises(ValueError, match="q: expected a last axis of 6"):
         reference.outputs(attn, normal(2, 4, 3, 8), k, inputs={"up": up})
+
+
+def test_keys_and_values_may_absorb_projections_too() -> None:
+    text = ABSORB.replace("kv: 1", "kv: 2").replace("kv: latent(rope=3)\n", "").replace("[Hq, 3, 5]", "[2, 3, 5]")
+    q, k, v, up = normal(2, 4, 3, 8), normal(2, 2, 9, 6), normal(2, 2, 9, 3), normal(2, 3, 5)
+    attn = spec.loads(text.replace('["absorb(up, on=q)"]', '["absorb(up, on=k)", "absorb(up, on=v)"]')).attention
+    keys = torch.cat([k[..., :3] @ up, k[..., 3:]], -1).repeat_interleave(2, 1)
+    expected = (q @ keys.mT / math.sqrt(8)).softmax(-1) @ (v @ up).repeat_interleave(2, 1)
+    torch.testing.assert_close(reference.outputs(attn, q, k, v, inputs={"up": up}).o, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [("rope(on=v)", "the head has 7"), ("mean_residual(scale=0.5, on=v)", "queries and keys")],
+)
+def test_impossible(step: str, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        variant(step, HEAD.replace("v: 6", "v: 7"))
 
 
 def test_bad_inputs_are_named() -> None:
