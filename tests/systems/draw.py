@@ -20,6 +20,8 @@ from attncc.ir.attention import Attention, Call, Part
 
 LIST: Final = 4
 """Keys that a gathered list names."""
+GIVEN: Final = 5
+"""Keys of a part's own."""
 OWN: Final = 3
 """A size of a spec's own that nothing else tells."""
 
@@ -156,7 +158,7 @@ def _tails(attn: Attention, sizes: Mapping[str, int]) -> Iterator[tuple[str, tup
         if part.kv.kind == "gathered":
             yield part.kv.index, (LIST,)
         if part.kv.kind == "given":
-            yield from ((name, (OWN + 2, width)) for name, width in _given(attn, part))
+            yield from ((name, (GIVEN, width)) for name, width in _given(attn, part))
         if part.state is not None:
             features = _features(part, attn)
             yield from ((n, (features, sizes["Dv"])) for n in [part.state.initial] if n)
@@ -182,7 +184,7 @@ def _of_selection(part: Part, sizes: Mapping[str, int]) -> Iterator[tuple[str, t
     score, block = part.select.score, part.select.block
     widths = {"token": 1, "page": part.kv.page_size or 1, "cluster": 1}
     q, k = (b if isinstance(b, int) else widths[b] for b in block)
-    keys = -(-sizes["Sk"] // (part.kv.block or 1))
+    keys = GIVEN if part.kv.kind == "given" else -(-sizes["Sk"] // (part.kv.block or 1))
     if score.name == "given":
         yield score.words[0], (-(-sizes["Sq"] // q), -(-keys // k))
     if score.name == "centroid_dot":
