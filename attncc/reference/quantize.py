@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from attncc.errors import Unsupported
 from attncc.ir.attention import Attention, Call, Quantizer
 from attncc.reference.formats import read_back
-from attncc.reference.operands import Sequence
+from attncc.reference.operands import Sequence, memory
 from attncc.reference.rows import served_by
 
 
@@ -31,29 +31,30 @@ class Quantized:
 
 
 def quantized(attn: Attention, sequence: Sequence) -> Quantized:
-    """The operands as their quantizers leave them; `cache` holds keys and values."""
+    """The operands as their quantizers leave them; `cache` holds keys and values, but no rope columns of a latent."""
+    if not attn.quantize:
+        return Quantized(sequence)
     held = {z.operand: z for z in attn.quantize}
     cache = held.get("cache")
     by = {"q": held.get("q"), "k": held.get("k", cache), "v": held.get("v", cache)}
-    q, k, v = sequence.q, sequence.k, sequence.v
-    query_mean, key_mean = (_mean(x, by[operand]) for operand, x in (("q", q), ("k", k)))
+    query_mean, key_mean = _mean(sequence.q, by["q"]), _mean(sequence.k, by["k"])
     if query_mean is not None or key_mean is not None:
         _check_smoothing(attn)
-    stored_q, stored_k = (
-        _stored(x, mean, by[operand], operand) for operand, x, mean in (("q", q, query_mean), ("k", k, key_mean))
-    )
-    if any(part.kv.kind == "latent" for part in attn.parts):
-        whole = stored_k if key_mean is None else stored_k + key_mean
-        stored_v = whole[..., : v.shape[-1]] if by["k"] else v
+    q, k, v = _less(sequence.q, query_mean), _less(sequence.k, key_mean), sequence.v
+    storage = memory(attn)
+    exact = storage.rope or 0 if storage.kind == "latent" and by["k"] is cache else 0
+    plain = k.shape[-1] - exact
+    stored_k = torch.cat([_stored(k[..., :plain], by["k"], "k"), k[..., plain:]], -1)
+    if storage.kind == "latent":
+        stored_v = (stored_k if key_mean is None else stored_k + key_mean)[..., : v.shape[-1]] if by["k"] else v
     else:
-        stored_v = _stored(v, None, by["v"], "v")
+        stored_v = _stored(v, by["v"], "v")
     serving = served_by(attn, torch.arange(q.shape[0], device=q.device), k.shape[0])
-    row_term = key_term = None
-    if key_mean is not None:
-        row_term = (q * key_mean[serving]).sum(-1)
-    if query_mean is not None:
-        key_term = ((k if key_mean is None else k - key_mean)[serving] * query_mean).sum(-1)
-    return Quantized(replace(sequence, q=stored_q, k=stored_k, v=stored_v), row_term, key_term)
+    return Quantized(
+        replace(sequence, q=_stored(q, by["q"], "q"), k=stored_k, v=stored_v),
+        None if key_mean is None else (sequence.q * key_mean[serving]).sum(-1),
+        None if query_mean is None else (k[serving] * query_mean).sum(-1),
+    )
 
 
 def _check_smoothing(attn: Attention) -> None:
@@ -68,9 +69,12 @@ def _mean(x: Tensor, quantizer: Quantizer | None) -> Tensor | None:
     return x.mean(1, keepdim=True) if quantizer is not None and quantizer.smooth and x.shape[1] else None
 
 
-def _stored(x: Tensor, mean: Tensor | None, quantizer: Quantizer | None, operand: str) -> Tensor:
-    """An operand [H, S, D] less its mean, as its quantizer holds it."""
-    x = x if mean is None else x - mean
+def _less(x: Tensor, mean: Tensor | None) -> Tensor:
+    return x if mean is None else x - mean
+
+
+def _stored(x: Tensor, quantizer: Quantizer | None, operand: str) -> Tensor:
+    """An operand [H, S, D] as its quantizer holds it."""
     if quantizer is None:
         return x
     if quantizer.staircase:
@@ -79,9 +83,13 @@ def _stored(x: Tensor, mean: Tensor | None, quantizer: Quantizer | None, operand
 
 
 def _held(x: Tensor, dtype: str, quantizer: Quantizer, operand: str) -> Tensor:
-    """All tokens in one format; groups of a cache's keys are tokens of a channel, as in KIVI (arXiv 2402.02750)."""
+    """All tokens in one format.
+
+    Groups are columns of a token, which may be stored alone; those of a staircase's keys, stored by the segment, are
+    tokens of a column, as in KIVI (arXiv 2402.02750).
+    """
     per = quantizer.per
-    turned = quantizer.operand == "cache" and operand == "k" and per is not None and per.name == "group"
+    turned = bool(quantizer.staircase) and operand == "k" and per is not None and per.name == "group"
     kept = read_back(x.mT if turned else x, dtype, per, quantizer.symmetric, operand)
     return kept.mT if turned else kept
 

@@ -259,6 +259,13 @@ def test_the_cache_is_keys_and_values() -> None:
     close(got, dense(q, batched(k, "int4", "token", False), batched(v, "int4", "token", False))[0])
 
 
+def test_groups_of_a_plain_cache_are_columns_of_a_token() -> None:
+    """Of keys too: a token may be stored alone."""
+    q, k, v = operands()
+    got = attend("quantize: {cache: 'int4(per=group(3))'}\n", q, k, v).o
+    close(got, dense(q, batched(k, "int4", "group(3)"), batched(v, "int4", "group(3)"))[0])
+
+
 def replayed(x: Tensor, formats: list[str], length: int, keys: bool, symmetric: bool) -> Tensor:
     """[S, D], the newest segment in formats[1], then down; groups of 3 tokens (keys) or 3 channels (values)."""
     full, out = len(x) // length, x.clone()
@@ -322,7 +329,7 @@ def test_latent_values_are_columns_of_the_stored_keys() -> None:
     k = k[:, :1]
     for body, kept in (
         ("quantize: {k: int4(per=token)}\n", batched(k, "int4", "token")),
-        ("quantize: {cache: int4(per=token)}\n", batched(k, "int4", "token")),
+        ("quantize: {cache: int4(per=token)}\n", torch.cat([batched(k[..., :6], "int4", "token"), k[..., 6:]], -1)),
         ("quantize: {k: 'int4(per=token, smooth=mean)'}\n",
          batched(k - k.mean(2, keepdim=True), "int4", "token") + k.mean(2, keepdim=True)),
     ):  # fmt: skip

@@ -166,6 +166,20 @@ def test_paged_caches(name: str, bits: int) -> None:
     close(with_zero_point(with_zero_point(k, bits), bits), with_zero_point(k, bits))
 
 
+def test_fp8_cache_of_latents() -> None:
+    """FlashMLA's 656 bytes a token: 512 e4m3 numbers, a scale for each 128 of them, 64 rope columns as they are."""
+    attn = example("mla_fp8_cache")
+    q, cache = normal(1, 128, 2, 192), normal(1, 1, 9, 576, seed=1)
+    up, down = normal(128, 128, 512, seed=2) / 20, normal(128, 512, 128, seed=3) / 20
+    latent = fp8(cache[0, 0, :, :512].unflatten(-1, (4, 128)), (2,)).flatten(-2)
+    keys = torch.cat([torch.einsum("hnr,sr->hsn", up, latent), cache[0, :, :, 512:].expand(128, -1, -1)], -1)
+    s = causal(q[0] @ keys.mT / math.sqrt(192))
+    o = s.softmax(-1) @ torch.einsum("hrd,sr->hsd", down, latent)
+    got = reference.outputs(attn, q, cache, inputs={"w_uk": up, "w_uv": down})
+    close(got.o[0], o)
+    close(got.lse, s.logsumexp(-1)[None])
+
+
 def test_staircase() -> None:
     """Token by token as a decode would fill it: a residual of 128 tokens, then every segment one step down."""
     attn = example("saq_staircase")
