@@ -26,7 +26,7 @@ def canonicalize(attn: Attention) -> Attention:
     def canonical(e: Expr) -> Expr:
         return transform(transform(substitute(e, sizes), casts.explicit), simplify)
 
-    drops = len(attn.parts) == 1 and not any(map(attn.wants, SHOWS_ROW_TERMS))
+    drops = len(attn.parts) == 1 and not any(map(attn.wants, SHOWS_ROW_TERMS)) and not _compares_scores(attn.parts[0])
     parts = tuple(_canonical_part(part, canonical, drops) for part in attn.parts)
     return replace(attn, parts=parts, scale=canonical(attn.scale))
 
@@ -38,6 +38,11 @@ def _canonical_part(part: Part, canonical: Callable[[Expr], Expr], drops: bool) 
         score = without_row_terms(score)
     sink = None if normalizer.sink is None else canonical(normalizer.sink)
     return replace(part, score=score, mask=canonical(part.mask), normalizer=replace(normalizer, sink=sink))
+
+
+def _compares_scores(part: Part) -> bool:
+    """Whether a selection holds the part's scores against a log-sum-exp from outside."""
+    return part.select is not None and "lse" in dict(part.select.score.kwargs)
 
 
 def without_row_terms(score: Expr) -> Expr:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from masks import attention, b, h, i, j, row
 from scalar_numpy import Scope, evaluate
 
-from attncc.ir.attention import Align, Attention, Call, Input, Normalizer, Size
+from attncc.ir.attention import Align, Attention, Call, Input, Normalizer, Select, Size
 from attncc.ir.expr import FLOATS, OPS, TRUE, Expr, cast_to, const, ew, load, name, where
 from attncc.ir.rewrite import walk
 from attncc.passes.canonicalize import canonicalize
@@ -211,6 +211,15 @@ def test_row_terms_stay_where_branches_are_merged() -> None:
     probe = replace(variant(qk + i * 0.5), outputs=only_o)
     merged = canonicalize(replace(probe, parts=probe.parts * 2))
     assert [part.score for part in merged.parts] == [qk + f(i) * 0.5] * 2
+
+
+@pytest.mark.parametrize(("options", "left"), [((("lse", "sums"),), qk + f(i) * 0.5), ((), qk)])
+def test_row_terms_stay_where_a_selection_compares_them(options: tuple[tuple[str, str], ...], left: Expr) -> None:
+    probe = replace(variant(qk + i * 0.5), outputs=only_o, inputs=(Input("sums", ("B", "Hq", "Sq")),))
+    score, rule = Call("exact_mass", kwargs=options), Call("topk", (const(2),))
+    select = Select((4, 4), score, "none", "none", rule, (), Call("every_call"))
+    probe = replace(probe, parts=(replace(probe.part, select=select),))
+    assert canonicalize(probe).part.score == left
 
 
 def test_own_sizes_and_inputs_are_left_alone() -> None:

@@ -139,3 +139,10 @@ def test_lines_of_the_last_queries() -> None:
             assert set(made[h, row].nonzero().flatten().tolist()) == expected
     free = replace(attn.part, select=replace(attn.part.select, charge=False))  # type: ignore[type-var]
     assert bool((lines(rule, free, rows, cut(attn.part, rows, 4, 1)) & ~made).any())  # forced lines beside the best
+
+
+def test_centroids_of_another_width_are_refused() -> None:
+    attn = selecting(call("centroid_dot", "kc"), (4, "cluster"), TRUE, [Input("kc", (1, 1, 4, "C"))])
+    rows = rows_for(attn, 6, 12, kc=normal(1, 1, 4, 6))
+    with pytest.raises(ValueError, match=r"kc: expected centroids of 8 columns, got shape \[1, 1, 4, 6\]"):
+        clustered(attn.part.select.score, attn.part, rows, seen_keys(attn.part, rows))  # type: ignore[union-attr]

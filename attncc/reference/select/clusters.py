@@ -66,6 +66,8 @@ def nearest(x: Tensor, centroids: Tensor, used: Tensor, metric: str) -> Tensor:
 def _initial(rows: Rows, name: str) -> Tensor:
     """Centroids of an input [B, H, C, D] for each query head."""
     x = rows.scope.inputs[name]
+    if x.shape[-1] != rows.q.shape[-1]:
+        raise ValueError(f"{name}: expected centroids of {rows.q.shape[-1]} columns, got shape {list(x.shape)}")
     mine = x[rows.scope.names["b"] if len(x) > 1 else 0].to(rows.q.dtype)
     heads = rows.scope.names["h" if len(mine) == rows.shape[0] else "hk"].flatten()
     return mine[heads if len(mine) > 1 else heads * 0]
