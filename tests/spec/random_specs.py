@@ -340,7 +340,8 @@ class Author:
         found = self.some(steps, 3)
         if self.chance(6):
             return ["mean_residual(scale=0.5)", *found]
-        return [call("absorb", self.input("Hq", 3, 2), "on=q"), *found] if self.chance(6) else found
+        heads, letter = self.one([("Hq", "q"), *[("Hk", "k"), ("Hv", "v")] * (not self.storage.startswith("latent"))])
+        return [call("absorb", self.input(heads, 3, 2), f"on={letter}"), *found] if self.chance(6) else found
 
     def epilogue(self) -> list[str]:
         steps = [f"{name}({self.gate()})" for name in self.some(["lerp_v", "gate", "skip"])]
