@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from selecting import H, case, check, normal, run, selected, variant
+from selecting import H, attend, case, check, normal, run, selected, variant
 
 from attncc import reference, spec
 
@@ -83,6 +83,50 @@ def test_a_selection_for_other_queries_is_refused() -> None:
     before = run(variant(reuse="given"), case(13, 13), before=run(variant(), case(13, 13)).selections)
     with pytest.raises(ValueError, match="before: selects among 13 keys for 13 queries"):
         run(variant(reuse="given"), case(5, 13), before=before.selections)
+
+
+def test_a_list_serves_calls_of_fewer_queries() -> None:
+    """A chunk of the prefill makes it, decode goes on with it: both have one block of queries."""
+    attn = variant(rule="topk(2)", q=4, reuse="every(2)", mask="true")
+    before = run(attn, case(4, 12))
+    at = case(1, 13)
+    after = run(attn, at, before=before.selections)
+    check(after, at, selected(before), sees=lambda i, j: True)
+
+
+CLUSTERS = """
+attncc: 1
+name: t
+heads: {q: 4, kv: 2}
+dims: 8
+inputs:
+  qc: {shape: [B, Hq, 3, Dqk]}
+  kc: {shape: [B, Hk, 4, Dqk]}
+select:
+  block: {q: token, k: cluster}
+  score: centroid_dot(kc)
+  normalize: weighted_softmax
+  rule: topk(2)
+  reuse: every(3)
+"""
+
+
+@pytest.mark.parametrize("clustered", [False, True])
+def test_clusters_stay_and_later_keys_lie_in_none(clustered: bool) -> None:
+    text = CLUSTERS.replace("q: token", "q: cluster").replace("(kc)", "(kc, q=qc)") if clustered else CLUSTERS
+    attn, at, now = spec.loads(text).attention, case(3, 9), case(3, 11, seed=7)
+    inputs = {"qc": normal(1, H, 3, 8), "kc": normal(1, 2, 4, 8)}
+    first = reference.outputs(attn, at["q"], at["k"], at["v"], inputs=inputs)
+    then = first.selections[0][0]
+    assert then is not None
+    second = reference.outputs(attn, now["q"], now["k"], now["v"], inputs=inputs, before=first.selections)
+    taken = lambda h, r, j: j < 9 and int(then.classes[h, then.q_block[h, r], then.k_block[h, j]]) == 1
+    o, _ = attend(now, taken, lambda i, j: True)
+    torch.testing.assert_close(second.o[0], o, rtol=1e-9, atol=1e-9)
+    if clustered:
+        few = case(2, 11)
+        with pytest.raises(ValueError, match="before: selects among 9 keys for 3 queries, this call has 11 keys and 2"):
+            reference.outputs(attn, few["q"], few["k"], few["v"], inputs=inputs, before=first.selections)
 
 
 # -- means of keys -----------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 
 from attncc.ir.attention import Call
 from attncc.ir.expr import Expr
+from attncc.reference.select.blocks import Blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,21 +56,31 @@ def _alike(queries: Tensor, then: Tensor | None) -> float:
     return float(a @ b / lengths) if lengths > 0 else 1.0
 
 
-def extended(before: Selection, rows: int, keys: int, blocks: int) -> tuple[Tensor, Tensor | None]:
-    """The earlier rule's choice [H, nq, blocks] and pairs [H, rows, keys]; blocks and keys since then are not in it."""
-    grown, later = blocks - before.picked.shape[2], keys - before.k_block.shape[1]
-    if before.q_block.shape[1] != rows or grown < 0 or later < 0:
-        raise ValueError(
-            f"before: selects among {before.k_block.shape[1]} keys for {before.q_block.shape[1]} queries, "
-            f"this call has {keys} keys and {rows} queries"
-        )
+def extended(before: Selection, blocks: Blocks) -> tuple[Tensor, Tensor | None]:
+    """The earlier rule's choice [H, nq, nk] and pairs [H, Sq, Sk]; keys since then, and their blocks, are not in it."""
+    later = blocks.k_block.shape[1] - before.k_block.shape[1]
+    grown = blocks.nk - before.picked.shape[2]
+    alike = before.picked.shape[1] == blocks.nq and later >= 0 and grown >= 0
+    if not alike or (before.pairs is not None and before.pairs.shape[1] != blocks.q_block.shape[1]):
+        raise _unlike(before, blocks.q_block, blocks.k_block.shape[1])
     pairs = None if before.pairs is None else pad(before.pairs, (0, later), value=False)
     return pad(before.picked, (0, grown), value=0), pairs
 
 
-def labels(before: Selection, keys: int) -> Tensor:
-    """The earlier clusters' labels of keys [H, keys]; keys since then lie in none."""
-    return pad(before.k_block, (0, max(0, keys - before.k_block.shape[1])), value=-1)
+def labels(before: Selection, q_block: Tensor, keys: int, clustered: bool) -> tuple[Tensor, Tensor]:
+    """The earlier clusters of keys [H, Sk], and those of queries where they are `clustered`, else q_block [H, Sq].
+
+    Keys since then lie in no cluster.
+    """
+    later = keys - before.k_block.shape[1]
+    if later < 0 or (clustered and before.q_block.shape != q_block.shape):
+        raise _unlike(before, q_block, keys)
+    return before.q_block if clustered else q_block, pad(before.k_block, (0, later), value=-1)
+
+
+def _unlike(before: Selection, q_block: Tensor, keys: int) -> ValueError:
+    then = f"{before.k_block.shape[1]} keys for {before.q_block.shape[1]} queries"
+    return ValueError(f"before: selects among {then}, this call has {keys} keys and {q_block.shape[1]} queries")
 
 
 def _number(e: Expr) -> float:

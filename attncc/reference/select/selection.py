@@ -37,7 +37,7 @@ def select(part: Part, rows: Rows, before: Selection | None = None) -> Selection
         picked, pairs = _picked(part, rows, blocks)
         age = 1
     else:
-        picked, pairs = extended(again, rows.shape[1], rows.shape[2], blocks.nk)
+        picked, pairs = extended(again, blocks)
         queries, age = again.queries, again.age + 1
     always = forced(part.select.force, rows, blocks)
     if pairs is not None:
@@ -57,8 +57,11 @@ def _blocks(part: Part, rows: Rows, again: Selection | None) -> Blocks:
     seen = seen_keys(part, rows)
     if again is None:
         return clustered(part.select.score, part, rows, seen)
-    nq, nk = again.classes.shape[1:]
-    return blocks_of(again.q_block, labels(again, rows.shape[2]), nq, nk, seen)
+    size = 1 if q == "cluster" else _size(part, q)
+    run = (torch.arange(rows.shape[1], device=seen.device) // size).expand(rows.shape[0], -1)
+    q_block, k_block = labels(again, run, rows.shape[2], q == "cluster")
+    nq = again.classes.shape[1] if q == "cluster" else -(-rows.shape[1] // size)
+    return blocks_of(q_block, k_block, nq, again.classes.shape[2], seen)
 
 
 def _size(part: Part, block: int | str) -> int:
@@ -101,10 +104,10 @@ def _normalised(select: Select, rows: Rows, blocks: Blocks, scores: Tensor, comp
     score = select.score.name
     if select.normalize == "none" or score in NORMALISED or (score == "lowbit_qk" and select.normalize == "anchor"):
         return scores
-    s = torch.where(competing, scores, -math.inf)
     if select.normalize == "anchor":
-        near = torch.where(_anchors(select.force, rows, blocks), s, -math.inf)
-        return scores - softmax(near)[1][..., None]
+        near = _anchors(select.force, rows, blocks) & (scores < math.inf)
+        return scores - softmax(torch.where(near, scores, -math.inf))[1][..., None]
+    s = torch.where(competing, scores, -math.inf)
     if select.normalize == "weighted_softmax":
         s = s + blocks.k_sizes.to(s.dtype).log()[:, None, :]
     return softmax(s)[0]
