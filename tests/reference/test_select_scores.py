@@ -172,6 +172,13 @@ def test_relu_indexer() -> None:
     close(own[2], (rows.q @ rows.k.transpose(1, 2)).clamp_min(0).sum(0))
 
 
+def test_an_indexer_of_other_keys_is_refused() -> None:
+    inputs = [Input("qi", ("B", 3, "Sq", 5)), Input("ki", ("B", "N", 5))]
+    attn = selecting(call("relu_indexer", q="qi", k="ki"), ("token", "token"), inputs=inputs)
+    with pytest.raises(ValueError, match=r"ki, qi: expected \[6, 7\] queries and keys, got \[6, 4\]"):
+        scored(attn, 6, 7, 1, 1, qi=normal(2, 3, 6, 5), ki=normal(2, 4, 5))
+
+
 def test_random_scores_are_drawn_by_their_place() -> None:
     s, rows, _ = scored(selecting(call("random", seed=5), (2, 2)), 40, 40, 2, 2, number=1)
     at = lambda h, a, c: tuple(torch.tensor(x) for x in (c // 4, a, h, 1))

@@ -244,10 +244,10 @@ class Author:
     # -- selections ------------------------------------------------------------------------------
 
     def select(self, kv: str, width: int) -> dict[str, Any]:
-        paged, sizes = kv.startswith("paged"), not kv.startswith("given")
-        k = self.one([1, 2, 4, "token", "token", *(["page"] * paged), *(["cluster"] * sizes)])
+        paged = kv.startswith("paged")
+        k = self.one([1, 2, 4, "token", "token", "cluster", *(["page"] * paged)])
         q = self.one([1, 2, 4, "token"])
-        score, q = self.selector(q, k, sizes, width)
+        score, q = self.selector(q, k, kv, width)
         force = self.some(list(self.forced(k, paged)), 3)
         counts = {f.partition("(")[0] for f in force} & {"sink", "local"}
         normalize = self.one(
@@ -267,7 +267,7 @@ class Author:
         }
         return {key: value for key, value in select.items() if value not in ("", [])}
 
-    def selector(self, q: int | str, k: int | str, sizes: bool, width: int) -> tuple[str, int | str]:
+    def selector(self, q: int | str, k: int | str, kv: str, width: int) -> tuple[str, int | str]:
         """A score for blocks of q queries and k keys; clusters may change the query side."""
         if k == "cluster":
             start = self.input(self.one([1, "B"]), self.one([1, "Hk"]), self.size(), width)
@@ -279,12 +279,12 @@ class Author:
         scores = [
             call("pooled_dot", *self.some(["pool=max", "pool=mean", "gate=0.1"], 1)),
             call("lowbit_qk", *self.some(["bits=4", "per=token", "smooth=mean"])),
-            call("exact_mass", *self.some(["last=2", *(["lse"] * sizes)])),
+            call("exact_mass", *self.some(["last=2", "lse"])),
             call("random", *self.some(["seed=7"])),
             call("given", self.input("B", self.one([1, "Hk", "Hq"]), self.size(), self.size())),
         ]
         if k == "token":
-            scores += ["token_dot", self.indexer() if sizes else "relu_indexer"]
+            scores += ["token_dot", "relu_indexer" if kv.startswith(("given", "pooled(")) else self.indexer()]
         else:
             scores += ["minmax_bound", "minmax_bound(sub=2)"]
         if isinstance(q, int) and isinstance(k, int):

@@ -127,6 +127,9 @@ def relu_indexer(call: Call, part: Part, rows: Rows, blocks: Blocks) -> Tensor:
     q = _own(rows, str(names["q"])) if "q" in names else rows.q
     k = _own(rows, str(names["k"]))[None] if "k" in names else rows.k
     each = _product(rows, q, k).relu()
+    if each.shape[1:] != rows.shape[1:]:
+        wanted, got = list(rows.shape[1:]), list(each.shape[1:])
+        raise ValueError(f"{', '.join(map(str, names.values()))}: expected {wanted} queries and keys, got {got}")
     if "w" in names:
         each = each * _own(rows, str(names["w"])).to(each.dtype).T[..., None]
     return blocks.over_pairs(each.sum(0, keepdim=True).expand(rows.shape), "mean")
