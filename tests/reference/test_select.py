@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from selecting import H, attend, begin, case, check, each, end, normal, order, run, selected, softmax, variant, visible
+from choosing import H, attend, begin, case, check, each, end, normal, order, run, selected, softmax, variant, visible
 
 from attncc.errors import Unsupported
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from selecting import H, attend, case, check, normal, run, selected, variant
+from choosing import H, attend, case, check, normal, run, selected, variant
 
 from attncc import reference, spec
 
