@@ -9,6 +9,7 @@ import pytest
 from scalar_numpy import Scope, evaluate
 
 from attncc.spec import document, load, loads
+from attncc.spec.source import read
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 
@@ -18,6 +19,12 @@ FAMILY = (
     *("sink_window", "attention_sinks", "prefix_lm", "chunked_local", "dilated", "packed_documents"),
     *("document_ids", "varlen_causal", "block_mask", "global_local", "tree_speculation", "d72"),
     *("d192_128", "t5_bias", "natten_2d"),
+)
+
+
+FAMILIES = (
+    *("everyday", "pattern", "sparse selection", "quantised", "linear and recurrent", "decode and schedule"),
+    *("compressed latent", "composition"),
 )
 
 
@@ -32,8 +39,12 @@ def test_example(path: Path) -> None:
     assert spec.attention.doc
     assert 4 <= len(spec.text.splitlines()) <= 40
     assert spec.text == path.read_text()
+    assert spec.attention.family in FAMILIES
+    assert spec.attention.source or spec.attention.family in ("everyday", "pattern")
     canonical = document(spec.attention)
     assert loads(canonical).attention == spec.attention
+    own, order = (list(read(text).data()) for text in (spec.text, canonical))
+    assert [key for key in own if key in order] == [key for key in order if key in own]
 
 
 def example_mask(stem: str, sq: int, sk: int, **buffers: np.ndarray) -> np.ndarray:
