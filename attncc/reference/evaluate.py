@@ -183,7 +183,7 @@ def _query_times(scope: Scope, x: Tensor, index: list[Tensor], declared: tuple[i
     column = torch.arange(x.shape[-1], device=x.device)
     rows = read(x, [*(at[..., None] for at in index), column], declared)
     query = scope.query[scope.names["h"], scope.names["row"]]
-    return (query.to(scope.dtype) * rows.to(scope.dtype)).sum(-1)
+    return torch.einsum("...d,...d->...", query.to(scope.dtype), rows.to(scope.dtype))
 
 
 def count_up_to(x: Tensor, row: list[Tensor], value: Tensor) -> Tensor:
