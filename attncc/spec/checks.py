@@ -176,6 +176,23 @@ def _steps(attn: Attention) -> Iterator[Finding]:
                 yield from float_input(attn, path, str(word), step.name)
 
 
+def _smoothing(attn: Attention) -> Iterator[Finding]:
+    mixed = any(p.state or p.columns or p.kv.kind in ("given", "pooled") for p in attn.parts)
+    for q in attn.quantize:
+        if q.smooth and mixed:
+            message = "what smoothing takes off is given back to products of whole queries with the call's keys"
+            yield ("quantize", q.operand), message, ""
+
+
+def _storages(attn: Attention) -> Iterator[Finding]:
+    """All parts read the same keys, but for those that have their own, or lists or means of them."""
+    kinds = {k: p.kv for k, p in enumerate(attn.parts) if p.kv.kind not in ("gathered", "given", "pooled")}
+    first = next(iter(kinds.values()), None)
+    for k, kv in kinds.items():
+        if kv != first:
+            yield ("parts", k, "kv"), "the keys of a call lie in one way, a part before this has another", ""
+
+
 def _varlen(attn: Attention) -> Iterator[Finding]:
     """Shapes over a packed layout are per sequence; the packed tensors are q, k, v and o alone."""
     if attn.layout == "varlen" and attn.schedule.name == "stream_k" and "backward" in attn.modes:
@@ -286,4 +303,4 @@ PART_RULES: Final[tuple[PartRule, ...]] = (
     selections.rule,
     selections.forced,
 )
-RULES: Final[tuple[Rule, ...]] = (_combine, _outputs, _modes, _quantize, _tune, _steps, _varlen)
+RULES: Final[tuple[Rule, ...]] = (_combine, _outputs, _modes, _quantize, _smoothing, _tune, _steps, _storages, _varlen)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attncc import reference, spec
-from attncc.errors import SpecError, Unsupported
+from attncc.errors import SpecError
 from attncc.ir.attention import Call
 from attncc.reference.formats import read_back
 
@@ -347,15 +347,10 @@ def test_latent_values_are_columns_of_the_stored_keys() -> None:
         ("quantize: {v: int8(per=thread)}", "in q and k"),
         ("quantize: {v: int8}\nkv: latent(rope=2)", "V is a view of K"),
         ("quantize: {k: int8}\nmodes: [prefill, backward]", "no gradient"),
+        ("quantize: {k: int8(smooth=mean)}\ncolumns: [0, 4]", "products of whole queries"),
         ("quantize: {cache: 'staircase([(8, bf16), (20, int8), (inf, int4)])'}", "multiples"),
     ],
 )
 def test_impossible(body: str, message: str) -> None:
     with pytest.raises(SpecError, match=message):
         spec.loads(f"{HEAD}{body}\n")
-
-
-def test_smoothing_needs_whole_products() -> None:
-    body = "quantize: {k: int8(smooth=mean)}\nparts:\n- columns: [0, 4]\n- columns: [4, 8]\ncombine: add\n"
-    with pytest.raises(Unsupported, match="multiplies whole"):
-        attend(body, *operands())

@@ -53,8 +53,10 @@ inputs:
   cos_table: {shape: [Sk, 48], dtype: bf16}
   sin_table: {shape: [Sk, 48], dtype: bf16}
   w_up: {shape: [96, 32]}
-  log_decay: {shape: [B, Hq, Sk]}
-  beta: {shape: [B, Hq, Sk]}
+  own_k: {shape: [B, Hk, N, 96]}
+  own_v: {shape: [B, Hk, N, 80]}
+  log_decay: {shape: [B, Hq, N]}
+  beta: {shape: [B, Hq, N]}
   s0: {shape: [B, Hq, 96, 80]}
   tau: {shape: [Hq]}
 sizes:
@@ -64,7 +66,7 @@ scale: 1.5 / Dqk
 align: starts
 quantize:
   q: int8(per=token)
-  k: int8(per=block(64), smooth=mean)
+  k: int8(per=block(64))
   v: fp8_e4m3(per=channel)
   p: fp8_e4m3
 parts:
@@ -84,6 +86,7 @@ parts:
       reuse: cosine(0.9)
   - name: far
     normalizer: none
+    kv: given(own_k, own_v)
     state:
       feature: elu1
       decay: scalar(log_decay)
@@ -129,7 +132,7 @@ def test_every_key() -> None:
     assert attn.scale == 1.5 / const(96.0)
     assert attn.quantize == (
         Quantizer("q", "int8", Call("token")),
-        Quantizer("k", "int8", Call("block", (const(64),)), smooth="mean"),
+        Quantizer("k", "int8", Call("block", (const(64),))),
         Quantizer("v", "fp8_e4m3", Call("channel")),
         Quantizer("p", "fp8_e4m3"),
     )
@@ -186,6 +189,7 @@ def test_every_key() -> None:
         ("kv: latent(rope=32)", lambda a: a.part.kv, Storage("latent", rope=32)),
         ("kv: latent(32)", lambda a: a.part.kv, Storage("latent", rope=32)),
         ("kv: gathered(picks)", lambda a: a.part.kv, Storage("gathered", index="picks")),
+        ("quantize: {k: int8(smooth=mean)}", lambda a: a.quantize, (Quantizer("k", "int8", smooth="mean"),)),
         ("kv: paged(page_size=64)", lambda a: a.part.kv, Storage("paged", 64)),
         ("normalizer: linear(1e-6)", lambda a: a.part.normalizer, Normalizer("linear", eps=1e-6)),
         ("normalizer: linear(eps=0)", lambda a: a.part.normalizer, Normalizer("linear", eps=0.0)),
@@ -459,6 +463,11 @@ IMPOSSIBLE: list[tuple[str, str, str]] = [
     ("quantize: {k: int8(symmetric=maybe)}", "one of true, false", "maybe"),
     ("quantize: {k: nvfp4(per=token)}", "one scale a group", "nvfp4(per=token)"),
     ("quantize: {v: int8(smooth=mean)}", "a mean from q or k", "int8(smooth=mean)"),
+    ("quantize: {k: int8(smooth=mean)}\ncolumns: [0, 8]", "products of whole queries", "int8(smooth=mean)"),
+    ("quantize: {k: int8(smooth=mean)}\nkv: pooled(4)", "products of whole queries", "int8(smooth=mean)"),
+    ("quantize: {q: int8(smooth=mean)}\nstate: {}", "products of whole queries", "int8(smooth=mean)"),
+    ("parts: [{kv: dense}, {kv: paged(8)}]", "lie in one way", "paged(8)"),
+    ("parts: [{kv: paged(4)}, {kv: pooled(2)}, {kv: paged(8)}]", "lie in one way", "paged(8)"),
     ("quantize: {p: int8(per=channel)}", "no channels", "int8(per=channel)"),
     ("quantize: {k: int8, cache: int8}", "the cache holds k and v", "int8"),
     ("quantize:\n  k: staircase([(inf, int8)])", "unknown quantizer 'staircase'", "staircase"),
@@ -522,7 +531,7 @@ def test_locate() -> None:
         "parts[1].state.chunk": "128",
         "inputs.g.shape[3]": "2",
         "outputs[1]": "max_score",
-        "quantize.k": "int8(per=block(64), smooth=mean)",
+        "quantize.k": "int8(per=block(64))",
         "combine": "gate(g[b, h, row, 0], g[b, h, row, 1])",
     }.items():
         place = found.locate(key)
