@@ -110,11 +110,12 @@ def _renumbered(attn: Attention, rows: Rows) -> Rows:
         if step.name != "rope" or dict(step.kwargs).get("positions") != "packed":
             continue
         heads, queries, keys = rows.shape
-        chosen = torch.ones(1, 1, keys, dtype=torch.bool, device=rows.k.device) if rows.chosen is None else rows.chosen
+        every = torch.ones(1, 1, keys, dtype=torch.bool, device=rows.k.device)
+        chosen = every if rows.chosen is None or not queries else rows.chosen
         if bool((chosen != chosen[:, :1]).any()):
             raise Unsupported("packed positions need one list of keys for all queries of a call", key="prologue")
         rank = chosen[:, 0].long().cumsum(-1)
-        at = rank[:, -1:] - queries + torch.arange(queries, device=rank.device)
+        at = chosen[:, 0].sum(-1, keepdim=True) - queries + torch.arange(queries, device=rank.device)
         letters = on(step)
         q = rotate(rows.q, at.expand(heads, -1), step, rows.scope) if "q" in letters else rows.q
         k = rotate(rows.k, (rank - 1).expand(heads, -1), step, rows.scope) if "k" in letters else rows.k

@@ -29,9 +29,13 @@ from attncc.spec.yaml_text import mapping
 SLOW = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much)
 
 
-@given(documents(), st.integers(0, 3))
-@settings(max_examples=90, deadline=None, suppress_health_check=SLOW)
-def test_valid_specs(spec: dict[str, Any], seed: int) -> None:
+SIZES = st.tuples(st.integers(1, 3), st.sampled_from([5, 6, 3, 1, 0]), st.sampled_from([9, 5, 4, 1, 0]))
+"""Sequences, queries and keys of a call."""
+
+
+@given(documents(), SIZES)
+@settings(max_examples=120, deadline=None, suppress_health_check=SLOW)
+def test_valid_specs(spec: dict[str, Any], sizes: tuple[int, int, int]) -> None:
     yaml = mapping(spec)
     note(yaml)
     attn = loads(yaml).attention
@@ -40,7 +44,7 @@ def test_valid_specs(spec: dict[str, Any], seed: int) -> None:
     assert text(again) == text(attn)
     verify_attention(attn)
     rewritten = passes.run(attn)  # verifies behind each pass
-    drawn = draw(attn, queries=4 + seed, keys=(7, 4, 9, 6)[seed], seed=seed)
+    drawn = draw(attn, *sizes, seed=sum(sizes))
     made = outputs(attn, drawn)
     check_outputs(attn, drawn, made)
     if not any(part.select for part in attn.parts):  # which may turn on a score's last bit

@@ -64,7 +64,7 @@ def draw(
         keys = queries
     by_block = any(p.select is not None and p.select.score.name == "given" for p in attn.parts)
     ragged = attn.layout == "varlen" and attn.size("Sq").fixed is None and queries != keys and not by_block
-    lengths = tuple((queries - n % 2, max(1, keys - n)) if ragged else (queries, keys) for n in range(batch))
+    lengths = tuple((max(0, queries - n % 2), max(0, keys - n)) if ragged else (queries, keys) for n in range(batch))
     sizes = {"B": batch, "Sq": queries, "Sk": keys, "Hq": attn.heads.q, "Hk": attn.heads.kv, "Hv": attn.heads.v}
     sizes |= {"Dqk": attn.dims.qk, "Dv": attn.dims.v} | {s.name: s.fixed for s in attn.sizes if s.fixed is not None}
     sizes |= {name: n for name, n in _own_sizes(attn, sizes).items() if name not in sizes}
@@ -132,7 +132,9 @@ def _pooled(sequences: list[Tensor], size: int) -> Tensor:
         tokens = x.transpose(0, 1)
         room = torch.full((-len(tokens) % size, *tokens.shape[1:]), torch.nan, dtype=x.dtype)
         pages += list(torch.cat([tokens, room]).unflatten(0, (-1, size)))
-    return torch.stack(pages[::-1])
+    return (
+        torch.stack(pages[::-1]) if pages else sequences[0].new_zeros(0, size, len(sequences[0]), sequences[0].shape[2])
+    )
 
 
 # -- what inputs mean ----------------------------------------------------------------------------
