@@ -77,7 +77,7 @@ def _own(attn: Attention, word: str, width: int, heads: Tensor, rows: Rows) -> T
     if len(x) not in (1, batch) or attn.heads.q % x.shape[1] or x.shape[-1] != width:
         expected = f"[1 or {batch}, a divisor of {attn.heads.q}, keys, {width}]"
         raise ValueError(f"{word}: expected shape {expected}, got {list(x.shape)}")
-    mine = x[rows.scope.names["b"] if len(x) > 1 else 0]
+    mine = x[rows.scope.names["b"] if len(x) > 1 else 0].to(rows.numbers.elementwise)
     return mine[served_by(attn, heads, mine.shape[0])]
 
 

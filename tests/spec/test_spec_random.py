@@ -34,20 +34,26 @@ SIZES = st.tuples(st.integers(1, 3), st.sampled_from([5, 6, 3, 1, 0]), st.sample
 
 
 @given(documents(), SIZES)
-@settings(max_examples=120, deadline=None, suppress_health_check=SLOW)
+@settings(max_examples=100, deadline=None, suppress_health_check=SLOW)
 def test_valid_specs(spec: dict[str, Any], sizes: tuple[int, int, int]) -> None:
     yaml = mapping(spec)
     note(yaml)
     attn = loads(yaml).attention
-    again = loads(document(attn)).attention
-    assert again == attn
-    assert text(again) == text(attn)
+    written = loads(document(attn)).attention
+    assert written == attn
+    assert text(written) == text(attn)
     verify_attention(attn)
     rewritten = passes.run(attn)  # verifies behind each pass
     drawn = draw(attn, *sizes, seed=sum(sizes))
     made = outputs(attn, drawn)
     check_outputs(attn, drawn, made)
-    if not any(part.select for part in attn.parts):  # which may turn on a score's last bit
+    narrow = outputs(attn, draw(attn, *sizes, seed=sum(sizes), dtype=torch.bfloat16), dtype=None)
+    assert narrow.o.dtype == torch.bfloat16
+    assert narrow.o.isfinite().all()
+    if any(part.select for part in attn.parts):  # what the same call selected, reused or made anew
+        again = outputs(attn, drawn, before=made.selections)
+        torch.testing.assert_close(again.o, made.o, rtol=1e-9, atol=1e-9)
+    else:  # a selection may turn on a score's last bit
         torch.testing.assert_close(outputs(rewritten, drawn).o, made.o, rtol=1e-5, atol=1e-5)
 
 
