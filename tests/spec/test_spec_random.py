@@ -34,7 +34,7 @@ SIZES = st.tuples(st.integers(1, 3), st.sampled_from([5, 6, 3, 1, 0]), st.sample
 
 
 @given(documents(), SIZES)
-@settings(max_examples=100, deadline=None, suppress_health_check=SLOW)
+@settings(max_examples=150, deadline=None, suppress_health_check=SLOW)
 def test_valid_specs(spec: dict[str, Any], sizes: tuple[int, int, int]) -> None:
     yaml = mapping(spec)
     note(yaml)
@@ -55,6 +55,21 @@ def test_valid_specs(spec: dict[str, Any], sizes: tuple[int, int, int]) -> None:
         torch.testing.assert_close(again.o, made.o, rtol=1e-9, atol=1e-9)
     else:  # a selection may turn on a score's last bit
         torch.testing.assert_close(outputs(rewritten, drawn).o, made.o, rtol=1e-5, atol=1e-5)
+
+
+@given(documents(), SIZES)
+@settings(max_examples=60, deadline=None, suppress_health_check=SLOW)
+def test_gradients_are_numbers(spec: dict[str, Any], sizes: tuple[int, int, int]) -> None:
+    note(mapping(spec))
+    attn = loads(mapping(spec)).attention
+    assume(not attn.quantize)
+    drawn = draw(attn, *sizes)
+    leaves = {n: x.requires_grad_() for n, x in drawn.arguments["inputs"].items() if x.is_floating_point()}
+    operands = [x.requires_grad_() for x in (drawn.q, drawn.k, drawn.v) if x is not None]
+    o = outputs(attn, drawn.with_inputs(**leaves)).o
+    if o.requires_grad:
+        found = torch.autograd.grad(o.square().sum(), [*operands, *leaves.values()], allow_unused=True)
+        assert all(g.isfinite().all() for g in found if g is not None)
 
 
 def test_every_word_is_drawn() -> None:
