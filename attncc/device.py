@@ -49,6 +49,11 @@ class Device:
     def is_gpu(self) -> bool:
         return self.vendor != "cpu"
 
+    @property
+    def takes_libraries(self) -> bool:
+        """Whether it runs machine code made ahead, rather than Triton kernels."""
+        return self.arch == "cpu"
+
 
 _AMPERE: Final = ("fp32", "fp16", "bf16", "int8", "int4")
 _ADA: Final = (*_AMPERE, "fp8_e4m3", "fp8_e5m2")
@@ -143,13 +148,15 @@ CPU: Final = Device(
     bf16_tflops=1,
     has_tma=False,
     has_wgmma=False,
-    dtypes=("fp32", "fp16"),
+    dtypes=("fp32", "fp16", "bf16"),
 )
+INTERPRETER: Final = replace(CPU, name="interpreter", arch="interpreter", dtypes=("fp32", "fp16"))
+"""Triton's interpreter, which runs GPU kernels on a CPU: slow, and for tests."""
 
 CARDS: Final = {d.name: d for d in (A100, L40S, H100, H100_PCIE, H200, B200, MI300X)}
 """Physical cards by name."""
 
-ARCHITECTURES: Final = {d.arch: replace(d, name=d.arch) for d in (A100, H100, B200, MI300X, CPU)}
+ARCHITECTURES: Final = {d.arch: replace(d, name=d.arch) for d in (A100, H100, B200, MI300X, CPU, INTERPRETER)}
 """What can be compiled for without naming a card."""
 
 DEVICES: Final = ARCHITECTURES | CARDS

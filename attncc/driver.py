@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
@@ -104,8 +105,9 @@ def compile(
     with _place(loaded):
         attn, program = lower(loaded.attention)
         report("printing", 1, 3)
-        configs = [default_config(attn, device) for device in devices]
-        files = emit(attn, program, loaded.text, configs, f"attncc {VERSION}", digest(loaded.attention))
+        configs = [default_config(attn, device) for device in devices if not device.takes_libraries]
+        libraries = cpu_libraries(attn) if any(device.takes_libraries for device in devices) else {}
+        files = emit(attn, program, loaded.text, configs, f"attncc {VERSION}", digest(loaded.attention), libraries)
     report("writing", 2, 3)
     _replace_tree(goal, files)
     report("done", 3, 3)
@@ -125,6 +127,18 @@ def lower(attn: Attention) -> tuple[Attention, Program]:
     program = select(rewritten)
     verify_program(program)
     return rewritten, program
+
+
+def cpu_libraries(attn: Attention) -> Mapping[str, bytes]:
+    """Machine code for this machine's kind of processor; TVM takes seconds to import, so only this does."""
+    try:
+        tvm = import_module("attncc.codegen.tvm.libraries")
+    except ModuleNotFoundError as error:
+        if error.name not in ("tvm", "tvm_ffi"):
+            raise
+        hint = "pip install apache-tvm, or choose a GPU with --target"
+        raise Unsupported("CPU libraries are built by TVM, which is not installed", hint=hint) from None
+    return tvm.libraries(attn)
 
 
 def default_config(attn: Attention, device: Device) -> TargetConfigs:
@@ -240,7 +254,7 @@ def _is_package(path: Path) -> bool:
     if not path.is_dir():
         return False
     return not any(path.iterdir()) or all(
-        (path / name).is_file() for name in ("__init__.py", "kernels.py", "spec.yaml")
+        (path / name).is_file() for name in ("__init__.py", "_runtime.py", "spec.yaml")
     )
 
 

@@ -17,6 +17,8 @@ def stand_in(attn: Attention, device: Device) -> tuple[Attention, tuple[str, ...
     """A variant that tests the same code, and notes on how it differs; a GPU gets the variant itself."""
     if device.is_gpu:
         return attn, ()
+    if device.takes_libraries:
+        return attn, ("no GPU here: the library for this CPU was checked, on small shapes",)
     notes = ["no GPU here: kernels ran in Triton's interpreter, on small shapes"]
     if attn.dtype not in device.dtypes:
         notes.append(f"{attn.dtype} was checked as fp16: Triton's interpreter multiplies bf16 wrongly")

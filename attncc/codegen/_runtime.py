@@ -1,27 +1,17 @@
-"""The host side of an emitted package: checks a call, plans it once, and launches its kernels.
+"""What every emitted package shares, whatever it runs on: the description of its variant, and the way into a call.
 
-This file is the same in every package attncc emits; what differs is the `Variant` it is given. The first call
-with a new combination of shapes, strides and dtypes makes a plan (checks, config, grid, compiled kernels); later
-ones look it up. Nothing here reads device memory, so calls can be captured in a CUDA graph.
+This file is the same in every package attncc emits; what differs is the `Variant` it is given.
 """
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from ._checks import Size, Sizes, Tensor, check_scale, check_tensors, default_scale, fill
-from ._launch import INTERPRETED, Launch, map_fits, operand_view
-
-PLANS_KEPT = 1024
-OPTIONS = ("num_warps", "num_stages", "maxnreg")
-
-Config = Mapping[str, int]
+from ._checks import Size, Sizes, Tensor, fill
 
 
 @dataclass(frozen=True)
@@ -56,216 +46,46 @@ class Variant:
     name: str
     tensors: tuple[Tensor, ...]
     """q, k, v, then the other arguments in the order of the signature."""
-    axes: Mapping[str, str]
-    """Where an operand's b, h, s, d axes are: "bhsd", "bshd", or "shd" for packed sequences."""
     output: tuple[int | str, ...]
     lse: tuple[int | str, ...] | None
     sizes: Mapping[str, Size]
     scale: Callable[[Sizes], float]
-    kernels: tuple[Kernel, ...]
-    scratch: tuple[Scratch, ...]
-    configs: Mapping[str, Any]
+    axes: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Where an operand's b, h, s, d axes are: "bhsd", "bshd", or "shd" for packed sequences."""
+    kernels: tuple[Kernel, ...] = ()
+    scratch: tuple[Scratch, ...] = ()
+    configs: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Modules of configs by the device or architecture they were made for."""
     on_miss: str = "warn"
 
 
-@dataclass
-class Plan:
-    """What calls of one combination of shapes, strides and dtypes share."""
-
-    scale: float
-    """For calls that give none."""
-    output: tuple[int, ...]
-    lse: tuple[int, ...] | None
-    scratch: list[tuple[tuple[int, ...], torch.dtype]]
-    launches: list[Launch]
-    device: int
-    empty: bool = False
+Result = tuple[torch.Tensor, torch.Tensor | None]
+Config = Mapping[str, int]
 
 
-class Runner:
-    """Calls a variant; `choose` says which config a device and shape get, and by which rule."""
+class Runner(Protocol):
+    """Calls a variant on one kind of device; `choose` says which config a device and shape get, and by which rule."""
 
-    def __init__(self, variant: Variant) -> None:
-        self.variant = variant
-        self.plans: dict[Any, Plan] = {}
+    variant: Variant
 
-    def __call__(
-        self, tensors: Sequence[torch.Tensor], scale: float | None, with_lse: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def __call__(self, tensors: Sequence[torch.Tensor], scale: float | None, with_lse: bool) -> Result:
         """Runs on `tensors`, which stand in the order of `variant.tensors`."""
-        key = (with_lse, scale is None, *[(t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16) for t in tensors])
-        plan = self.plans.get(key)
-        if plan is None:
-            plan = self.plan(tensors, with_lse, scale is None)
-            if len(self.plans) >= PLANS_KEPT:
-                self.plans.clear()
-            self.plans[key] = plan
-        factor = plan.scale if scale is None else check_scale(self.variant.name, scale)
-        q = tensors[0]
-        o = q.new_empty(plan.output)
-        lse = None if plan.lse is None else q.new_empty(plan.lse, dtype=torch.float32)
-        if plan.empty:
-            return o.zero_(), None if lse is None else lse.fill_(-math.inf)
-        if plan.device >= 0 and plan.device != torch.cuda.current_device():
-            with torch.cuda.device(plan.device):
-                run(plan, [*tensors, o, lse], factor)
-        else:
-            run(plan, [*tensors, o, lse], factor)
-        return o, lse
+        ...
 
-    # -- once per combination of shapes, strides and dtypes --------------------------------------
+    def choose(self, device: torch.device, sizes: Sizes) -> tuple[Config, str]: ...
 
-    def plan(self, tensors: Sequence[torch.Tensor], with_lse: bool, with_scale: bool) -> Plan:
-        """`with_scale`: the call gives none, so that the spec's own is due."""
-        v, q = self.variant, tensors[0]
-        sizes = check_tensors(v.name, v.tensors, tensors, v.sizes)
-        if not q.is_cuda and not (INTERPRETED and q.is_cpu):
-            raise RuntimeError(
-                f"{v.name}: tensors are on {q.device}, the kernels need a GPU; to interpret them on the CPU "
-                "set TRITON_INTERPRET=1 before anything imports triton"
-            )
-        lse = None if v.lse is None or not with_lse else fill(v.lse, sizes)
-        plan = Plan(1.0, fill(v.output, sizes), lse, [], [], q.device.index if q.is_cuda else -1)
-        queries, keys = (sizes.get("T" + side, sizes.get("S" + side, 0)) for side in "qk")
-        if 0 in plan.output or keys == 0 or sizes["B"] == 0:
-            plan.empty = True
-            return plan
-        if with_scale:
-            plan.scale = default_scale(v.name, v.scale, sizes)
-        config, _ = self.choose(q.device, sizes | {"pairs": sizes["B"] * queries * keys})
-        numbers = sizes | {k: x for k, x in config.items() if k not in OPTIONS} | {"WRITE_LSE": int(lse is not None)}
-        flags = {
-            "TMA": bool(numbers.pop("TMA", 0)) and not INTERPRETED and self.maps_fit(tensors),
-        }
-        shapes = self.shapes(tensors, plan, numbers)
-        plan.scratch = [(tuple(shapes[s.name].shape), s.dtype) for s in v.scratch]
-        options = {} if INTERPRETED else {k: config[k] for k in OPTIONS if config.get(k)}
-        plan.launches = [self.bind(k, shapes, numbers, flags, options) for k in v.kernels if k.when(numbers)]
-        return plan
 
-    def shapes(self, tensors: Sequence[torch.Tensor], plan: Plan, numbers: Sizes) -> dict[str, torch.Tensor]:
-        """Every tensor of a call by name, those still to be made without memory, in the order `run` has them."""
-        v = self.variant
-        named = {t.name: x for t, x in zip(v.tensors, tensors, strict=True)}
-        named["o"] = torch.empty(plan.output, device="meta")
-        named["lse"] = torch.empty(plan.lse or (0, 0, 0), device="meta")
-        return named | {s.name: torch.empty(s.shape(numbers), device="meta") for s in v.scratch}
+class Either:
+    """A runner for the CPU beside one for the GPU."""
 
-    def maps_fit(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether all operands can be read, and the output written, through tensor maps."""
-        width = self.variant.output[-1]
-        assert isinstance(width, int)
-        fits = all(map_fits(t, self.variant.axes["q"]) for t in tensors[:3])
-        return fits and width * tensors[0].element_size() % 16 == 0
+    def __init__(self, gpu: Runner, cpu: Runner) -> None:
+        self.variant, self.gpu, self.cpu = gpu.variant, gpu, cpu
 
-    def bind(
-        self,
-        kernel: Kernel,
-        shapes: Mapping[str, torch.Tensor],
-        numbers: Sizes,
-        flags: Mapping[str, bool],
-        options: dict[str, int],
-    ) -> Launch:
-        """A launch with every argument in place that does not change from call to call."""
-        launch = Launch(kernel.function, kernel.programs(numbers), options)
-        if launch.programs >= 2**31:
-            raise ValueError(
-                f"{self.variant.name}: {launch.programs} programs are more than a GPU launches at once (2**31 - 1)"
-            )
-        numbers = {**numbers, **kernel.constants}
-        order = {name: n for n, name in enumerate(shapes)}
-        axes = self.variant.axes
-        for at, parameter in enumerate(kernel.parameters):
-            value: Any = None
-            match parameter:
-                case ("tile", name, rows, columns) if flags["TMA"]:
-                    block = [1, 1, *(numbers.get(d, d) for d in (rows, columns))]
-                    launch.tiles.append((at, order[name], axes[name], block))
-                case ("tile", name, _, _) | ("tensor", name):
-                    launch.tensors.append((at, order[name]))
-                case ("stride", name, axis):
-                    t = operand_view(shapes[name], axes[name]) if name in axes else shapes[name]
-                    value = t.stride(axis)
-                case ("size", name) | ("knob", name):
-                    value = numbers[name]
-                case ("flag", name):
-                    value = flags[name]
-                case _:
-                    launch.scale_at = at
-            launch.arguments.append(value)
-        return launch
+    def __call__(self, tensors: Sequence[torch.Tensor], scale: float | None, with_lse: bool) -> Result:
+        return (self.cpu if tensors[0].is_cpu else self.gpu)(tensors, scale, with_lse)
 
     def choose(self, device: torch.device, sizes: Sizes) -> tuple[Config, str]:
-        """The config for a device and shape, and the rule that chose it."""
-        for name, rule in device_names(device):
-            module = self.variant.configs.get(name)
-            if module is not None:
-                return pick(module, sizes), rule
-        name, rule = self.nearest(device)
-        if self.variant.on_miss == "error":
-            raise RuntimeError(f"{self.variant.name}: {rule}, and on_miss is 'error'")
-        if self.variant.on_miss == "warn" and device.type == "cuda":
-            warnings.warn(f"{self.variant.name}: {rule}; `attncc compile --target` adds one", stacklevel=4)
-        return pick(self.variant.configs[name], sizes), rule
-
-    def nearest(self, device: torch.device) -> tuple[str, str]:
-        """The newest architecture that is no newer than this one; for the interpreter, any."""
-        here = device_names(device)[0][0]
-        names = sorted(self.variant.configs)
-        if device.type == "cpu":
-            return names[0], f"interpreted with the config of {names[0]}"
-        if device.type == "cuda" and torch.version.hip is None:
-            major, minor = torch.cuda.get_device_capability(device)
-            older = [n for n in names if n.startswith("sm_") and int(n[3:]) <= 10 * major + minor]
-            if older:
-                name = max(older, key=lambda n: int(n[3:]))
-                return name, f"no config for {here}, using that of {name}, the nearest older architecture"
-        raise RuntimeError(
-            f"{self.variant.name} was compiled for {', '.join(names)} and cannot run on {here}: "
-            f"compile it with --target {here}"
-        )
-
-
-def run(plan: Plan, tensors: list[Any], scale: float) -> None:
-    """Launches a plan's kernels on the arguments, o and lse of one call."""
-    q = tensors[0]
-    given = tensors
-    if INTERPRETED and q.dtype == torch.bfloat16:  # the kernels' BF16 is fp32 then
-        tensors = [widened(t) if t is not None and t.dtype == q.dtype else t for t in tensors]
-    for shape, dtype in plan.scratch:
-        tensors.append(q.new_empty(shape, dtype=dtype))
-    for launch in plan.launches:
-        launch(tensors, scale)
-    if given is not tensors:
-        o = len(given) - 2
-        given[o].copy_(tensors[o])
-
-
-def widened(t: torch.Tensor) -> torch.Tensor:
-    """A tensor in fp32 with the strides it has, which the plan knows."""
-    if not t.numel():
-        return t.float()
-    span = 1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
-    return t.as_strided((span,), (1,)).float().as_strided(t.shape, t.stride(), 0)
-
-
-def pick(module: Any, sizes: Sizes) -> Config:
-    """The first row of a decision table whose bounds hold."""
-    for bounds, config in module.TABLE:
-        if all(name in sizes and sizes[name] <= most for name, most in bounds.items()):
-            return config
-    raise RuntimeError(f"{module.__name__}: no row of TABLE is without bounds")
-
-
-def device_names(device: torch.device) -> list[tuple[str, str]]:
-    """Names under which a device's configs may be filed, the most exact first."""
-    if device.type != "cuda":
-        return [(device.type, "the device's own file")]
-    p = torch.cuda.get_device_properties(device)
-    arch = p.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{p.major}{p.minor}"
-    card = p.name.lower().replace(" ", "_").replace("-", "_")
-    return [(card, "the card's own file"), (arch, "the architecture's file")]
+        return (self.cpu if device.type == "cpu" else self.gpu).choose(device, sizes)
 
 
 # -- torch.compile, export and autograd ----------------------------------------------------------

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from attncc.codegen.call import PACKED, axes_text, has_lse, opening, sentence, tuple_text, write_attention
 from attncc.codegen.host import host_expr, host_function
 from attncc.codegen.source import Writer, filled, module_text
 from attncc.codegen.triton import handles, print_kernels, strides
 from attncc.ir.attention import SIZE_NAMES, Attention, Size
-from attncc.ir.expr import Dim, Dtype, Expr
-from attncc.ir.rewrite import names
+from attncc.ir.expr import Dim, Dtype
 from attncc.ir.tile import Kernel, Launch, Param, Program
 
 TORCH_DTYPE: Final[Mapping[str, str]] = {
@@ -21,9 +21,6 @@ TORCH_DTYPE: Final[Mapping[str, str]] = {
 SCRATCH_DTYPE: Final[Mapping[Dtype, str]] = {
     "i32": "int32", "i64": "int64", "i8": "int8", "u8": "uint8", "f16": "float16", "bf16": "bfloat16", "f32": "float32",
     "bool": "bool",
-}  # fmt: skip
-AXES: Final[Mapping[str, tuple[str, ...]]] = {
-    "bhsd": ("B", "H", "S", "D"), "bshd": ("B", "S", "H", "D"), "varlen": ("T", "H", "D"),
 }  # fmt: skip
 STRIDED: Final[Mapping[str, str]] = {"bhsd": "bhsd", "bshd": "bshd", "varlen": "shd"}
 
@@ -39,25 +36,40 @@ class TargetConfigs:
 
 
 def emit(
-    attn: Attention, program: Program, spec_text: str, targets: Sequence[TargetConfigs], made_by: str, digest: str
-) -> dict[str, str]:
+    attn: Attention,
+    program: Program,
+    spec_text: str,
+    targets: Sequence[TargetConfigs],
+    made_by: str,
+    digest: str,
+    libraries: Mapping[str, bytes] = {},
+) -> dict[str, str | bytes]:
     """Every file of the package, by its path inside it; the same input gives the same bytes.
 
     Args:
         attn: the variant as it left the passes.
+        targets: what Triton kernels are for; none where the package is for CPUs alone.
         made_by: name and version of the compiler, for the headers.
         digest: of the variant, for the headers.
+        libraries: machine code for CPUs by the name of the instruction set.
     """
     texts, flags = print_kernels(program)
     header = _header(attn, program, made_by, digest)
-    return {
-        "__init__.py": _init(attn, program, flags, targets, header),
+    gpu: dict[str, str | bytes] = {
         "kernels.py": _kernels(attn, texts, header),
-        "_runtime.py": module_text("_runtime"),
+        "_gpu.py": module_text("_gpu"),
         "_launch.py": module_text("_launch"),
-        "_checks.py": module_text("_checks"),
         "configs/__init__.py": '"""Launch configs, one module a device."""\n',
         **{f"configs/{t.target}.py": _configs(attn, t) for t in targets},
+    }
+    cpu: dict[str, str | bytes] = {"_cpu.py": module_text("_cpu")}
+    cpu |= {f"cpu/{isa}.so": code for isa, code in libraries.items()}
+    return {
+        "__init__.py": _init(attn, program, flags, targets, header, bool(libraries)),
+        "_runtime.py": module_text("_runtime"),
+        "_checks.py": module_text("_checks"),
+        **(gpu if targets else {}),
+        **(cpu if libraries else {}),
         "spec.yaml": spec_text,
     }
 
@@ -128,9 +140,10 @@ def _init(
     flags: Mapping[str, Sequence[str]],
     targets: Sequence[TargetConfigs],
     header: Iterable[str],
+    has_library: bool,
 ) -> str:
     w = Writer()
-    w.line(f'"""{attn.name}: {_sentence(attn.doc or "an attention variant")}')
+    w.block(opening(f"{attn.name}: {sentence(attn.doc or 'an attention variant')}", 117))
     w.line()
     w.block(header)
     w.line('"""')
@@ -139,26 +152,34 @@ def _init(
     _variant(body, attn, program, targets)
     w.block(["import math", ""] if "math." in body.text() else [])
     w.block(["import torch", ""])
-    w.line("from . import _runtime, kernels")
-    w.line(f"from .configs import {', '.join(sorted(t.target for t in targets))}")
+    modules = [*(["_cpu"] if has_library else []), *(["_gpu"] if targets else []), "_runtime"]
+    w.line(f"from . import {', '.join([*modules, *(['kernels'] if targets else [])])}")
+    w.block([f"from .configs import {', '.join(sorted(t.target for t in targets))}"] if targets else [])
     w.line("from ._checks import Size, Tensor")
-    w.line(f"from ._runtime import Kernel, Runner, {'Scratch, ' if program.scratch else ''}Variant")
+    kinds = ["Kernel", *(["Scratch"] if program.scratch else [])] if targets else []
+    w.line(f"from ._runtime import {', '.join([*kinds, 'Variant'])}")
     w.line()
-    for kernel in program.kernels:
+    for kernel in program.kernels if targets else ():
         _parameters(w, kernel, flags[kernel.name], _parameters_name(attn, kernel))
         w.line()
     w.block(body.text().splitlines())
     w.line()
-    w.line("_RUNNER = Runner(VARIANT)")
+    w.line(f"_RUNNER = {_runner(bool(targets), has_library)}")
     w.line(f'_OP = _runtime.register("{attn.name}", _RUNNER)')
     w.block(["", ""])
-    _attention(w, attn)
+    write_attention(w, attn)
     w.block(["", ""])
     w.line("def choose(device, **sizes):")
     with w.indented():
         w.line('"""The config for a torch device and sizes such as Sq=4096, and the rule that chose it."""')
         w.line("return _RUNNER.choose(torch.device(device), sizes)")
     return w.text()
+
+
+def _runner(for_gpu: bool, for_cpu: bool) -> str:
+    if for_gpu and for_cpu:
+        return "_runtime.Either(_gpu.Runner(VARIANT), _cpu.Runner(VARIANT))"
+    return "_cpu.Runner(VARIANT)" if for_cpu else "_gpu.Runner(VARIANT)"
 
 
 def _variant(
@@ -174,25 +195,31 @@ def _variant(
         with w.indented():
             w.block(_tensors(attn))
         w.line("),")
-        w.line(f"axes={_strings(_operand_axes(attn, program))},")
-        w.line(f"output={_axes(attn, 'Hq', 'Sq', attn.dims.v)},")
+        w.line(f"output={axes_text(attn, 'Hq', 'Sq', attn.dims.v)},")
         lse = '("Hq", "Tq")' if attn.layout == "varlen" else '("B", "Hq", "Sq")'
-        w.line(f"lse={_fixed(attn, lse) if _has_lse(attn) else None},")
+        w.line(f"lse={_fixed(attn, lse) if has_lse(attn) else None},")
         w.line(f"sizes={{{', '.join(_sizes(attn))}}},")
         w.line(f"scale={host_function(attn.scale)},")
-        w.line("kernels=(")
-        with w.indented():
-            for launch in program.launches:
-                _launch(w, attn, program.kernel(launch.kernel), launch)
-        w.line("),")
-        w.line("scratch=(" + ("),") * (not program.scratch))
-        with w.indented():
-            for s in program.scratch:
-                shape = _tuple(map(host_expr, s.shape))
-                w.entry(f'Scratch("{s.name}", lambda n: {shape}, torch.{SCRATCH_DTYPE[s.dtype]})')
-        w.block(["),"] * bool(program.scratch))
-        w.line(f"configs={{{', '.join(_quoted(t.target) for t in sorted(targets, key=lambda t: t.target))}}},")
+        if targets:
+            _gpu_fields(w, attn, program, targets)
     w.line(")")
+
+
+def _gpu_fields(w: Writer, attn: Attention, program: Program, targets: Sequence[TargetConfigs]) -> None:
+    """What Triton kernels need beside the variant."""
+    w.line(f"axes={_strings(_operand_axes(attn, program))},")
+    w.line("kernels=(")
+    with w.indented():
+        for launch in program.launches:
+            _launch(w, attn, program.kernel(launch.kernel), launch)
+    w.line("),")
+    w.line("scratch=(" + ("),") * (not program.scratch))
+    with w.indented():
+        for s in program.scratch:
+            shape = tuple_text(map(host_expr, s.shape))
+            w.entry(f'Scratch("{s.name}", lambda n: {shape}, torch.{SCRATCH_DTYPE[s.dtype]})')
+    w.block(["),"] * bool(program.scratch))
+    w.line(f"configs={{{', '.join(_quoted(t.target) for t in sorted(targets, key=lambda t: t.target))}}},")
 
 
 def _operand_axes(attn: Attention, program: Program) -> dict[str, str]:
@@ -207,10 +234,6 @@ def _quoted(target: str) -> str:
 
 def _strings(m: Mapping[str, str]) -> str:
     return "{" + ", ".join(f'"{k}": "{v}"' for k, v in m.items()) + "}"
-
-
-def _has_lse(attn: Attention) -> bool:
-    return attn.wants("lse") and attn.parts[0].normalizer.kind == "softmax"
 
 
 def _fixed(attn: Attention, text: str) -> str:
@@ -229,47 +252,21 @@ def _size_bounds(size: Size) -> str:
     return f"Size({size.most}{fixed}{f', multiple={size.multiple}' if size.multiple > 1 else ''})"
 
 
-def _tuple(texts: Iterable[str]) -> str:
-    entries = list(texts)
-    return f"({', '.join(entries)}{',' * (len(entries) == 1)})"
-
-
-def _sentence(text: str) -> str:
-    """A user's words inside a docstring: nothing in them ends it or escapes."""
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text.replace("\\", "\\\\"))
-    shown = shown.replace('"""', r"\"\"\"")
-    return shown if shown.endswith((".", "!", "?")) else f"{shown}."
-
-
-def _axes(attn: Attention, heads: str, length: str, dim: int) -> str:
-    count = {"Hq": attn.heads.q, "Hk": attn.heads.kv, "Hv": attn.heads.v}[heads]
-    values = {"B": '"B"', "H": str(count), "S": f'"{length}"', "T": f'"T{length[1:]}"', "D": str(dim)}
-    return f"({', '.join(values[a] for a in AXES[attn.layout])})"
-
-
 def _tensors(attn: Attention) -> list[str]:
     dtype = f"torch.{TORCH_DTYPE[attn.dtype]}"
     out = [
-        f'Tensor("q", {_axes(attn, "Hq", "Sq", attn.dims.qk)}, {dtype}, tiled=True),',
-        f'Tensor("k", {_axes(attn, "Hk", "Sk", attn.dims.qk)}, {dtype}, tiled=True),',
-        f'Tensor("v", {_axes(attn, "Hv", "Sk", attn.dims.v)}, {dtype}, tiled=True),',
+        f'Tensor("q", {axes_text(attn, "Hq", "Sq", attn.dims.qk)}, {dtype}, tiled=True),',
+        f'Tensor("k", {axes_text(attn, "Hk", "Sk", attn.dims.qk)}, {dtype}, tiled=True),',
+        f'Tensor("v", {axes_text(attn, "Hv", "Sk", attn.dims.v)}, {dtype}, tiled=True),',
     ]
     if attn.layout == "varlen":
         out += [f'Tensor("{n}", ("B + 1",), torch.int32),' for n in PACKED]
     known = {"Hq": attn.heads.q, "Hk": attn.heads.kv, "Hv": attn.heads.v, "Dqk": attn.dims.qk, "Dv": attn.dims.v}
     for x in attn.inputs:
         shape = [known.get(s, s) if isinstance(s, str) else s for s in x.shape]
-        axes = _tuple(f'"{s}"' if isinstance(s, str) else str(s) for s in shape)
+        axes = tuple_text(f'"{s}"' if isinstance(s, str) else str(s) for s in shape)
         out.append(f'Tensor("{x.name}", {axes}, torch.{TORCH_DTYPE[x.dtype]}),')
     return out
-
-
-PACKED: Final = ("cu_seqlens_q", "cu_seqlens_k")
-
-
-def arguments(attn: Attention) -> list[str]:
-    """Names of the tensors of a call, in the order of `Variant.tensors`."""
-    return ["q", "k", "v", *(PACKED if attn.layout == "varlen" else ()), *(x.name for x in attn.inputs)]
 
 
 def _parameters_name(attn: Attention, k: Kernel) -> str:
@@ -323,57 +320,3 @@ def _argument(p: Param) -> str:
 
 def _size(text: str) -> str:
     return text.removeprefix("len_")
-
-
-def _attention(w: Writer, attn: Attention) -> None:
-    extra = arguments(attn)[3:]
-    keywords = "".join(f"{n}, " for n in extra)
-    returns = ", return_lse=False" if _has_lse(attn) else ""
-    w.line(f"def attention(q, k, v, *, {keywords}scale=None{returns}):")
-    with w.indented():
-        w.line(f'"""{_sentence(attn.doc or attn.name)}')
-        w.line()
-        w.line("Args:")
-        with w.indented():
-            w.block(_argument_docs(attn))
-        w.line()
-        w.line("Returns:")
-        with w.indented():
-            w.line(f"o: {_shown(attn, 'Hq', 'Sq', attn.dims.v)} {attn.dtype}")
-            if _has_lse(attn):
-                w.line(_lse_doc(attn))
-        w.line()
-        w.line("Raises:")
-        with w.indented():
-            w.line("TypeError, ValueError: an argument's dtype, device, shape or stride is wrong; says which and how.")
-        w.line('"""')
-        tensors = ", ".join(arguments(attn))
-        w.line(f"o, lse = _runtime.call(_RUNNER, _OP, ({tensors}), scale{', return_lse' if _has_lse(attn) else ''})")
-        w.line("return (o, lse) if return_lse else o" if _has_lse(attn) else "return o")
-
-
-def _lse_doc(attn: Attention) -> str:
-    shape = f"[{attn.heads.q}, Tq]" if attn.layout == "varlen" else f"[B, {attn.heads.q}, Sq]"
-    return f"lse: {shape} fp32, natural log, -inf for a row that sees no key; only with return_lse"
-
-
-def _shown(attn: Attention, heads: str, length: str, dim: int) -> str:
-    return _axes(attn, heads, length, dim).replace('"', "").replace("(", "[").replace(")", "]")
-
-
-def _argument_docs(attn: Attention) -> list[str]:
-    out = [
-        f"q: {_shown(attn, 'Hq', 'Sq', attn.dims.qk)} {attn.dtype}",
-        f"k: {_shown(attn, 'Hk', 'Sk', attn.dims.qk)} {attn.dtype}",
-        f"v: {_shown(attn, 'Hv', 'Sk', attn.dims.v)} {attn.dtype}",
-    ]
-    if attn.layout == "varlen":
-        out += [f"{n}: [B + 1] int32, where each sequence begins; the last entry is the total" for n in PACKED]
-    out += [f"{x.name}: [{', '.join(map(str, x.shape))}] {x.dtype}" for x in attn.inputs]
-    out.append(f"scale: positive float that qk is multiplied by; default {_scale_doc(attn.scale)}")
-    return out
-
-
-def _scale_doc(scale: Expr) -> str:
-    text = host_expr(scale).replace("n.get", "").replace('n["', "").replace('"]', "")
-    return text if names(scale) else f"{float(scale.value or 0):g}" if scale.value is not None else text

@@ -61,7 +61,7 @@ BEHIND = """room = k.untyped_storage().nbytes() // k.element_size() > k.numel()
 
 def checked(folder: Path, attn: Attention = ATTENTION, **changes: str) -> Report:
     (folder / "__init__.py").write_text(PACKAGE.format(**RIGHT | changes))
-    return check_package(attn, folder, find("cpu"))
+    return check_package(attn, folder, find("interpreter"))
 
 
 def test_a_right_package_passes(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_a_right_package_passes(tmp_path: Path) -> None:
     assert {o.case.trait for o in report.outcomes if o.verdict == "refused"} == {"last_axis_strided"}
     assert (
         report.summary
-        == f"plain: {len(report.outcomes)} of {len(report.outcomes)} cases agree with the oracle on cpu in fp16"
+        == f"plain: {len(report.outcomes)} of {len(report.outcomes)} cases agree with the oracle on interpreter in fp16"
     )
 
 
@@ -128,7 +128,11 @@ def test_shapes_and_progress(tmp_path: Path) -> None:
     (tmp_path / "__init__.py").write_text(PACKAGE.format(**RIGHT))
     seen: list[tuple[str, int, int]] = []
     report = check_package(
-        ATTENTION, tmp_path, find("cpu"), shapes=[{"B": 1, "Sq": 4, "Sk": 9}], progress=lambda *step: seen.append(step)
+        ATTENTION,
+        tmp_path,
+        find("interpreter"),
+        shapes=[{"B": 1, "Sq": 4, "Sk": 9}],
+        progress=lambda *step: seen.append(step),
     )
     assert report.outcomes[0].case == Case(1, 4, 9)
     assert [done for _, done, _ in seen] == list(range(len(report.outcomes) + 1))

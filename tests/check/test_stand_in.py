@@ -13,7 +13,7 @@ from attncc.ir.expr import Expr, const, load, name
 
 QK, H, HK, J = name("qk", "f32"), name("h"), name("hk"), name("j")
 LARGE = Attention("large", Heads(32, 16, 16), Dims(64, 64), (Part(QK),), scale=const(1.0), dtype="bf16")
-CPU = find("cpu")
+CPU = find("interpreter")
 
 
 def test_a_gpu_runs_the_variant_itself() -> None:

@@ -36,7 +36,7 @@ class Package:
     def tiles(self, rows: int, keys: int, one_pass: int = 0) -> Package:
         """Takes tiles of this shape from now on."""
         knobs = {"BM": rows, "BN": keys, "GROUP": 2, "ONE_PASS": one_pass, "num_warps": 4, "num_stages": 1}
-        self.module.VARIANT.configs["cpu"].TABLE = (({}, knobs),)
+        self.module.VARIANT.configs["interpreter"].TABLE = (({}, knobs),)
         self.module._RUNNER.plans.clear()
         return self
 
@@ -46,7 +46,7 @@ class Package:
 
 
 @cache
-def package(body: str, name: str = "", target: str = "cpu") -> Package:
+def package(body: str, name: str = "", target: str = "interpreter") -> Package:
     """The package of a spec that lacks its version and name."""
     name = name or f"emitted_{len(list(OUT.iterdir()))}"
     loaded = spec.loads(f"attncc: 1\nname: {name}\n{body}\n")

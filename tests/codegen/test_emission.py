@@ -16,10 +16,9 @@ import torch
 from codegen.emitted import normal, package
 
 from attncc import driver, spec
-from attncc.device import DEVICES
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+EXAMPLES = [ROOT / "examples" / s.file for s in driver.systems(ROOT / "examples") if s.lowerings]
 BODY = "heads: {q: 4, kv: 2}\ndims: 64\n"
 CLOSED = {
     "causal": "mask: causal",
@@ -112,7 +111,7 @@ def test_nothing_unused_is_passed_or_bound() -> None:
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
 def test_emitted_text_is_tidy(path: Path, tmp_path: Path) -> None:
     """No line is too long, Python 3.11 reads it, ruff has nothing to say of it, every config names every knob."""
-    out = driver.compile(path, tmp_path, [d.name for d in DEVICES.values() if d.name in ("sm_90", "sm_80", "cpu")])
+    out = driver.compile(path, tmp_path, ["sm_90", "sm_80", "interpreter"])
     for file in sorted(out.rglob("*.py")):
         text = file.read_text()
         ast.parse(text, feature_version=(3, 11))
@@ -152,7 +151,7 @@ DOCS = [
 @pytest.mark.parametrize("doc", DOCS)
 def test_a_doc_is_only_ever_text(doc: str, tmp_path: Path) -> None:
     text = f"attncc: 1\nname: told\ndoc: {json.dumps(doc)}\nheads: 2\ndims: 16\n"
-    tree = ast.parse((driver.compile(spec.loads(text), tmp_path, ["cpu"]) / "__init__.py").read_text())
+    tree = ast.parse((driver.compile(spec.loads(text), tmp_path, ["interpreter"]) / "__init__.py").read_text())
     shown = ast.get_docstring(tree, clean=False) or ""
     assert shown.startswith(f"told: {doc}"[: 6 + len(doc)])
     attention = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "attention")
@@ -196,7 +195,9 @@ def test_an_input_may_have_any_name(word: str) -> None:
 
 def test_a_package_needs_triton_to_know_that_it_interprets(tmp_path: Path) -> None:
     """Where something imported triton for a GPU that is not here, the message says what to do."""
-    path = driver.compile(spec.loads("attncc: 1\nname: late\nheads: 2\ndims: 16\ndtype: fp32\n"), tmp_path, ["cpu"])
+    path = driver.compile(
+        spec.loads("attncc: 1\nname: late\nheads: 2\ndims: 16\ndtype: fp32\n"), tmp_path, ["interpreter"]
+    )
     call = "q = torch.zeros(1, 2, 3, 16); print(late.attention(q, q, q).shape)"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
 

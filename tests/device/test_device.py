@@ -46,7 +46,8 @@ def test_rows_are_physical(d: device.Device) -> None:
     assert 0 < d.shared_bytes_per_block <= d.shared_bytes_per_sm
     assert d.registers_per_sm >= d.registers_per_thread
     assert min(d.warp_size, d.sms, d.l2_bytes, d.bandwidth_gbps, d.bf16_tflops) > 0
-    assert d.is_gpu == (d.arch != "cpu")
+    assert d.is_gpu == (d.arch not in ("cpu", "interpreter"))
+    assert d.takes_libraries == (d.arch == "cpu")
     assert len(d.dtypes) == len(set(d.dtypes))
 
 

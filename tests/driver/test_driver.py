@@ -46,8 +46,8 @@ def test_the_package_is_where_it_should_be(tmp_path: Path) -> None:
 
 def test_a_file_is_a_spec_too(tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(SPEC)
-    from_file = tree(driver.compile(tmp_path / "tiny.yaml", tmp_path / "a", ["cpu"]))
-    from_name = tree(driver.compile(str(tmp_path / "tiny.yaml"), tmp_path / "b", [find("cpu")]))
+    from_file = tree(driver.compile(tmp_path / "tiny.yaml", tmp_path / "a", ["interpreter"]))
+    from_name = tree(driver.compile(str(tmp_path / "tiny.yaml"), tmp_path / "b", [find("interpreter")]))
     assert from_file == from_name
 
 
@@ -67,18 +67,18 @@ def test_anything_else_is_not_overwritten(tmp_path: Path, content: str) -> None:
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / content).write_text("precious")
     with pytest.raises(SpecError, match="no attncc package"):
-        driver.compile(spec.loads(SPEC), tmp_path, ["cpu"])
+        driver.compile(spec.loads(SPEC), tmp_path, ["interpreter"])
     assert tree(tmp_path) == {f"tiny/{content}": b"precious"}
 
 
 def test_a_file_in_the_way_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "tiny").write_text("precious")
     with pytest.raises(SpecError, match="no attncc package"):
-        driver.compile(spec.loads(SPEC), tmp_path, ["cpu"])
+        driver.compile(spec.loads(SPEC), tmp_path, ["interpreter"])
 
 
 def test_a_failure_leaves_the_earlier_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = tree(driver.compile(spec.loads(SPEC), tmp_path, ["cpu"]))
+    before = tree(driver.compile(spec.loads(SPEC), tmp_path, ["interpreter"]))
     real = Path.write_bytes
 
     def full_disk(path: Path, data: bytes) -> int:
@@ -101,7 +101,7 @@ def test_progress_reaches_its_end(tmp_path: Path) -> None:
 
 
 def test_the_package_needs_no_attncc(tmp_path: Path) -> None:
-    driver.compile(spec.loads(SPEC), tmp_path, ["cpu"])
+    driver.compile(spec.loads(SPEC), tmp_path, ["interpreter"])
     code = """
 import sys
 sys.modules["attncc"] = None
@@ -121,7 +121,7 @@ from pathlib import Path
 from attncc import driver
 for system in driver.systems("examples"):
     if system.lowerings:
-        driver.compile(Path("examples", system.file), sys.argv[1], ["sm_90", "cpu"])
+        driver.compile(Path("examples", system.file), sys.argv[1], ["sm_90", "interpreter"])
 """
     seeds = ("0", "1234")
     for seed in seeds:
@@ -180,7 +180,7 @@ def test_a_bug_names_the_variant(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
     monkeypatch.setattr(driver, "verify_program", broken)
     with pytest.raises(CompilerBug) as error:
-        driver.compile(spec.loads(SPEC, "variant.yaml"), tmp_path, ["cpu"])
+        driver.compile(spec.loads(SPEC, "variant.yaml"), tmp_path, ["interpreter"])
     assert error.value.__notes__ == ["while compiling 'tiny' of variant.yaml"]
 
 
@@ -294,7 +294,7 @@ def test_bf16_itself_runs_here(layout: str, tmp_path: Path) -> None:
 
 
 def test_check_says_what_stood_in_for_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "here", lambda: (find("cpu"),))
+    monkeypatch.setattr(driver, "here", lambda: (find("interpreter"),))
     report = driver.check(spec.loads(SPEC.replace("fp16", "bf16")), [{"B": 1, "Sq": 3, "Sk": 5}])
     assert report.dtype == "fp16"
     assert any("bf16" in note for note in report.notes)

@@ -152,7 +152,7 @@ RULES: Final[Mapping[str, tuple[Rule, ...]]] = {
     "sm_90": HOPPER,
     "sm_100": BLACKWELL,
     "gfx942": CDNA,
-    "cpu": INTERPRETED,
+    "interpreter": INTERPRETED,
 }
 SHORT: Final = 16
 """Up to so many queries a tile of 16 rows holds them all."""

@@ -29,6 +29,7 @@ from attncc.ir.build import (
     trans,
 )
 from attncc.ir.expr import TRUE, Expr, cast_to, const, eq, ew, maximum, minimum, name, where
+from attncc.ir.factors import fold_constants, split_multiplier
 from attncc.ir.rewrite import names, transform, walk
 from attncc.ir.tile import Function, Kernel, Launch, Param, Program, Scratch
 from attncc.passes.lower import classify, skew
@@ -38,13 +39,11 @@ from attncc.passes.lower.normalizers import LOG2E, NORMALIZERS, VALUE_DTYPE, Rul
 from attncc.passes.lower.pieces import pieces
 from attncc.passes.lower.scores import (
     Scope,
-    fold_constants,
     hoist,
     input_param,
     own_name,
     regroup,
     share_reads,
-    split_multiplier,
 )
 from attncc.passes.lower.skew import Diagonal
 from attncc.passes.lower.tidy import tidy
@@ -256,7 +255,8 @@ def _walk(b: Builder, attn: Attention, t: QueryTile, runs: Runs, step: Function,
 def _key_tile(outer: Builder, attn: Attention, t: QueryTile, rule: Rule, formulas: Formulas) -> Function:
     """The device function that adds one key tile, at key `n`, to the state."""
     b, n = Builder(outer.params), name("n")
-    columns, values = pieces(attn.dims.qk), pieces(attn.dims.v)
+    columns = pieces(attn.dims.qk) if "qk" in names(formulas.score) else ()
+    values = pieces(attn.dims.v)
     at = t.first_key + n
     keys = [
         b.let(
@@ -276,10 +276,9 @@ def _key_tile(outer: Builder, attn: Attention, t: QueryTile, rule: Rule, formula
     s: Expr | None = None
     for p, k in zip(columns, keys, strict=True):
         s = dot(name("q" + p.suffix(columns), k.dtype, ("BM", p.width)), trans(k), s)
-    assert s is not None
-    x = scope.with_(qk=b.let("s", s, "[BM, BN]")).bind(score)
-    if x.shape != s.shape:  # a score without qk
-        x = full(s.shape, 0.0) + x
+    x = (scope if s is None else scope.with_(qk=b.let("s", s, "[BM, BN]"))).bind(score)
+    if x.shape != ("BM", "BN"):  # a score of rows or keys alone
+        x = full(("BM", "BN"), 0.0) + x
 
     def keep() -> Expr:
         mask = scope.bind(formulas.mask)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from attncc.ir.attention import Attention, Input
 from attncc.ir.build import Builder, fresh, read, reduce
 from attncc.ir.expr import Dtype, Expr, Value, cast_to, const, lift, name
+from attncc.ir.factors import fold_constants
 from attncc.ir.rewrite import names, rebuild, transform
 from attncc.ir.tile import Param
 
@@ -168,21 +169,6 @@ def share_reads(b: Builder, e: Expr, scope: Scope) -> Expr:
     return scope.bind(go(e))
 
 
-def split_multiplier(score: Expr) -> tuple[Expr, Expr]:
-    """`score` as x * c with a positive c that no row, key or head moves; c joins log2(e) in the exponent's FMA."""
-    c: Expr = const(1.0)
-    while True:
-        match score:
-            case Expr("mul", (x, y)) if _positive(y):
-                score, c = x, c * y
-            case Expr("mul", (y, x)) if _positive(y):
-                score, c = x, c * y
-            case Expr("div", (x, y)) if _positive(y):
-                score, c = x, c / y
-            case _:
-                return score, fold_constants(c)
-
-
 def regroup(e: Expr) -> Expr:
     """Products with several scalar factors multiply the tile once: qk * scale / 30 is qk * (scale / 30).
 
@@ -203,33 +189,6 @@ def regroup(e: Expr) -> Expr:
     return transform(e, step)
 
 
-def fold_constants(e: Expr) -> Expr:
-    """Products and quotients of float constants as one constant."""
-
-    def step(node: Expr) -> Expr | None:
-        if node.op not in ("mul", "div"):
-            return None
-        a, b = node.args
-        if a.value is not None and b.value is not None and (node.op == "mul" or b.value != 0):
-            number = a.value * b.value if node.op == "mul" else a.value / b.value
-            return const(float(number))
-        if a.value == 1 and node.op == "mul":
-            return b
-        if b.value == 1:
-            return a
-        if node.op == "mul" and a.op == "mul" and b.value is not None and a.args[1].value is not None:
-            return a.args[0] * const(float(a.args[1].value * b.value))
-        return None
-
-    return transform(e, step)
-
-
 def _moves(e: Expr) -> bool:
     """Whether `e` differs from key to key or row to row."""
     return bool(names(e) & {"qk", "j", "i", "row"})
-
-
-def _positive(e: Expr) -> bool:
-    if e.value is not None:
-        return e.value > 0
-    return e.op == "name" and e.attr == "scale"

@@ -1,0 +1,107 @@
+"""The function that users of an emitted package call: its signature, its docstring, its body."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from attncc.codegen.host import host_expr
+from attncc.codegen.source import Writer
+from attncc.ir.attention import Attention
+from attncc.ir.expr import Expr
+from attncc.ir.rewrite import names
+
+AXES: Final[Mapping[str, tuple[str, ...]]] = {
+    "bhsd": ("B", "H", "S", "D"), "bshd": ("B", "S", "H", "D"), "varlen": ("T", "H", "D"),
+}  # fmt: skip
+
+
+PACKED: Final = ("cu_seqlens_q", "cu_seqlens_k")
+
+
+def arguments(attn: Attention) -> list[str]:
+    """Names of the tensors of a call, in the order of `Variant.tensors`."""
+    return ["q", "k", "v", *(PACKED if attn.layout == "varlen" else ()), *(x.name for x in attn.inputs)]
+
+
+def write_attention(w: Writer, attn: Attention) -> None:
+    extra = arguments(attn)[3:]
+    keywords = "".join(f"{n}, " for n in extra)
+    returns = ", return_lse=False" if has_lse(attn) else ""
+    w.line(f"def attention(q, k, v, *, {keywords}scale=None{returns}):")
+    with w.indented():
+        w.block(opening(sentence(attn.doc or attn.name), 115))
+        w.line()
+        w.line("Args:")
+        with w.indented():
+            w.block(_argument_docs(attn))
+        w.line()
+        w.line("Returns:")
+        with w.indented():
+            w.line(f"o: {_shown(attn, 'Hq', 'Sq', attn.dims.v)} {attn.dtype}")
+            if has_lse(attn):
+                w.line(_lse_doc(attn))
+        w.line()
+        w.line("Raises:")
+        with w.indented():
+            w.line("TypeError, ValueError: an argument's dtype, device, shape or stride is wrong; says which and how.")
+        w.line('"""')
+        tensors = ", ".join(arguments(attn))
+        w.line(f"o, lse = _runtime.call(_RUNNER, _OP, ({tensors}), scale{', return_lse' if has_lse(attn) else ''})")
+        w.line("return (o, lse) if return_lse else o" if has_lse(attn) else "return o")
+
+
+def _lse_doc(attn: Attention) -> str:
+    shape = f"[{attn.heads.q}, Tq]" if attn.layout == "varlen" else f"[B, {attn.heads.q}, Sq]"
+    return f"lse: {shape} fp32, natural log, -inf for a row that sees no key; only with return_lse"
+
+
+def _shown(attn: Attention, heads: str, length: str, dim: int) -> str:
+    return axes_text(attn, heads, length, dim).replace('"', "").replace("(", "[").replace(")", "]")
+
+
+def _argument_docs(attn: Attention) -> list[str]:
+    out = [
+        f"q: {_shown(attn, 'Hq', 'Sq', attn.dims.qk)} {attn.dtype}",
+        f"k: {_shown(attn, 'Hk', 'Sk', attn.dims.qk)} {attn.dtype}",
+        f"v: {_shown(attn, 'Hv', 'Sk', attn.dims.v)} {attn.dtype}",
+    ]
+    if attn.layout == "varlen":
+        out += [f"{n}: [B + 1] int32, where each sequence begins; the last entry is the total" for n in PACKED]
+    out += [f"{x.name}: [{', '.join(map(str, x.shape))}] {x.dtype}" for x in attn.inputs]
+    out.append(f"scale: positive float that qk is multiplied by; default {_scale_doc(attn.scale)}")
+    return out
+
+
+def _scale_doc(scale: Expr) -> str:
+    text = host_expr(scale).replace("n.get", "").replace('n["', "").replace('"]', "")
+    return text if names(scale) else f"{float(scale.value or 0):g}" if scale.value is not None else text
+
+
+def has_lse(attn: Attention) -> bool:
+    return attn.wants("lse") and attn.parts[0].normalizer.kind == "softmax"
+
+
+def tuple_text(texts: Iterable[str]) -> str:
+    entries = list(texts)
+    return f"({', '.join(entries)}{',' * (len(entries) == 1)})"
+
+
+def opening(text: str, width: int) -> list[str]:
+    """The first lines of a docstring."""
+    first, *others = textwrap.wrap(text, width)
+    return [f'"""{first}', *others]
+
+
+def sentence(text: str) -> str:
+    """A user's words inside a docstring: nothing in them ends it or escapes."""
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text.replace("\\", "\\\\"))
+    shown = shown.replace('"""', r"\"\"\"")
+    return shown if shown.endswith((".", "!", "?")) else f"{shown}."
+
+
+def axes_text(attn: Attention, heads: str, length: str, dim: int) -> str:
+    count = {"Hq": attn.heads.q, "Hk": attn.heads.kv, "Hv": attn.heads.v}[heads]
+    values = {"B": '"B"', "H": str(count), "S": f'"{length}"', "T": f'"T{length[1:]}"', "D": str(dim)}
+    return f"({', '.join(values[a] for a in AXES[attn.layout])})"

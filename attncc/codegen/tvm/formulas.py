@@ -1,0 +1,382 @@
+"""Formulas of the language as TVM expressions: `i` and `row` are vectors of query rows, `j` a scalar.
+
+What no key moves is computed before the keys are walked; what no row moves, once a key. A read outside of its
+tensor gives 0, as the language has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from attncc.codegen.tvm import vector
+from attncc.codegen.tvm.isa import Isa
+from attncc.codegen.tvm.vector import Value, cast, joined, lanes, let, real, registers, select, signs, whole, widened
+from attncc.errors import Unsupported
+from attncc.ir.expr import FLOATS, INTS, Expr
+from attncc.ir.rewrite import names, walk
+
+ROW_NAMES: Final = frozenset({"i", "row"})
+KEY_NAMES: Final = frozenset({"j", "qk"})
+DTYPES: Final = {"f32": "float32", "i32": "int32", "i64": "int64", "bool": "bool"}
+
+
+@dataclass(frozen=True, slots=True)
+class Array:
+    """An extra tensor: its flat buffer, and extents and strides in elements (int64)."""
+
+    flat: Any
+    shape: tuple[Value, ...]
+    strides: tuple[Value, ...]
+    broadcasts: tuple[bool, ...]
+    dtype: str
+    """As the spec has it: fp32 fp16 bf16 int32 int64 int8 uint8 bool."""
+
+
+class Formulas:
+    """Values of names at one place of a kernel, and what was computed there so far."""
+
+    def __init__(
+        self, isa: Isa, arrays: Mapping[str, Array], task: Mapping[str, Value], rows: list[dict[str, Value]]
+    ) -> None:
+        self.isa, self.arrays = isa, arrays
+        self.task = task
+        """Scalars: b h hk scale and sizes."""
+        self.rows = rows
+        """i and row of each vector of rows."""
+        self.key: dict[str, Value] = {}
+        """j, while a key is looked at."""
+        self._kept: dict[tuple[Expr, int], Value] = {}
+        """What does not move with keys, as long as it is kept."""
+        self._of_key: dict[Expr, Value] = {}
+        self._keeps = True
+
+    def prepare(self, formulas: Iterable[Expr]) -> None:
+        """Computes, here, every part of the formulas that no key moves."""
+        for e in formulas:
+            for part in _still_parts(e):
+                for v in range(len(self.rows)) if names(part) & ROW_NAMES else (0,):
+                    self.value(part, v)
+
+    def seal(self) -> None:
+        """From here on nothing more is kept: it would be of a branch or a loop that not every user of it is in."""
+        self._keeps = False
+
+    def at_key(self, j: Value) -> None:
+        """From here on `j` is this key."""
+        self.key, self._of_key = {"j": j}, {}
+
+    def value(self, e: Expr, v: int, qk: Value = None) -> Value:
+        """The formula for the vector `v` of rows."""
+        if e.op in ("const", "name"):  # has its place already
+            return self._node(e, v, qk)
+        reads = names(e)
+        if not reads & KEY_NAMES:
+            at = (e, v if reads & ROW_NAMES else 0)
+            found = self._kept.get(at)
+            if found is None:
+                found = let(self._node(e, v, qk))
+                if self._keeps:
+                    self._kept[at] = found
+            return found
+        if not reads & ROW_NAMES and "qk" not in reads:
+            if e not in self._of_key:
+                self._of_key[e] = let(self._node(e, v, qk))
+            return self._of_key[e]
+        return self._node(e, v, qk)
+
+    def _node(self, e: Expr, v: int, qk: Value) -> Value:
+        match e.op:
+            case "const":
+                return _constant(e)
+            case "name":
+                return self._name(str(e.attr), v, qk)
+            case "load":
+                return self._load(self.arrays[str(e.attr)], [self.value(a, v, qk) for a in e.args], DTYPES[e.dtype])
+            case "bucket":
+                array = self.arrays[str(e.attr)]
+                return self._bucket(array, [self.value(a, v, qk) for a in e.args])
+            case "cast":
+                return cast(self.value(e.args[0], v, qk), DTYPES[e.dtype])
+            case "rows_min" | "rows_max":
+                return self._over_rows(e)
+            case op:
+                args = joined(*(self.value(a, v, qk) for a in e.args))
+                return OPERATORS[op](self.isa, e, args)
+
+    def _name(self, text: str, v: int, qk: Value) -> Value:
+        if text == "qk":
+            return qk
+        if text in ROW_NAMES:
+            return self.rows[v][text]
+        return self.key[text] if text in self.key else self.task[text]
+
+    def _load(self, x: Array, index: list[Value], dtype: str) -> Value:
+        flat, outside = self._place(x, index)
+        value = widen(x.flat[flat], x.dtype)
+        if outside is not None:
+            value = kept(value, outside)
+        if dtype == "bool":
+            return tirx.NE(value, widened(_zero(vector.kind(value)), lanes(value)))
+        return cast(value, dtype)
+
+    def _place(self, x: Array, index: list[Value]) -> tuple[Value, Value | None]:
+        """The flat address of an entry; and -1 where the index is outside, and the address another's, else 0."""
+        flat: Value = whole(0, "int64")
+        outside: Value | None = None
+        for at, size, stride, broadcasts in zip(index, x.shape, x.strides, x.broadcasts, strict=True):
+            if broadcasts:
+                continue
+            at = let(cast(at, "int64"))
+            out = let(signs(at | _difference(size - 1, at)))
+            outside = out if outside is None else let(_either(outside, out))
+            flat = let(_sum(flat, _product(at & ~out, stride)))
+        return flat, outside
+
+    def _bucket(self, x: Array, args: list[Value]) -> Value:
+        """How many entries of a sorted row are <= the value: by bisection, lane by lane."""
+        *row, value = args
+        flat, _ = self._place(_first_axes(x), row) if row else (whole(0, "int64"), None)
+        if lanes(flat) > 1:
+            raise Unsupported("a sorted input whose row differs from query to query is not searched on the CPU", "mask")
+        count = lanes(value)
+        given = registers(count, "int32")
+        found = registers(count, "int32")
+        ends = registers(2, "int32")
+        T.buffer_store(given, cast(value, "int32"), [T.ramp(whole(0), 1, count) if count > 1 else whole(0)])
+        with T.serial(0, count) as lane:
+            T.buffer_store(ends, whole(0), [0])
+            T.buffer_store(ends, cast(x.shape[-1], "int32"), [1])
+            with T.While(ends[0] < ends[1]):
+                middle = let((ends[0] + ends[1]) >> whole(1))
+                entry = widen(x.flat[flat + cast(middle, "int64") * x.strides[-1]], x.dtype)
+                with T.If(cast(entry, "int64") <= cast(given[lane], "int64")):
+                    with T.Then():
+                        T.buffer_store(ends, middle + 1, [0])
+                    with T.Else():
+                        T.buffer_store(ends, middle, [1])
+            T.buffer_store(found, ends[0], [lane])
+        return found[T.ramp(whole(0), 1, count)] if count > 1 else found[0]
+
+    def _over_rows(self, e: Expr) -> Value:
+        """The least or greatest value over all rows of the tile."""
+        pick: Callable[..., Value] = T.min if e.op == "rows_min" else T.max
+        best: Value | None = None
+        for v in range(len(self.rows)):
+            some = let(widened(self.value(e.args[0], v), self.isa.lanes))
+            best = some if best is None else let(pick(best, some))
+        assert best is not None
+        kept = registers(self.isa.lanes, vector.kind(best))
+        T.buffer_store(kept, best, [T.ramp(whole(0), 1, self.isa.lanes)])
+        with T.serial(1, self.isa.lanes) as lane:
+            T.buffer_store(kept, pick(kept[0], kept[lane]), [0])
+        return kept[0]
+
+
+def _still_parts(e: Expr) -> Iterable[Expr]:
+    """The largest parts that no key moves."""
+    if not names(e) & KEY_NAMES:
+        return () if e.op in ("const", "name") else (e,)
+    return [part for a in e.args for part in _still_parts(a)]
+
+
+def _first_axes(x: Array) -> Array:
+    return Array(x.flat, x.shape[:-1], x.strides[:-1], x.broadcasts[:-1], x.dtype)
+
+
+def widen(x: Value, dtype: str) -> Value:
+    """A stored value as fp32 or an integer: bf16 is kept as its bits, for TVM's own cast of a bound one is wrong."""
+    if dtype == "bf16":
+        count = lanes(x)
+        shift = widened(whole(16, "uint32"), count)
+        return T.reinterpret("float32" if count == 1 else f"float32x{count}", cast(x, "uint32") << shift)
+    return cast(x, "float32") if dtype == "fp16" else cast(x, "int32") if dtype in ("int8", "uint8", "bool") else x
+
+
+def narrow(x: Value, dtype: str) -> Value:
+    """fp32 as it is stored, rounded to nearest even."""
+    if dtype != "bf16":
+        return cast(x, "float16") if dtype == "fp16" else x
+    count = lanes(x)
+    x = let(x)
+    bits = let(T.reinterpret("uint32" if count == 1 else f"uint32x{count}", x))
+    one, shift, half = (widened(whole(n, "uint32"), count) for n in (1, 16, 0x7FFF))
+    rounded = (bits + (half + ((bits >> shift) & one))) >> shift
+    return cast(select(tirx.NE(x, x), widened(whole(0x7FC0, "uint32"), count), rounded), "uint16")
+
+
+STORED: Final = {"bf16": "uint16", "fp16": "float16", "fp32": "float32", "bool": "uint8"}
+
+
+def stored(dtype: str) -> str:
+    """What TVM calls an element of a tensor."""
+    return STORED.get(dtype, dtype)
+
+
+def kept(x: Value, outside: Value) -> Value:
+    """A value, its bits cleared where `outside` has all of them set."""
+    x, outside = joined(x, outside)
+    dtype = str(x.ty)
+    if vector.kind(x) == "float32":
+        bits = T.reinterpret(dtype.replace("float", "int"), x)
+        return T.reinterpret(dtype, bits & ~cast(outside, "int32"))
+    return x & ~cast(outside, vector.kind(x))
+
+
+def _constant(e: Expr) -> Value:
+    match e.dtype:
+        case "bool":
+            return tirx.const(bool(e.attr), "bool")
+        case dtype if dtype in FLOATS:
+            return real(float(e.attr))  # type: ignore[arg-type]
+        case dtype:
+            return whole(int(e.attr), DTYPES[dtype])  # type: ignore[arg-type]
+
+
+def _zero(dtype: str) -> Value:
+    return real(0.0) if dtype == "float32" else whole(0, dtype)
+
+
+def _sum(a: Value, b: Value) -> Value:
+    a, b = joined(a, b)
+    return a + b
+
+
+def _difference(a: Value, b: Value) -> Value:
+    a, b = joined(a, b)
+    return a - b
+
+
+def _either(a: Value, b: Value) -> Value:
+    a, b = joined(a, b)
+    return a | b
+
+
+def _product(a: Value, b: Value) -> Value:
+    a, b = joined(a, b)
+    return a * b
+
+
+# -- one row an operator -------------------------------------------------------------------------
+
+Operator = Callable[[Isa, Expr, list[Value]], Value]
+
+
+def _plain(f: Callable[..., Value]) -> Operator:
+    """Over arguments of one dtype, the widest among them."""
+
+    def apply(isa: Isa, e: Expr, args: list[Value]) -> Value:
+        return f(*_alike(args))
+
+    return apply
+
+
+def _decision(f: Callable[..., Value]) -> Operator:
+    """A condition, under a name."""
+    return lambda isa, e, args: let(f(*_alike(args)))
+
+
+def _alike(args: list[Value]) -> list[Value]:
+    kinds = {vector.kind(a) for a in args}
+    for dtype in ("float32", "int64", "int32"):
+        if dtype in kinds:
+            return [cast(a, dtype) for a in args]
+    return args
+
+
+def _real(f: Callable[..., Value]) -> Operator:
+    """Over floats, with the instruction set at hand."""
+
+    def apply(isa: Isa, e: Expr, args: list[Value]) -> Value:
+        return f(*(cast(a, "float32") for a in args), isa)
+
+    return apply
+
+
+def _floordiv(isa: Isa, e: Expr, args: list[Value]) -> Value:
+    a, b = _alike(args)
+    return T.floor(a / b) if e.dtype in FLOATS else vector.quotient(a, b)
+
+
+def _mod(isa: Isa, e: Expr, args: list[Value]) -> Value:
+    a, b = _alike(args)
+    if e.dtype not in FLOATS:
+        return vector.remainder(a, b)
+    a, b = let(a), let(b)
+    return a - T.floor(a / b) * b
+
+
+def _extreme(over: Callable[[Value, Value], Value]) -> Operator:
+    """min or max, NaN if either is."""
+
+    def apply(isa: Isa, e: Expr, args: list[Value]) -> Value:
+        a, b = map(let, _alike(args))
+        if e.dtype not in INTS:
+            return select(tirx.Or(over(a, b), tirx.NE(a, a)), a, b)
+        chosen = let(cast(over(a, b), vector.kind(a)))  # 1 or 0
+        return let(b + (a - b) * chosen)
+
+    return apply
+
+
+def _where(isa: Isa, e: Expr, args: list[Value]) -> Value:
+    return select(args[0], *_alike(args[1:]))
+
+
+def _magnitude(x: Value) -> Value:
+    x = let(x)
+    return select(x < widened(_zero(vector.kind(x)), lanes(x)), -x, x)
+
+
+def _per_lane(name: str) -> Operator:
+    """A function that is a call a lane: rare in scores, and then of what no key moves."""
+    return _real(lambda x, isa: getattr(T, name)(x))
+
+
+def _power(isa: Isa, e: Expr, args: list[Value]) -> Value:
+    if e.dtype in INTS:
+        raise Unsupported("whole numbers to a power that is not a small constant", "score")
+    return T.pow(*(cast(a, "float32") for a in args))
+
+
+OPERATORS: Final[dict[str, Operator]] = {
+    "add": _plain(lambda a, b: a + b),
+    "sub": _plain(lambda a, b: a - b),
+    "mul": _plain(lambda a, b: a * b),
+    "div": _real(lambda a, b, isa: a / b),
+    "floordiv": _floordiv,
+    "mod": _mod,
+    "pow": _power,
+    "neg": _plain(lambda a: -a),
+    "abs": _plain(_magnitude),
+    "min": _extreme(lambda a, b: a < b),
+    "max": _extreme(lambda a, b: a > b),
+    "where": _where,
+    "lt": _decision(lambda a, b: a < b),
+    "le": _decision(lambda a, b: a <= b),
+    "gt": _decision(lambda a, b: a > b),
+    "ge": _decision(lambda a, b: a >= b),
+    "eq": _decision(tirx.EQ),
+    "ne": _decision(tirx.NE),
+    "and": _decision(tirx.And),
+    "or": _decision(tirx.Or),
+    "not": _decision(tirx.Not),
+    "exp": _real(vector.exp),
+    "exp2": _real(vector.exp2),
+    "sigmoid": _real(vector.sigmoid),
+    "tanh": _real(vector.tanh),
+    "sqrt": _real(lambda x, isa: T.sqrt(x)),
+    "rsqrt": _real(lambda x, isa: widened(real(1.0), lanes(x)) / T.sqrt(x)),
+    "floor": _real(lambda x, isa: T.floor(x)),
+    **{name: _per_lane(name) for name in ("log", "log2", "log1p", "sin", "cos", "erf")},
+}
+
+
+def unknown_operators(e: Expr) -> set[str]:
+    """Operators of a formula that CPU kernels have no instruction for."""
+    structural = {"const", "name", "load", "bucket", "cast", "rows_min", "rows_max"}
+    return {node.op for node in walk(e)} - set(OPERATORS) - structural

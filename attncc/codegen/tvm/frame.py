@@ -1,0 +1,199 @@
+"""The arguments of a CPU kernel, and where a query tile stands in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from attncc.codegen.tvm.formulas import Array, Formulas, stored
+from attncc.codegen.tvm.isa import Isa
+from attncc.codegen.tvm.vector import Value, cast, least, let, quotient, registers, whole, widened
+from attncc.ir.attention import Attention
+
+FLAT: Final = 1 << 62
+"""Elements of a flat view: no bound, for addresses are computed here."""
+ALIGNMENT: Final = {"uint8": 1, "int8": 1, "uint16": 2, "float16": 2, "int64": 8}
+"""Bytes to which elements are aligned, 4 for others. TVM takes 64 for granted, which no view of a tensor keeps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """q, k, v or o of a call: flat elements, and strides of batch (None in packed layouts), head and row."""
+
+    flat: Any
+    length: Value
+    """Rows; of all sequences together in packed layouts."""
+    batch: Value | None
+    head: Value
+    row: Value
+
+    def start(self, b: Value, h: Value, row: Value) -> Value:
+        """The address of a row of a head."""
+        at = cast(h, "int64") * self.head + cast(row, "int64") * self.row
+        return at if self.batch is None else at + cast(b, "int64") * self.batch
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One query tile."""
+
+    b: Value
+    h: Value
+    hk: Value
+    hv: Value
+    row0: Value
+    queries: Value
+    """Of its sequence, as `keys`."""
+    keys: Value
+    q0: Value
+    """Where the sequence's queries begin in a packed tensor, else 0; `k0`: its keys."""
+    k0: Value
+    formulas: Formulas
+    buffers: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Filled once, by `Tiles.allocate`."""
+
+
+class Frame:
+    """A kernel's arguments: q, k, v, (cu_seqlens_q, cu_seqlens_k,) the inputs, o, lse, and the scale."""
+
+    def __init__(self, attn: Attention, isa: Isa) -> None:
+        self.attn, self.isa = attn, isa
+        self.packed = attn.layout == "varlen"
+        cuts = ("cu_seqlens_q", "cu_seqlens_k") if self.packed else ()
+        rank = 3 if self.packed else 4
+        tensors = dict.fromkeys("qkv", (rank, attn.dtype)) | dict.fromkeys(cuts, (1, "int32"))
+        tensors |= {x.name: (len(x.shape), x.dtype) for x in attn.inputs}
+        tensors |= {"o": (rank, attn.dtype), "lse": (rank - 1, "fp32")}
+        handles = {n: T.arg(n, T.handle()) for n in tensors}
+        self.scale = T.arg("scale", T.float32())
+        bound = {n: _bound(n, handles[n], *what) for n, what in tensors.items()}  # all of them before any view
+        views = {n: (_flat(buffer), shape, strides) for n, (buffer, shape, strides) in bound.items()}
+        self.q, self.k, self.v, self.o = (self._operand(*views[n]) for n in "qkvo")
+        self.lse, _, self.lse_strides = views["lse"]
+        self.starts = {n: views[n][0] for n in cuts}
+        broadcasts = {x.name: tuple(size == 1 for size in x.shape) for x in attn.inputs}
+        self.arrays = {x.name: Array(*views[x.name], broadcasts[x.name], x.dtype) for x in attn.inputs}
+        batch = views["cu_seqlens_q"][1][0] - 1 if self.packed else views["q"][1][0]
+        self.batch = let(cast(batch, "int32"))
+
+    def _operand(self, flat: Any, shape: tuple[Value, ...], strides: tuple[Value, ...]) -> Operand:
+        match self.attn.layout:
+            case "bhsd":
+                return Operand(flat, shape[2], strides[0], strides[1], strides[2])
+            case "bshd":
+                return Operand(flat, shape[1], strides[0], strides[2], strides[1])
+            case "varlen":
+                return Operand(flat, shape[0], None, strides[1], strides[0])
+
+    # -- tasks ---------------------------------------------------------------------------------------
+
+    def for_each_task(self, body: Callable[[Task], None]) -> None:
+        """Every query tile of every head, in parallel."""
+        heads, rows = whole(self.attn.heads.q), whole(self.isa.rows)
+        total = let(cast(self.q.length, "int32"))
+        if self.packed:  # at least as many as there are
+            tiles = let(quotient(total, rows) + self.batch)
+            count = tiles * heads
+        else:
+            tiles = let(quotient(total + (self.isa.rows - 1), rows))
+            count = self.batch * heads * tiles
+        with T.parallel(0, let(count)) as number:
+            task = self._packed_task(number, tiles) if self.packed else self._task(number, tiles)
+            with T.If(task.row0 < task.queries), T.Then():
+                body(replace(task, formulas=self._formulas(task)))
+
+    def _task(self, number: Value, tiles: Value) -> Task:
+        """The tiles with the most keys come first: under a causal mask the last rows have them."""
+        heads = whole(self.attn.heads.q)
+        b = let(T.truncdiv(number, heads * tiles))
+        h = let(T.truncmod(T.truncdiv(number, tiles), heads))
+        row0 = let((tiles - 1 - T.truncmod(number, tiles)) * self.isa.rows)
+        queries, keys = (let(cast(x.length, "int32")) for x in (self.q, self.k))
+        return self._placed(b, h, row0, queries, keys, whole(0), whole(0))
+
+    def _packed_task(self, number: Value, tiles: Value) -> Task:
+        h, rest = let(T.truncdiv(number, tiles)), T.truncmod(number, tiles)
+        found = self._find_sequence(rest)
+        b, row0 = let(found[0]), let(found[1])
+        (q0, queries), (k0, keys) = ((let(x[b]), let(x[b + 1] - x[b])) for x in self.starts.values())
+        return self._placed(b, h, row0, queries, keys, q0, k0)
+
+    def _placed(self, b: Value, h: Value, row0: Value, queries: Value, keys: Value, q0: Value, k0: Value) -> Task:
+        heads = self.attn.heads
+        hk, hv = let(self._served_by(h, heads.kv)), let(self._served_by(h, heads.v))
+        return Task(b, h, hk, hv, row0, queries, keys, q0, k0, Formulas(self.isa, self.arrays, {}, []))
+
+    def _served_by(self, h: Value, count: int) -> Value:
+        heads = self.attn.heads
+        return T.truncmod(h, whole(count)) if heads.map == "tile" else T.truncdiv(h, whole(heads.q // count))
+
+    def _find_sequence(self, number: Value) -> Any:
+        """[sequence, first row] of the packed tile `number`; a row behind all others where there is no such tile."""
+        found = registers(3, "int32")
+        starts = self.starts["cu_seqlens_q"]
+        for at, value in enumerate((whole(0), whole(2**30), number)):
+            T.buffer_store(found, value, [at])
+        with T.serial(0, self.batch) as s:
+            tiles = let(quotient(starts[s + 1] - starts[s] + (self.isa.rows - 1), whole(self.isa.rows)))
+            with T.If(tirx.And(found[2] >= 0, found[2] < tiles)), T.Then():
+                T.buffer_store(found, s, [0])
+                T.buffer_store(found, found[2] * self.isa.rows, [1])
+            T.buffer_store(found, found[2] - tiles, [2])
+        return found
+
+    def _formulas(self, t: Task) -> Formulas:
+        """What names mean in a tile; rows behind the last query stand on it."""
+        isa, attn = self.isa, self.attn
+        names: dict[str, Value] = {"b": t.b, "h": t.h, "hk": t.hk, "Sq": t.queries, "Sk": t.keys, "B": self.batch}
+        counts = {"Hq": attn.heads.q, "Hk": attn.heads.kv, "Hv": attn.heads.v, "Dqk": attn.dims.qk, "Dv": attn.dims.v}
+        names |= {n: whole(count) for n, count in counts.items()} | {"scale": self.scale}
+        for x in attn.inputs:
+            extents = zip(x.shape, self.arrays[x.name].shape, strict=True)
+            names |= {s: let(cast(n, "int32")) for s, n in extents if isinstance(s, str) and s not in names}
+        offset = let(self._offset(t))
+        last = widened(t.queries - 1, isa.lanes)
+        rows: list[dict[str, Value]] = []
+        for v in range(isa.vectors):
+            row = let(least(last, T.ramp(t.row0 + v * isa.lanes, 1, isa.lanes)))
+            rows.append({"row": row, "i": let(row + widened(offset, isa.lanes))})
+        names["i0"] = let(t.row0 + offset)
+        names["i1"] = let(T.min(t.row0 + isa.rows, t.queries) - 1 + offset)
+        names["row0"], names["row1"] = t.row0, let(names["i1"] - offset)
+        return Formulas(isa, self.arrays, names, rows)
+
+    def _offset(self, t: Task) -> Value:
+        match self.attn.align.kind:
+            case "bottom_right":
+                return t.keys - t.queries
+            case "top_left":
+                return whole(0)
+            case "input":
+                x = self.arrays[self.attn.align.input]
+                return cast(x.flat[cast(t.b, "int64") * x.strides[0]], "int32")
+
+
+Bound = tuple[Any, tuple[Value, ...], tuple[Value, ...]]
+"""A buffer, its extents and its strides."""
+
+
+def _bound(name: str, handle: Any, rank: int, dtype: str) -> Bound:
+    """An argument with any extents and strides."""
+    shape = tuple(tirx.Var(f"{name}_n{axis}", "int64") for axis in range(rank))
+    strides = tuple(tirx.Var(f"{name}_s{axis}", "int64") for axis in range(rank))
+    element = stored(dtype)
+    return (
+        T.match_buffer(handle, shape, element, strides=list(strides), align=ALIGNMENT.get(element, 4)),
+        shape,
+        strides,
+    )
+
+
+def _flat(buffer: Any) -> Any:
+    """All that an argument points to, element by element."""
+    element = str(buffer.dtype)
+    extent = (whole(FLAT, "int64"),)
+    return T.decl_buffer(extent, element, data=tirx.buffer_data(buffer), align=ALIGNMENT.get(element, 4))

@@ -1,0 +1,26 @@
+"""The libraries of a variant for the processors that share this machine's architecture."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+
+from attncc.codegen.tvm.build import library
+from attncc.codegen.tvm.formulas import unknown_operators
+from attncc.codegen.tvm.forward import forward
+from attncc.codegen.tvm.isa import ISAS
+from attncc.errors import Unsupported
+from attncc.ir.attention import Attention
+
+
+def libraries(attn: Attention) -> Mapping[str, bytes]:
+    """Machine code by instruction set, of a variant that left the passes.
+
+    Raises:
+        Unsupported: names the spec's key that CPU kernels do not carry.
+    """
+    for key, e in (("score", attn.part.score), ("mask", attn.part.mask)):
+        if unknown := unknown_operators(e):
+            raise Unsupported(f"CPU kernels have no '{min(unknown)}'", key)
+    here = platform.machine()
+    return {isa.name: library(forward(attn, isa), isa) for isa in ISAS if isa.triple.startswith(here)}

@@ -1,0 +1,254 @@
+"""From scores to weights, a tile of keys at a time: each normalizer's running values are vectors of query rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Protocol
+
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from attncc.codegen.tvm import vector
+from attncc.codegen.tvm.frame import Frame, Task
+from attncc.codegen.tvm.isa import KEYS, Isa
+from attncc.codegen.tvm.vector import LN2, LOG2E, Value, exp2, lanes, let, real, registers, select, whole, widened
+from attncc.ir.attention import Attention, Normalizer
+from attncc.ir.expr import Expr, name
+from attncc.ir.factors import split_multiplier
+
+QK: Final = name("qk", "f32")
+LEAST: Final = -1e38
+"""Where a running maximum starts: below any score, above what a hidden pair has, and finite."""
+
+
+class Lines(Protocol):
+    """What a skeleton asks of a normalizer."""
+
+    hidden: float
+    """The score of a pair that does not count."""
+    is_plain: bool
+    """Whether products of queries (times their factor) and keys are the scores."""
+
+    def formulas(self) -> list[Expr]:
+        """What is computed per row, before the keys are walked where no key moves it."""
+        ...
+
+    def query_factor(self) -> Value | None:
+        """What the queries are multiplied by when they are loaded, so that no score has to be."""
+        ...
+
+    def start(self) -> None: ...
+
+    def begin_tile(self) -> None: ...
+
+    def score(self, qk: Value, v: int) -> Value: ...
+
+    def look(self, s: Value, v: int) -> None:
+        """Sees a score before it is stored."""
+        ...
+
+    def weigh(self) -> None:
+        """Scores in `p` become weights."""
+        ...
+
+    def rescaled(self, o: Value, v: int) -> Value: ...
+
+    def finish(self) -> Any:
+        """Divides `o`; a buffer of the rows' log-sum-exp, if there is one."""
+        ...
+
+
+class _Buffers:
+    """A tile's transposed buffers, by vectors of rows."""
+
+    def __init__(self, attn: Attention, frame: Frame, task: Task) -> None:
+        self.attn, self.frame, self.task, self.isa = attn, frame, task, frame.isa
+        self.part = attn.part
+
+    def full(self, x: float) -> Value:
+        return widened(real(x), self.isa.lanes)
+
+    def vectors(self) -> Any:
+        return registers(self.isa.vectors, f"float32x{self.isa.lanes}")
+
+    def line(self, n: Value, v: int) -> Value:
+        return T.ramp(n * self.isa.rows + v * self.isa.lanes, 1, self.isa.lanes)
+
+    def each(self, what: Callable[[int], None]) -> None:
+        for v in range(self.isa.vectors):
+            what(v)
+
+    def scale_output(self, factor: Callable[[int], Value]) -> None:
+        """o times a factor a row; 0 where that is 0, whatever o holds."""
+        o = self.task.buffers["o"]
+        factors = [let(factor(v)) for v in range(self.isa.vectors)]
+        with T.serial(0, self.attn.dims.v) as d:
+            for v, f in enumerate(factors):
+                at = self.line(d, v)
+                T.buffer_store(o, select(tirx.EQ(f, self.full(0.0)), self.full(0.0), o[at] * f), [at])
+
+
+class Softmax(_Buffers):
+    """The online softmax in powers of 2, with an optional sink."""
+
+    hidden = float("-inf")
+
+    def __init__(self, attn: Attention, frame: Frame, task: Task) -> None:
+        super().__init__(attn, frame, task)
+        self.inner, self.multiplier = split_multiplier(self.part.score)
+        self.is_plain = self.inner == QK
+        self.m, self.l, self.a, self.top = (self.vectors() for _ in range(4))
+
+    def formulas(self) -> list[Expr]:
+        sink = self.part.normalizer.sink
+        return [self.inner, *([] if sink is None else [sink])]
+
+    def _factor(self) -> Value:
+        """From scores to units of log 2."""
+        return let(self.task.formulas.value(self.multiplier, 0) * real(LOG2E))
+
+    def query_factor(self) -> Value | None:
+        return self._factor() if self.is_plain else None
+
+    def start(self) -> None:
+        self.factor = None if self.is_plain else self._factor()
+
+        def one(v: int) -> None:
+            T.buffer_store(self.m, self.full(LEAST), [v])
+            T.buffer_store(self.l, self.full(0.0), [v])
+
+        self.each(one)
+
+    def begin_tile(self) -> None:
+        self.each(lambda v: T.buffer_store(self.top, self.m[v], [v]))
+
+    def score(self, qk: Value, v: int) -> Value:
+        if self.factor is None:
+            return qk
+        s = widened(self.task.formulas.value(self.inner, v, let(qk)), self.isa.lanes)
+        return s * widened(self.factor, self.isa.lanes)
+
+    def look(self, s: Value, v: int) -> None:
+        T.buffer_store(self.top, vector.largest(self.top[v], s), [v])
+
+    def weigh(self) -> None:
+        def settle(v: int) -> None:
+            T.buffer_store(self.a, exp2(self.m[v] - self.top[v], self.isa, falls=True), [v])
+            T.buffer_store(self.m, self.top[v], [v])
+            T.buffer_store(self.l, self.l[v] * self.a[v], [v])
+
+        self.each(settle)
+        p = self.task.buffers["p"]
+        with T.serial(0, KEYS) as n:
+            for v in range(self.isa.vectors):
+                weight = exp2(p[self.line(n, v)] - self.m[v], self.isa, falls=True)
+                T.buffer_store(self.l, self.l[v] + weight, [v])
+                T.buffer_store(p, weight, [self.line(n, v)])
+
+    def rescaled(self, o: Value, v: int) -> Value:
+        return o * self.a[v]
+
+    def finish(self) -> Any:
+        one, zero = self.full(1.0), self.full(0.0)
+        kept = registers(self.isa.rows, "float32")
+        self.each(lambda v: T.buffer_store(kept, self.l[v], [self.line(whole(0), v)]))
+        top = registers(self.isa.rows, "float32")
+        self.each(lambda v: T.buffer_store(top, self.m[v], [self.line(whole(0), v)]))
+        with T.serial(0, self.isa.rows) as row:
+            lse = let((top[row] + T.log2(kept[row])) * real(LN2))
+            T.buffer_store(kept, T.Select(tirx.EQ(kept[row], real(0.0)), real(self.hidden), lse), [row])
+        sink = self.part.normalizer.sink
+
+        def factor(v: int) -> Value:
+            total, share = self.l[v], one
+            if sink is not None:
+                s = let(widened(self.task.formulas.value(sink, v) * real(LOG2E), self.isa.lanes))
+                above = let(vector.largest(self.m[v], s))
+                share = exp2(self.m[v] - above, self.isa, falls=True)
+                total = let(self.l[v] * share + exp2(s - above, self.isa, falls=True))
+            empty = let(tirx.EQ(self.l[v], zero))
+            return select(empty, zero, share / select(empty, one, total))
+
+        self.scale_output(factor)
+        return kept
+
+
+Weight = Callable[[Value, Isa], Value]
+
+
+class Pointwise(_Buffers):
+    """Weights that each pair has by itself: sigmoid, relu, none, and linear, which divides by their sum."""
+
+    def __init__(self, attn: Attention, frame: Frame, task: Task, weight: Weight, hidden: float) -> None:
+        super().__init__(attn, frame, task)
+        self.weight, self.hidden, self.is_plain = weight, hidden, self.part.score == QK
+        self.sum = self.vectors() if self.part.normalizer.kind == "linear" else None
+
+    def formulas(self) -> list[Expr]:
+        return [self.part.score]
+
+    def query_factor(self) -> Value | None:
+        return None
+
+    def start(self) -> None:
+        if self.sum is not None:
+            self.each(lambda v: T.buffer_store(self.sum, self.full(0.0), [v]))
+
+    def begin_tile(self) -> None:
+        """Nothing runs along."""
+
+    def score(self, qk: Value, v: int) -> Value:
+        return widened(self.task.formulas.value(self.part.score, v, let(qk)), self.isa.lanes)
+
+    def look(self, s: Value, v: int) -> None:
+        """No score decides on another."""
+
+    def weigh(self) -> None:
+        p = self.task.buffers["p"]
+        with T.serial(0, KEYS) as n:
+            for v in range(self.isa.vectors):
+                w = let(self.weight(p[self.line(n, v)], self.isa))
+                T.buffer_store(p, w, [self.line(n, v)])
+                if self.sum is not None:
+                    T.buffer_store(self.sum, self.sum[v] + w, [v])
+
+    def rescaled(self, o: Value, v: int) -> Value:
+        return o
+
+    def finish(self) -> Any:
+        total = self.sum
+        if total is None:
+            return None
+
+        def factor(v: int) -> Value:
+            whole_sum = let(total[v] + self.full(self.part.normalizer.eps))
+            empty = let(tirx.EQ(whole_sum, self.full(0.0)))
+            return select(empty, self.full(0.0), self.full(1.0) / select(empty, self.full(1.0), whole_sum))
+
+        self.scale_output(factor)
+        return None
+
+
+def _relu(s: Value, isa: Isa) -> Value:
+    return vector.largest(widened(real(0.0), lanes(s)), s)
+
+
+def _same(s: Value, isa: Isa) -> Value:
+    return s
+
+
+WEIGHTS: Final[Mapping[str, tuple[Weight, float]]] = {
+    "sigmoid": (vector.sigmoid, float("-inf")),
+    "relu": (_relu, 0.0),
+    "none": (_same, 0.0),
+    "linear": (_same, 0.0),
+}
+"""The weight of a score, and the score whose weight is 0."""
+KINDS: Final = ("softmax", *WEIGHTS)
+
+
+def lines(normalizer: Normalizer, attn: Attention, frame: Frame, task: Task) -> Lines:
+    """The normalizer of a tile."""
+    if normalizer.kind == "softmax":
+        return Softmax(attn, frame, task)
+    return Pointwise(attn, frame, task, *WEIGHTS[normalizer.kind])

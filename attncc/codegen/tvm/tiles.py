@@ -1,0 +1,220 @@
+"""The two products of a key tile, and what is loaded and stored around them, all by register tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from attncc.codegen.tvm.formulas import narrow, widen
+from attncc.codegen.tvm.frame import Frame, Operand, Task
+from attncc.codegen.tvm.isa import KEYS, UNROLL
+from attncc.codegen.tvm.normalizers import Lines
+from attncc.codegen.tvm.vector import Value, cast, lanes, let, real, registers, select, whole, widened
+
+Counts = Callable[[Value, int], Value]
+"""Whether the rows of a vector see key n of the tile."""
+
+
+class Tiles:
+    """Emits the work on one query tile's buffers: q [D, rows], p [KEYS, rows], o [Dv, rows]."""
+
+    def __init__(self, frame: Frame, task: Task, lines: Lines) -> None:
+        self.frame, self.task, self.lines = frame, task, lines
+        self.attn, self.isa = frame.attn, frame.isa
+        self.widens = self.attn.dtype != "fp32"
+        """Keys and values are made fp32 a tile at a time; else they are read where they lie."""
+        self.acc: Any = registers(self.isa.keys * self.isa.vectors, f"float32x{self.isa.lanes}")
+
+    @staticmethod
+    def allocate(frame: Frame, task: Task) -> None:
+        dims, rows = frame.attn.dims, frame.isa.rows
+        sizes = {"q": dims.qk * rows, "p": KEYS * rows, "o": dims.v * rows}
+        if frame.attn.dtype != "fp32":
+            sizes |= {"k": KEYS * dims.qk, "v": KEYS * dims.v}
+        for name, size in sizes.items():
+            task.buffers[name] = T.alloc_buffer((size,), "float32", scope="local")
+
+    # -- rows ----------------------------------------------------------------------------------------
+
+    def line(self, n: Value, v: int) -> Value:
+        """Vector `v` of row n of a transposed buffer."""
+        return T.ramp(n * self.isa.rows + v * self.isa.lanes, 1, self.isa.lanes)
+
+    def full(self, x: float) -> Value:
+        return widened(real(x), self.isa.lanes)
+
+    def load_queries(self, factor: Value | None) -> None:
+        """Q transposed, times the factor; rows behind the last query repeat it."""
+        t, x, rows = self.task, self.frame.q, self.isa.rows
+        start = let(x.start(t.b, t.h, t.q0))
+        with T.serial(0, rows) as m:
+            row = let(start + cast(T.min(t.row0 + m, t.queries - 1), "int64") * x.row)
+            with T.serial(0, self.attn.dims.qk) as d:
+                q = widen(x.flat[row + cast(d, "int64")], self.attn.dtype)
+                T.buffer_store(t.buffers["q"], q if factor is None else q * factor, [d * rows + m])
+
+    def zero_output(self) -> None:
+        with T.serial(0, self.attn.dims.v) as d:
+            for v in range(self.isa.vectors):
+                T.buffer_store(self.task.buffers["o"], self.full(0.0), [self.line(d, v)])
+
+    def store_output(self) -> None:
+        t, x, rows = self.task, self.frame.o, self.isa.rows
+        start = let(x.start(t.b, t.h, t.q0))
+        with T.serial(0, T.min(t.queries - t.row0, whole(rows))) as m:
+            row = let(start + cast(t.row0 + m, "int64") * x.row)
+            with T.serial(0, self.attn.dims.v) as d:
+                o = narrow(t.buffers["o"][d * rows + m], self.attn.dtype)
+                T.buffer_store(x.flat, o, [row + cast(d, "int64")])
+
+    def store_lse(self, kept: Any) -> None:
+        """The rows' log-sum-exp, from a buffer of them."""
+        t, strides = self.task, self.frame.lse_strides
+        *batch, head, row = strides
+        start = cast(t.h, "int64") * head + cast(t.q0 + t.row0, "int64") * row
+        start = let(start + cast(t.b, "int64") * batch[0] if batch else start)
+        with T.serial(0, T.min(t.queries - t.row0, whole(self.isa.rows))) as m:
+            T.buffer_store(self.frame.lse, kept[m], [start + cast(m, "int64") * row])
+
+    # -- a key tile ----------------------------------------------------------------------------------
+
+    def widen_keys(self, n0: Value) -> None:
+        """A tile of K and V as fp32, rows behind the last key repeating it."""
+        t, dims, lanes = self.task, self.attn.dims, self.isa.lanes
+        for name, x, head, width in (("k", self.frame.k, t.hk, dims.qk), ("v", self.frame.v, t.hv, dims.v)):
+            start = let(x.start(t.b, head, t.k0))
+            with T.serial(0, KEYS) as n:
+                row = let(start + cast(T.min(n0 + n, t.keys - 1), "int64") * x.row)
+                with T.serial(0, width // lanes) as c:
+                    at = T.ramp(row + cast(c * lanes, "int64"), whole(1, "int64"), lanes)
+                    some = widen(let(x.flat[at]), self.attn.dtype)
+                    T.buffer_store(t.buffers[name], some, [T.ramp(n * width + c * lanes, 1, lanes)])
+                with T.serial(width // lanes * lanes, width) as d:
+                    one = widen(x.flat[row + cast(d, "int64")], self.attn.dtype)
+                    T.buffer_store(t.buffers[name], one, [n * width + d])
+
+    def scores(self, n0: Value, counts: Counts | None) -> None:
+        """S = K Q^T through the score's formula, into p. `counts`: some pairs do not, and keys may be missing."""
+        isa, t, lines = self.isa, self.task, self.lines
+        fused = counts is None and lines.is_plain
+        with T.serial(0, KEYS // isa.keys) as tile:
+            first = let(tile * isa.keys)
+            reads = [self._row("k", n0, let(first + r), counts is not None) for r in range(isa.keys)]
+            for n in range(isa.keys * isa.vectors):
+                T.buffer_store(self.acc, self.full(0.0), [n])
+
+            def step(d: Value) -> None:
+                q = [let(t.buffers["q"][self.line(d, v)]) for v in range(isa.vectors)]
+                for r, read in enumerate(reads):
+                    self._add(r, let(widened(read(d), isa.lanes)), q)
+
+            _each(self.attn.dims.qk, 1 if counts else UNROLL, step)
+            for r in range(isa.keys):
+                for v in range(isa.vectors):
+                    product = self.acc[r * isa.vectors + v]
+                    if fused:
+                        lines.look(product, v)
+                    T.buffer_store(t.buffers["p"], product, [self.line(first + r, v)])
+        if not fused:
+            self._shape(n0, counts)
+
+    def _shape(self, n0: Value, counts: Counts | None) -> None:
+        """Products in p become scores; in a loop of their own, for formulas are long and registers few."""
+        t, p = self.task, self.task.buffers["p"]
+        with T.serial(0, KEYS) as n:
+            t.formulas.at_key(let(T.min(n0 + n, t.keys - 1)))
+            for v in range(self.isa.vectors):
+                s = self.lines.score(p[self.line(n, v)], v)
+                s = let(s if counts is None else select(counts(n, v), s, self.full(self.lines.hidden)))
+                self.lines.look(s, v)
+                T.buffer_store(p, s, [self.line(n, v)])
+
+    def values(self, n0: Value, clamped: bool, counts: Counts | None = None) -> None:
+        """O = O a + V^T P. `counts`: pairs whose value may be NaN and must not even be multiplied."""
+        width, keys = self.attn.dims.v, self.isa.keys
+        with T.serial(0, width // keys) as d:
+            self._value_columns(n0, let(d * keys), keys, clamped, counts)
+        if width % keys:
+            self._value_columns(n0, whole(width // keys * keys), width % keys, clamped, counts)
+
+    def _value_columns(self, n0: Value, d0: Value, columns: int, clamped: bool, counts: Counts | None) -> None:
+        isa, t = self.isa, self.task
+        o, p = t.buffers["o"], t.buffers["p"]
+        for c in range(columns):
+            for v in range(isa.vectors):
+                T.buffer_store(self.acc, self.lines.rescaled(o[self.line(d0 + c, v)], v), [c * isa.vectors + v])
+
+        def step(n: Value) -> None:
+            read = self._row("v", n0, n, clamped)
+            weights = [let(p[self.line(n, v)]) for v in range(isa.vectors)]
+            seen = [let(counts(n, v)) for v in range(isa.vectors)] if counts else []
+            for c in range(columns):
+                self._add(c, let(widened(read(d0 + c), isa.lanes)), weights, seen)
+
+        _each(KEYS, 1 if clamped else UNROLL, step)
+        for c in range(columns):
+            for v in range(isa.vectors):
+                T.buffer_store(o, self.acc[c * isa.vectors + v], [self.line(d0 + c, v)])
+
+    def _add(self, line: int, x: Value, by: list[Value], seen: list[Value] | None = None) -> None:
+        """Accumulators of a line += x times a vector of rows, where they are seen."""
+        for v, y in enumerate(by):
+            term = select(seen[v], x * y, self.full(0.0)) if seen else x * y
+            at = line * self.isa.vectors + v
+            T.buffer_store(self.acc, self.acc[at] + term, [at])
+
+    def _row(self, name: str, n0: Value, n: Value, clamped: bool) -> Callable[[Value], Value]:
+        """Reads elements of a row of the key tile; `clamped`: it may be behind the last key, which is read instead."""
+        t = self.task
+        x, head, width = self._operand(name)
+        if self.widens:
+            at = let(n * width)
+            return lambda d: t.buffers[name][at + d]
+        j = T.min(n0 + n, t.keys - 1) if clamped else n0 + n
+        start = let(x.start(t.b, head, t.k0 + j))
+        return lambda d: x.flat[start + cast(d, "int64")]
+
+    def _operand(self, name: str) -> tuple[Operand, Value, int]:
+        t, dims = self.task, self.attn.dims
+        return (self.frame.k, t.hk, dims.qk) if name == "k" else (self.frame.v, t.hv, dims.v)
+
+    def holds_nonfinite(self, n0: Value) -> Value:
+        """Whether V of a tile has a NaN or an infinity: 0 times that is not 0."""
+        count, width = self.isa.lanes, self.attn.dims.v
+        found = registers(count, "int32")
+        every = T.ramp(whole(0), 1, count)
+        T.buffer_store(found, widened(whole(0), count), [every])
+        with T.serial(0, KEYS) as n:
+            read = self._row("v", n0, n, clamped=True)
+            with T.serial(0, width // count) as c:
+                some = read(T.ramp(c * count, 1, count)) if self.widens else self._ramp(n0, n, c * count)
+                T.buffer_store(found, found[every] | _is_nonfinite(some), [every])
+            with T.serial(width // count * count, width) as d:
+                T.buffer_store(found, found[0] | _is_nonfinite(read(d)), [0])
+        with T.serial(1, count) as lane:
+            T.buffer_store(found, found[0] | found[lane], [0])
+        return let(tirx.NE(found[0], whole(0)))
+
+    def _ramp(self, n0: Value, n: Value, column: Value) -> Value:
+        t, x = self.task, self.frame.v
+        start = x.start(t.b, t.hv, t.k0 + T.min(n0 + n, t.keys - 1)) + cast(column, "int64")
+        return x.flat[T.ramp(start, whole(1, "int64"), self.isa.lanes)]
+
+
+def _each(count: int, unroll: int, step: Callable[[Value], None]) -> None:
+    """`step` for 0 to count, `unroll` of them a turn of the loop."""
+    with T.serial(0, count // unroll) as turn:
+        for u in range(unroll):
+            step(let(turn * unroll + u))
+    for n in range(count // unroll * unroll, count):
+        step(whole(n))
+
+
+def _is_nonfinite(x: Value) -> Value:
+    """1 where x is NaN or infinite. Not by x * 0 or x - x: TVM takes both for 0."""
+    x = let(x)
+    most = widened(real(3.4028234663852886e38), lanes(x))
+    return select(tirx.And(x <= most, x >= -most), widened(whole(0), lanes(x)), widened(whole(1), lanes(x)))
