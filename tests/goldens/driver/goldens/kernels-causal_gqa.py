@@ -1,6 +1,6 @@
 """Triton kernels of causal_gqa.
 
-From spec.yaml by attncc 0.1.0; variant c1cf22b2a1704a70. To change it, edit the spec and run
+From spec.yaml by attncc 0.1.0; variant d016df9ec7d791dc. To change it, edit the spec and run
 `attncc compile spec.yaml -o OUT`.
 
 Skeleton: dense_forward, for one softmax-like part over a mask: a program per query tile walks the keys it can see.

@@ -1,6 +1,6 @@
 """Triton kernels of d192_128.
 
-From spec.yaml by attncc 0.1.0; variant e1f4125f66b6b087. To change it, edit the spec and run
+From spec.yaml by attncc 0.1.0; variant 468fd79620ba7624. To change it, edit the spec and run
 `attncc compile spec.yaml -o OUT`.
 
 Skeleton: dense_forward, for one softmax-like part over a mask: a program per query tile walks the keys it can see.

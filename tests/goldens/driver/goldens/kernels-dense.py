@@ -1,6 +1,6 @@
 """Triton kernels of dense.
 
-From spec.yaml by attncc 0.1.0; variant 00e544a42c02134f. To change it, edit the spec and run
+From spec.yaml by attncc 0.1.0; variant 057877e08b43e279. To change it, edit the spec and run
 `attncc compile spec.yaml -o OUT`.
 
 Skeleton: dense_forward, for one softmax-like part over a mask: a program per query tile walks the keys it can see.

@@ -1,6 +1,6 @@
 """Triton kernels of document_ids.
 
-From spec.yaml by attncc 0.1.0; variant 37dc66dff9fb66f2. To change it, edit the spec and run
+From spec.yaml by attncc 0.1.0; variant 4cbf5e5b55b5b71f. To change it, edit the spec and run
 `attncc compile spec.yaml -o OUT`.
 
 Skeleton: dense_forward, for one softmax-like part over a mask: a program per query tile walks the keys it can see.

@@ -1,6 +1,6 @@
 """Triton kernels of gemma2_local.
 
-From spec.yaml by attncc 0.1.0; variant 0a8bfdcd263c626b. To change it, edit the spec and run
+From spec.yaml by attncc 0.1.0; variant 03053355757fb424. To change it, edit the spec and run
 `attncc compile spec.yaml -o OUT`.
 
 Skeleton: dense_forward, for one softmax-like part over a mask: a program per query tile walks the keys it can see.

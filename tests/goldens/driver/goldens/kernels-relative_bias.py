@@ -1,6 +1,6 @@
 """Triton kernels of relative_bias.
 
-From spec.yaml by attncc 0.1.0; variant 7e6ee96c7e800265. To change it, edit the spec and run
+From spec.yaml by attncc 0.1.0; variant 596c57c7b9c86429. To change it, edit the spec and run
 `attncc compile spec.yaml -o OUT`.
 
 Skeleton: dense_forward, for one softmax-like part over a mask: a program per query tile walks the keys it can see.

@@ -1,6 +1,6 @@
 """Triton kernels of sink_window.
 
-From spec.yaml by attncc 0.1.0; variant f3f24eb4b0541c00. To change it, edit the spec and run
+From spec.yaml by attncc 0.1.0; variant 1f93c8160cc29c5c. To change it, edit the spec and run
 `attncc compile spec.yaml -o OUT`.
 
 Skeleton: dense_forward, for one softmax-like part over a mask: a program per query tile walks the keys it can see.

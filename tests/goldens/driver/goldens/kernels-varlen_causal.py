@@ -1,6 +1,6 @@
 """Triton kernels of varlen_causal.
 
-From spec.yaml by attncc 0.1.0; variant 1d2d18e58e78e819. To change it, edit the spec and run
+From spec.yaml by attncc 0.1.0; variant 013f932fcd90b2bc. To change it, edit the spec and run
 `attncc compile spec.yaml -o OUT`.
 
 Skeleton: dense_forward, for one softmax-like part over a mask: a program per query tile walks the keys it can see.
