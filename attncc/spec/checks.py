@@ -8,6 +8,7 @@ from typing import Final
 from attncc.errors import SpecError, nearest
 from attncc.ir.attention import SIZE_NAMES, Attention, Call, Part
 from attncc.ir.expr import INTS, Expr
+from attncc.ir.primitives import TENSORS
 from attncc.spec import selections
 from attncc.spec.findings import Finding, PartRule, Rule, dtype_of, float_input, input_axes, number
 from attncc.spec.source import Path_, Source
@@ -150,7 +151,7 @@ def _tune(attn: Attention) -> Iterator[Finding]:
 
 
 def _steps(attn: Attention) -> Iterator[Finding]:
-    """Prologue and epilogue: numbers must fit the head, tensors be floats."""
+    """Numbers of the prologue must fit the head."""
     for k, step in enumerate(attn.prologue):
         options = dict(step.kwargs)
         dims = options.get("dims")
@@ -168,12 +169,33 @@ def _steps(attn: Attention) -> Iterator[Finding]:
         odd = [n for n in widths if n & (n - 1)]
         if step.name == "hadamard" and odd:
             yield ("prologue", k), f"a Hadamard transform needs a power of two, the head has {odd[0]}", ""
+
+
+STEP_AXES: Final = {
+    "rope": (2, 3),
+    "rms_norm": (1, 2),
+    "causal_conv": (2, 4),
+    "bias": (1, 2),
+    "lerp": (4, 4),
+    "absorb": (2, 3),
+    "add": (2, 3),
+}
+"""The least and most axes of the inputs of a step, by its name or the option."""
+
+
+def _step_inputs(attn: Attention) -> Iterator[Finding]:
+    """What steps read must be floats, with axes that they know."""
     for key, steps in (("prologue", attn.prologue), ("epilogue", attn.epilogue), ("combine", (attn.combine,))):
         for k, step in enumerate(steps):
-            words = [*step.words, *(v for o, v in step.kwargs if o in ("cos", "sin", "weight", "bias"))]
-            for word in words:
-                path: Path_ = (key,) if key == "combine" else (key, k)
+            path: Path_ = (key,) if key == "combine" else (key, k)
+            read = [("", word) for word in step.words] + [(o, w) for o, w in step.kwargs if o in TENSORS]
+            for option, word in read:
                 yield from float_input(attn, path, str(word), step.name)
+                low, high = STEP_AXES[option if option in STEP_AXES else step.name]
+                axes = len(attn.input(str(word)).shape)
+                if not low <= axes <= high:
+                    count = f"{low} axes" if low == high else f"{low} to {high} axes"
+                    yield path, f"'{step.name}' reads an input of {count}, '{word}' has {axes}", ""
 
 
 def _smoothing(attn: Attention) -> Iterator[Finding]:
@@ -303,4 +325,15 @@ PART_RULES: Final[tuple[PartRule, ...]] = (
     selections.rule,
     selections.forced,
 )
-RULES: Final[tuple[Rule, ...]] = (_combine, _outputs, _modes, _quantize, _smoothing, _tune, _steps, _storages, _varlen)
+RULES: Final[tuple[Rule, ...]] = (
+    _combine,
+    _outputs,
+    _modes,
+    _quantize,
+    _smoothing,
+    _tune,
+    _steps,
+    _step_inputs,
+    _storages,
+    _varlen,
+)

@@ -18,7 +18,7 @@ from systems.draw import Drawn, draw, outputs
 
 from attncc import passes
 from attncc.ir.attention import Attention
-from attncc.ir.primitives import FEATURES, FORMATS, PRIMITIVES
+from attncc.ir.primitives import FEATURES, FORMATS, PRIMITIVES, TENSORS, calls
 from attncc.ir.text import text
 from attncc.ir.verify import verify_attention
 from attncc.reference import Outputs
@@ -176,7 +176,28 @@ def cut_short(draw: Draw, spec: dict[str, Any]) -> None:
     at(spec, path[:-1])[path[-1]] = at(spec, path)[:-1]
 
 
-DAMAGE = (misspelt, unknown_key, undeclared, out_of_range, reversed_columns, wrong_kind, no_output, cut_short)
+def wrong_input(draw: Draw, spec: dict[str, Any]) -> None:
+    """An input that a primitive reads, not a formula, holds booleans, or has axes that it has not."""
+    attn = loads(mapping(spec)).attention
+    words = {w for _, _, call in calls(attn) for w in (*call.words, *(v for o, v in call.kwargs if o in TENSORS))}
+    words |= {w for p in attn.parts if p.state for w in (p.state.initial, p.state.initial_mass)}
+    words |= {w for p in attn.parts for w in (p.kv.index, p.kv.values)}
+    assume(words - {""})
+    x = spec["inputs"][draw(st.sampled_from(sorted(map(str, words - {""}))))]
+    x |= {"dtype": "bool"} if draw(st.booleans()) else {"shape": [*x["shape"], 1, 1, 1]}
+
+
+DAMAGE = (
+    misspelt,
+    unknown_key,
+    undeclared,
+    out_of_range,
+    reversed_columns,
+    wrong_kind,
+    no_output,
+    cut_short,
+    wrong_input,
+)
 
 
 @given(documents(), st.data())
