@@ -206,7 +206,7 @@ def narrow(x: Value, dtype: str) -> Value:
     bits = let(T.reinterpret("uint32" if count == 1 else f"uint32x{count}", x))
     one, shift, half = (widened(whole(n, "uint32"), count) for n in (1, 16, 0x7FFF))
     rounded = (bits + (half + ((bits >> shift) & one))) >> shift
-    return cast(select(tirx.NE(x, x), widened(whole(0x7FC0, "uint32"), count), rounded), "uint16")
+    return cast(select(vector.unequal(x, x), widened(whole(0x7FC0, "uint32"), count), rounded), "uint16")
 
 
 STORED: Final = {"bf16": "uint16", "fp16": "float16", "fp32": "float32", "bool": "uint8"}
@@ -316,7 +316,7 @@ def _extreme(over: Callable[[Value, Value], Value]) -> Operator:
     def apply(isa: Isa, e: Expr, args: list[Value]) -> Value:
         a, b = map(let, _alike(args))
         if e.dtype not in INTS:
-            return select(tirx.Or(over(a, b), tirx.NE(a, a)), a, b)
+            return select(tirx.Or(over(a, b), vector.unequal(a, a)), a, b)
         chosen = let(cast(over(a, b), vector.kind(a)))  # 1 or 0
         return let(b + (a - b) * chosen)
 
@@ -361,7 +361,7 @@ OPERATORS: Final[dict[str, Operator]] = {
     "gt": _decision(lambda a, b: a > b),
     "ge": _decision(lambda a, b: a >= b),
     "eq": _decision(tirx.EQ),
-    "ne": _decision(tirx.NE),
+    "ne": _decision(vector.unequal),
     "and": _decision(tirx.And),
     "or": _decision(tirx.Or),
     "not": _decision(tirx.Not),

@@ -18,6 +18,8 @@ Value = Any
 
 LOG2E: Final = 1.4426950408889634
 LN2: Final = 0.6931471805599453
+LN2_PARTS: Final = (0.693359375, LN2 - 0.693359375)
+"""The first in so few bits that small whole numbers times it are exact."""
 
 
 def lanes(x: Value) -> int:
@@ -84,6 +86,11 @@ def select(c: Value, a: Value, b: Value) -> Value:
     return T.Select(*joined(c, a, b))
 
 
+def unequal(a: Value, b: Value) -> Value:
+    """a != b, as NaN is to anything; TVM's own says of numbers alone that they differ."""
+    return tirx.Not(tirx.EQ(a, b))
+
+
 def times_power(x: Value, n: Value, isa: Isa) -> Value:
     """x * 2**n for a float n that is whole; 0 where n is far below the exponents, infinite where it is far above."""
     count = lanes(x)
@@ -135,7 +142,13 @@ def least(bound: Value, x: Value) -> Value:
 
 
 def exp(x: Value, isa: Isa) -> Value:
-    return exp2(x * widened(real(LOG2E), lanes(x)), isa)
+    """e**x, as exp2. What is left of x behind the power of 2 is taken from x itself: x * log2(e) is rounded."""
+    count = lanes(x)
+    x = let(least(widened(real(150.0), count), largest(widened(real(-150.0), count), x)))
+    n = let(T.nearbyint(x * widened(real(LOG2E), count)))
+    high, low = (widened(real(part), count) for part in LN2_PARTS)
+    f = let(((x - n * high) - n * low) * widened(real(LOG2E), count))
+    return let(times_power(let(_horner(f, EXP2)), n, isa))
 
 
 def sigmoid(x: Value, isa: Isa) -> Value:
@@ -175,8 +188,11 @@ def quotient(a: Value, b: Value) -> Value:
     if _constant(b):
         q = let(T.truncdiv(a, b))
         return let(q + signs(a - q * b))  # the remainder of a negative number is negative
+    one = widened(whole(1, kind(a)), lanes(a))
     used = let(signs(b | -b))
-    q = let(T.truncdiv(a, b + (used + widened(whole(1, kind(a)), lanes(a)))))
+    negates = let(~signs((b + one) | -(b + one)))  # by -1, which processors trap on for the least number
+    q = let(T.truncdiv(a, b + (used + one) - (negates + negates)))
+    q = let((q ^ negates) - negates)
     r = let(a - q * b)
     return let((q + (signs(r ^ b) & signs(r | -r))) & used)
 
