@@ -34,6 +34,8 @@ def command(folder: Folder = None, markdown: Markdown = False, as_json: Json = F
         typer.echo("\n".join((PREFACE, *_page(systems))))
     else:
         print_table(COLUMNS, map(_row, systems), wrapped=("source", "lowering"))
+        carried, broken = sum(bool(s.lowerings) for s in systems), sum(bool(s.error) for s in systems)
+        typer.echo(f"{len(systems)} specs: {carried} with a lowering, {broken} that do not load")
     if any(s.error for s in systems):
         raise typer.Exit(WRONG)
 

@@ -206,6 +206,7 @@ def test_list_tells_of_every_spec(spec: Path) -> None:
     table = run("list", spec.parent)
     assert table.exit_code == 0, table.output
     assert re.search(r"^ tiny +triton: prefill forward +mask\(positions\) *$", table.stdout, re.MULTILINE)
+    assert table.stdout.endswith("2 specs: 2 with a lowering, 0 that do not load\n")
     page = run("list", spec.parent, "--markdown").stdout.splitlines()
     assert page[0] == "# Systems"
     link = "[arXiv 2401.00001](https://arxiv.org/abs/2401.00001)"
