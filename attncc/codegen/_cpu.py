@@ -10,7 +10,7 @@ import ctypes
 import math
 import platform
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ from ._checks import Sizes, check_scale, check_tensors, default_scale, fill
 from ._runtime import Config, Result, Variant
 
 PLANS_KEPT = 1024
+FEW_ROWS = 16
+"""Up to so many queries of a group, a kernel for few of them is called."""
+TASKS_A_THREAD, MOST_SHARES, LEAST_KEYS = 2, 32, 512
 FOLDER = Path(__file__).resolve().parent / "cpu"
 CHOICES = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}
 """What torch says of an x86 processor: the libraries that run on it, the widest first."""
@@ -41,18 +44,25 @@ class Plan:
     lse: tuple[int, ...]
     packed: bool
     empty: bool
+    shares: int
+    """Between how many tasks the keys of a head are split, where the call has few queries; else 0."""
+    work: int
+    """Elements that those tasks leave."""
 
 
 class Runner:
-    """Calls a variant on the CPU; the library is loaded by the first call."""
+    """Calls a variant on the CPU; the library is loaded by the first call.
 
-    def __init__(self, variant: Variant) -> None:
-        self.variant = variant
+    `group` query heads share a key head where the library has a kernel for few queries; 0: it has none.
+    """
+
+    def __init__(self, variant: Variant, group: int = 0) -> None:
+        self.variant, self.group = variant, group
         self.plans: dict[Any, Plan] = {}
-        self.kernel: Callable[..., None] | None = None
+        self.module: Any = None
 
     def __call__(self, tensors: Sequence[torch.Tensor], scale: float | None, with_lse: bool) -> Result:
-        key = (scale is None, *[(t.shape, t.stride(), t.dtype, t.device) for t in tensors])
+        key = (scale is None, torch.get_num_threads(), *[(t.shape, t.stride(), t.dtype, t.device) for t in tensors])
         plan = self.plans.get(key)
         if plan is None:
             plan = self.plan(tensors, scale is None)
@@ -69,9 +79,13 @@ class Runner:
             lse.fill_(-math.inf)
             for at, total in ((3, q.shape[0]), (4, tensors[1].shape[0])):
                 check_starts(f"{self.variant.name}: {self.variant.tensors[at].name}", tensors[at], total)
-        if self.kernel is None:
-            self.kernel = load(self.variant.name)
-        self.kernel(*map(bits, tensors), bits(o), lse, factor)
+        if self.module is None:
+            self.module = load(self.variant.name)
+        if plan.shares:
+            work = torch.empty(plan.work, dtype=torch.float32)
+            self.module["decode"](*map(bits, tensors), bits(o), lse, work, factor, plan.shares)
+        else:
+            self.module["attention"](*map(bits, tensors), bits(o), lse, factor)
         return o, lse if with_lse else None
 
     def plan(self, tensors: Sequence[torch.Tensor], with_scale: bool) -> Plan:
@@ -88,7 +102,22 @@ class Runner:
         rows = fill(v.lse, sizes) if v.lse else (1,) * (len(output) - 1)
         keys = sizes["Tk" if packed else "Sk"]
         empty = 0 in output or keys == 0 or sizes["B"] == 0
-        return Plan(default_scale(v.name, v.scale, sizes) if with_scale else 1.0, output, rows, packed, empty)
+        factor = default_scale(v.name, v.scale, sizes) if with_scale else 1.0
+        shares, work = (0, 0) if empty else self.split(sizes)
+        return Plan(factor, output, rows, packed, empty, shares, work)
+
+    def split(self, sizes: Sizes) -> tuple[int, int]:
+        """How many shares, and elements of work, a call with few queries takes; none where it has many."""
+        rows = self.group * sizes.get("Sq", 0)
+        if not 0 < rows <= FEW_ROWS:
+            return 0, 0
+        heads, width = self.variant.tensors[1].axes, self.variant.output[-1]
+        key_heads = next(a for a in heads[1:] if isinstance(a, int))
+        tasks = sizes["B"] * key_heads
+        wanted = -(-TASKS_A_THREAD * torch.get_num_threads() // tasks)
+        shares = max(1, min(wanted, MOST_SHARES, sizes["Sk"] // LEAST_KEYS))
+        assert isinstance(width, int)
+        return shares, tasks * shares * rows * (-(-width // 16) * 16 + 2)
 
     def choose(self, device: torch.device, sizes: Sizes) -> tuple[Config, str]:
         """The library for this processor; the same for every shape."""
@@ -125,8 +154,8 @@ def choice(name: str) -> str:
     )
 
 
-def load(name: str) -> Callable[..., None]:
-    """The kernel of the package, its parallel loops on torch's threads.
+def load(name: str) -> Any:
+    """The kernels of the package, its parallel loops on torch's threads.
 
     The library is loaded through a link of a name never used before: by its own path, the loader would hand out what
     an earlier package at this path was.
@@ -139,7 +168,7 @@ def load(name: str) -> Callable[..., None]:
     pool = [ctypes.cast(f, ctypes.c_void_p).value for f in threads()]
     for which, hook in enumerate(HOOKS):
         ctypes.c_void_p.in_dll(library, hook).value = module["threads"](*pool, which)
-    return module["attention"]
+    return module
 
 
 def threads() -> tuple[Any, Any, Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from attncc.codegen.call import PACKED, axes_text, has_lse, opening, sentence, tuple_text, write_attention
+from attncc.codegen.cpu import decodes
 from attncc.codegen.host import host_expr, host_function
 from attncc.codegen.source import Writer, filled, module_text
 from attncc.codegen.triton import handles, print_kernels, strides
@@ -164,7 +165,7 @@ def _init(
         w.line()
     w.block(body.text().splitlines())
     w.line()
-    w.line(f"_RUNNER = {_runner(bool(targets), has_library)}")
+    w.line(f"_RUNNER = {_runner(attn, bool(targets), has_library)}")
     w.line(f'_OP = _runtime.register("{attn.name}", _RUNNER)')
     w.block(["", ""])
     write_attention(w, attn)
@@ -176,10 +177,10 @@ def _init(
     return w.text()
 
 
-def _runner(for_gpu: bool, for_cpu: bool) -> str:
-    if for_gpu and for_cpu:
-        return "_runtime.Either(_gpu.Runner(VARIANT), _cpu.Runner(VARIANT))"
-    return "_cpu.Runner(VARIANT)" if for_cpu else "_gpu.Runner(VARIANT)"
+def _runner(attn: Attention, for_gpu: bool, for_cpu: bool) -> str:
+    group = f", group={attn.heads.q // attn.heads.kv}" if decodes(attn) else ""
+    cpu, gpu = f"_cpu.Runner(VARIANT{group})", "_gpu.Runner(VARIANT)"
+    return f"_runtime.Either({gpu}, {cpu})" if for_gpu and for_cpu else cpu if for_cpu else gpu
 
 
 def _variant(

@@ -41,7 +41,7 @@ def jitted(
 ) -> Callable[..., np.ndarray[Any, Any]]:
     """The function on NumPy arrays of any one length."""
     lanes = lanes or isa.lanes
-    module = compiled(function(isa, kinds, out, body, lanes), isa)
+    module = compiled({"f": function(isa, kinds, out, body, lanes)}, isa)
 
     def call(*xs: Any) -> np.ndarray[Any, Any]:
         arrays = [np.asarray(x, kind) for x, kind in zip(xs, kinds, strict=True)]

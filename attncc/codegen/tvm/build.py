@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
@@ -19,8 +20,8 @@ LINKERS: Final = (("ld", "-shared"), *((cc, "-shared", "-nostdlib") for cc in ("
 """The first that is here serves; kernels need nothing but libm and libc, which every process has."""
 
 
-def library(function: Any, isa: Isa) -> bytes:
-    """The shared library of a kernel and of its threads.
+def library(functions: Mapping[str, Any], isa: Isa) -> bytes:
+    """The shared library of some kernels by name, and of their threads.
 
     Raises:
         Unsupported: no linker is here.
@@ -30,7 +31,7 @@ def library(function: Any, isa: Isa) -> bytes:
         raise Unsupported("a CPU library needs a linker", hint=f"install one of {', '.join(c[0] for c in LINKERS)}")
     with tempfile.TemporaryDirectory(prefix="attncc-tvm-") as folder:
         at = Path(folder)
-        compiled(function, isa).write_to_file(str(at / "kernel.o"), "o")
+        compiled(functions, isa).write_to_file(str(at / "kernel.o"), "o")
         threads(isa, at).write_to_file(str(at / "threads.o"), "o")
         command = [*linker, "-o", str(at / "kernel.so"), str(at / "kernel.o"), str(at / "threads.o")]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -45,13 +46,13 @@ def target(isa: Isa) -> Any:
     return made.with_host(made)
 
 
-def compiled(function: Any, isa: Isa) -> Any:
+def compiled(functions: Mapping[str, Any], isa: Isa) -> Any:
     """TVM's module of machine code.
 
     TVM's default passes are left out: registers are tiled by hand, and its simplifier takes x - x for 0.
     """
     where = target(isa)
-    module = tirx.transform.BindTarget(where)(tvm.IRModule.from_expr(function))
+    module = tirx.transform.BindTarget(where)(tvm.IRModule(dict(functions)))
     for step in PASSES:
         module = step()(module)
     return tvm.get_global_func("target.build.llvm")(module, where)
@@ -67,9 +68,9 @@ PASSES: Final = (
 )
 
 
-def assembly(function: Any, isa: Isa) -> str:
-    """The kernel's machine code as text, to be looked at."""
-    return compiled(function, isa).inspect_source("asm")
+def assembly(functions: Mapping[str, Any], isa: Isa) -> str:
+    """The kernels' machine code as text, to be looked at."""
+    return compiled(functions, isa).inspect_source("asm")
 
 
 def threads(isa: Isa, folder: Path) -> Any:

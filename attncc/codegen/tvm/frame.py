@@ -60,7 +60,8 @@ class Task:
 class Frame:
     """A kernel's arguments: q, k, v, (cu_seqlens_q, cu_seqlens_k,) the inputs, o, lse, and the scale."""
 
-    def __init__(self, attn: Attention, isa: Isa) -> None:
+    def __init__(self, attn: Attention, isa: Isa, *, shared: bool = False) -> None:
+        """`shared`: keys are split between tasks, which leave what they have in `work`, behind o and lse."""
         self.attn, self.isa = attn, isa
         self.packed = attn.layout == "varlen"
         cuts = ("cu_seqlens_q", "cu_seqlens_k") if self.packed else ()
@@ -68,12 +69,15 @@ class Frame:
         tensors = dict.fromkeys("qkv", (rank, attn.dtype)) | dict.fromkeys(cuts, (1, "int32"))
         tensors |= {x.name: (len(x.shape), x.dtype) for x in attn.inputs}
         tensors |= {"o": (rank, attn.dtype), "lse": (rank - 1, "fp32")}
+        tensors |= {"work": (1, "fp32")} if shared else {}
         handles = {n: T.arg(n, T.handle()) for n in tensors}
         self.scale = T.arg("scale", T.float32())
+        self.shares = T.arg("shares", T.int32()) if shared else whole(1)
         bound = {n: _bound(n, handles[n], *what) for n, what in tensors.items()}  # all of them before any view
         views = {n: (_flat(buffer), shape, strides) for n, (buffer, shape, strides) in bound.items()}
         self.q, self.k, self.v, self.o = (self._operand(*views[n]) for n in "qkvo")
         self.lse, _, self.lse_strides = views["lse"]
+        self.work: Any = views["work"][0] if shared else None
         self.starts = {n: views[n][0] for n in cuts}
         broadcasts = {x.name: tuple(size == 1 for size in x.shape) for x in attn.inputs}
         self.arrays = {x.name: Array(*views[x.name], broadcasts[x.name], x.dtype) for x in attn.inputs}
@@ -147,13 +151,7 @@ class Frame:
 
     def _formulas(self, t: Task) -> Formulas:
         """What names mean in a tile; rows behind the last query stand on it."""
-        isa, attn = self.isa, self.attn
-        names: dict[str, Value] = {"b": t.b, "h": t.h, "hk": t.hk, "Sq": t.queries, "Sk": t.keys, "B": self.batch}
-        counts = {"Hq": attn.heads.q, "Hk": attn.heads.kv, "Hv": attn.heads.v, "Dqk": attn.dims.qk, "Dv": attn.dims.v}
-        names |= {n: whole(count) for n, count in counts.items()} | {"scale": self.scale}
-        for x in attn.inputs:
-            extents = zip(x.shape, self.arrays[x.name].shape, strict=True)
-            names |= {s: let(cast(n, "int32")) for s, n in extents if isinstance(s, str) and s not in names}
+        isa, names = self.isa, self._names(t)
         offset = let(self._offset(t))
         last = widened(t.queries - 1, isa.lanes)
         rows: list[dict[str, Value]] = []
@@ -164,6 +162,23 @@ class Frame:
         names["i1"] = let(T.min(t.row0 + isa.rows, t.queries) - 1 + offset)
         names["row0"], names["row1"] = t.row0, let(names["i1"] - offset)
         return Formulas(isa, self.arrays, names, rows)
+
+    def formulas_of_row(self, t: Task) -> Formulas:
+        """What names mean in the row `t.row0` alone, whose position is a scalar."""
+        names = self._names(t)
+        i = let(t.row0 + self._offset(t))
+        names |= {"i0": i, "i1": i, "row0": t.row0, "row1": t.row0}
+        return Formulas(self.isa, self.arrays, names, [{"row": t.row0, "i": i}])
+
+    def _names(self, t: Task) -> dict[str, Value]:
+        attn = self.attn
+        names: dict[str, Value] = {"b": t.b, "h": t.h, "hk": t.hk, "Sq": t.queries, "Sk": t.keys, "B": self.batch}
+        counts = {"Hq": attn.heads.q, "Hk": attn.heads.kv, "Hv": attn.heads.v, "Dqk": attn.dims.qk, "Dv": attn.dims.v}
+        names |= {n: whole(count) for n, count in counts.items()} | {"scale": self.scale}
+        for x in attn.inputs:
+            extents = zip(x.shape, self.arrays[x.name].shape, strict=True)
+            names |= {s: let(cast(n, "int32")) for s, n in extents if isinstance(s, str) and s not in names}
+        return names
 
     def _offset(self, t: Task) -> Value:
         match self.attn.align.kind:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from typing import Any
 
+from attncc.codegen.cpu import decodes
+from attncc.codegen.tvm import decode, forward
 from attncc.codegen.tvm.build import library
 from attncc.codegen.tvm.formulas import unknown_operators
-from attncc.codegen.tvm.forward import forward
-from attncc.codegen.tvm.isa import ISAS
+from attncc.codegen.tvm.isa import ISAS, Isa
 from attncc.errors import Unsupported
 from attncc.ir.attention import Attention
 
@@ -23,4 +25,10 @@ def libraries(attn: Attention) -> Mapping[str, bytes]:
         if unknown := unknown_operators(e):
             raise Unsupported(f"CPU kernels have no '{min(unknown)}'", key)
     here = platform.machine()
-    return {isa.name: library(forward(attn, isa), isa) for isa in ISAS if isa.triple.startswith(here)}
+    return {isa.name: library(kernels(attn, isa), isa) for isa in ISAS if isa.triple.startswith(here)}
+
+
+def kernels(attn: Attention, isa: Isa) -> Mapping[str, Any]:
+    """The functions of a library by name: one for any call, and one for few queries where there is one."""
+    found = {forward.FUNCTION: forward.forward(attn, isa)}
+    return found | ({decode.FUNCTION: decode.decode(attn, isa)} if decodes(attn) else {})
