@@ -16,7 +16,8 @@ from attncc import driver, spec
 
 pytestmark = pytest.mark.gpu
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
+FOLDER = Path(__file__).parents[2] / "examples"
+EXAMPLES = [FOLDER / system.file for system in driver.systems(FOLDER) if system.lowerings]
 CUDA = "cuda"
 
 
