@@ -1,4 +1,4 @@
-"""The prefill table: what is measured, each case with its spec, its size and its FLOPs."""
+"""What is measured: cases, each with its spec, its size and its FLOPs; and those of the prefill table."""
 
 from __future__ import annotations
 
@@ -7,10 +7,6 @@ from dataclasses import dataclass
 from typing import Final
 
 SCALE: Final = 0.088
-WINDOW: Final = 1024
-BLOCK: Final = 128
-DENSITY: Final = 0.05
-"""Of the blocks that the data-dependent mask keeps."""
 
 BODIES: Final[Mapping[str, str]] = {
     "none": "",
@@ -19,18 +15,29 @@ BODIES: Final[Mapping[str, str]] = {
     "alibi": "inputs: {slopes: {shape: [Hq]}}\nscore: qk * scale + slopes[h] * (j - i)\nmask: causal",
     "relative_bias": "inputs: {bias: {shape: [Hq, N], dtype: bf16}}\n"
     "score: qk * scale + bias[h, i - j + N // 2]\nmask: causal",
-    "window": f"mask: causal & window({WINDOW})",
+    "window": "mask: causal & window(WINDOW)",
     "documents": "inputs: {starts: {shape: [N], dtype: int32, sorted: true}}\nmask: causal & segments(starts)",
-    "blocks": f"inputs: {{blocks: {{shape: [M, N], dtype: bool}}}}\nmask: blocks[i // {BLOCK}, j // {BLOCK}]",
+    "blocks": "inputs: {blocks: {shape: [M, N], dtype: bool}}\nmask: blocks[i // BLOCK, j // BLOCK]",
 }
+"""WINDOW and BLOCK stand for a pattern's numbers."""
 PLAIN_MASKS: Final = ("none", "causal")
 """What every peer can do."""
 SAME_MASK: Final = {"softcap": "causal", "alibi": "causal", "relative_bias": "causal"}
 
 
 @dataclass(frozen=True, slots=True)
+class Pattern:
+    """How far a window reaches; how large the blocks of a data-dependent mask are, and which share of them it keeps,
+    besides the first of each row."""
+
+    window: int = 1024
+    block: int = 128
+    density: float = 0.05
+
+
+@dataclass(frozen=True, slots=True)
 class Case:
-    """One row of the table."""
+    """One row of a table."""
 
     variant: str
     b: int
@@ -39,26 +46,40 @@ class Case:
     s: int
     dqk: int
     dv: int
+    dtype: str = "bf16"
+    queries: int = 0
+    """Rows of q; 0: as many as keys."""
+    pattern: Pattern = Pattern()
+
+    @property
+    def sq(self) -> int:
+        return self.queries or self.s
 
     @property
     def name(self) -> str:
-        """Such as fwd/B4Hq16Hk16S8192D128c; other variants than none and causal are spelt out."""
-        return f"fwd/{self.shape}"
+        """Such as fwd/B4Hq16Hk16S8192D128c; variants but none and causal, and dtypes but bf16, are spelt out."""
+        return f"{'decode' if self.sq == 1 else 'fwd'}/{self.shape}"
 
     @property
     def shape(self) -> str:
         dims = f"D{self.dqk}" if self.dqk == self.dv else f"D{self.dqk}-{self.dv}"
         kind = {"none": "", "causal": "c"}.get(self.variant, f"/{self.variant}")
-        return f"B{self.b}Hq{self.hq}Hk{self.hk}S{self.s}{dims}{kind}"
+        dtype = "" if self.dtype == "bf16" else f"/{self.dtype}"
+        return f"B{self.b}Hq{self.hq}Hk{self.hk}S{self.s}{dims}{kind}{dtype}"
 
     @property
     def package(self) -> str:
-        return f"{self.variant}_{self.hq}_{self.hk}_{self.dqk}_{self.dv}"
+        return f"{self.variant}_{self.hq}_{self.hk}_{self.dqk}_{self.dv}_{self.dtype}"
 
     @property
     def spec(self) -> str:
         head = f"attncc: 1\nname: {self.package}\nheads: {{q: {self.hq}, kv: {self.hk}}}\n"
-        return f"{head}dims: {{qk: {self.dqk}, v: {self.dv}}}\nscale: {SCALE}\n{BODIES[self.variant]}\n"
+        head += f"dims: {{qk: {self.dqk}, v: {self.dv}}}\ndtype: {self.dtype}\nscale: {SCALE}\n"
+        sizes = {"WINDOW": self.pattern.window, "BLOCK": self.pattern.block}
+        body = BODIES[self.variant]
+        for name, size in sizes.items():
+            body = body.replace(name, str(size))
+        return f"{head}{body}\n"
 
     @property
     def mask(self) -> tuple[str, int]:

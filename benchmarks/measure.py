@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
+from benchmarks import report
 from benchmarks.cases import SCALE, Case
 from benchmarks.check import errors, poisoned
 from benchmarks.operands import inputs, mask_mod, operands, visible_pairs
-from benchmarks.peers import EAGER_LENGTH, peers
-from benchmarks.timing import Ratio, Timing, device_ms, graphed_ms, interleaved, interleaved_host
+from benchmarks.peers import EAGER_LENGTH, gpu_peers
+from benchmarks.timing import Timing, device_ms, graphed_ms, interleaved, interleaved_host
 
 Row = dict[str, Any]
 Act = Callable[[], list[Row]]
@@ -42,7 +43,7 @@ def _attention(case: Case, rounds: int) -> Act:
     qkv, given = operands(case), inputs(case)
     package = importlib.import_module(case.package)
     ours: Callable[[], Any] = lambda: package.attention(*qkv, **given, return_lse=True)
-    calls = {"attncc": ours} | peers(case, qkv, given)
+    calls = {"attncc": ours} | gpu_peers(case, qkv, given)
     missing: dict[str, str] = {}
     for name, call in list(calls.items()):
         try:
@@ -59,31 +60,12 @@ def _attention(case: Case, rounds: int) -> Act:
         found = errors(case, qkv, given, o, lse)
         if not found.ok:
             raise Rejected(str(found))
-        rows = attention_rows(case, interleaved(calls, rounds), case.flops(visible_pairs(case, given)))
+        rows = report.compared(case.name, interleaved(calls, rounds), case.flops(visible_pairs(case, given)))
         measured = {"o_error": found.o, "lse_error": found.lse}
         absent = [{"case": case.name, "impl": name, "missing": why} for name, why in missing.items()]
         return [row | (measured if row["impl"] == "attncc" else {}) for row in rows] + absent
 
     return act
-
-
-def attention_rows(case: Case, times: Mapping[str, Timing], flops: float) -> list[Row]:
-    """Ours once for each peer, followed by the peer; ours alone where no peer is left."""
-
-    def row(impl: str) -> Row:
-        t = times[impl]
-        tflops = round(flops / t.ms / 1e9, 1)
-        return {"case": case.name, "impl": impl, "ms": round(t.ms, 5), "spread": t.spread, "tflops": tflops}
-
-    rows: list[Row] = []
-    for peer in [name for name in times if name != "attncc"]:
-        rows += [row("attncc") | _ratio(peer, times[peer], times["attncc"]), row(peer)]
-    return rows or [row("attncc")]
-
-
-def _ratio(peer: str, theirs: Timing, ours: Timing) -> Row:
-    r = Ratio.of(theirs, ours)
-    return {"peer": peer, "ratio": round(r.median, 3), "ratio_spread": [round(r.low, 3), round(r.high, 3)]}
 
 
 # -- masks ---------------------------------------------------------------------------------------
@@ -152,7 +134,7 @@ def _host(case: Case, rounds: int) -> Act:
         rows: list[Row] = []
         for impl, t in times.items():
             row: Row = {"case": f"host/{case.shape}", "impl": impl, "ms": round(t.ms, 5), "spread": t.spread}
-            rows.append(row if impl == "SDPA" else row | _ratio("SDPA", times["SDPA"], t))
+            rows.append(row if impl == "SDPA" else row | report.ratio("SDPA", t.against(times["SDPA"])))
         rows[0]["first_call_s"] = round(first_s, 2)
         return rows
 

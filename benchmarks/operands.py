@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from benchmarks.cases import BLOCK, DENSITY, WINDOW, Case
+from benchmarks.cases import Case
 
 Mod = Callable[..., Any] | None
 Given = Mapping[str, Tensor]
+DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def operands(case: Case, device: str = "cuda") -> tuple[Tensor, Tensor, Tensor]:
-    """Random normal q, k, v in bf16."""
+    """Random normal q, k, v."""
     g = torch.Generator(device).manual_seed(0)
 
-    def make(heads: int, dim: int) -> Tensor:
-        return torch.randn(case.b, heads, case.s, dim, device=device, dtype=torch.bfloat16, generator=g)
+    def make(heads: int, rows: int, dim: int) -> Tensor:
+        return torch.randn(case.b, heads, rows, dim, device=device, dtype=DTYPES[case.dtype], generator=g)
 
-    return make(case.hq, case.dqk), make(case.hk, case.dqk), make(case.hk, case.dv)
+    return make(case.hq, case.sq, case.dqk), make(case.hk, case.s, case.dqk), make(case.hk, case.s, case.dv)
 
 
 def inputs(case: Case, device: str = "cuda") -> dict[str, Tensor]:
@@ -37,8 +38,8 @@ def inputs(case: Case, device: str = "cuda") -> dict[str, Tensor]:
             cuts = torch.randperm(case.s - 1, generator=torch.Generator().manual_seed(3))[:11] + 1
             return {"starts": torch.cat([torch.zeros(1), cuts.sort().values]).int().to(device)}
         case "blocks":
-            n = case.s // BLOCK
-            blocks = torch.rand(n, n, device=device, generator=g) < DENSITY
+            n = case.s // case.pattern.block
+            blocks = torch.rand(n, n, device=device, generator=g) < case.pattern.density
             blocks[:, 0] = True
             return {"blocks": blocks}
         case _:
@@ -69,15 +70,16 @@ def mask_mod(case: Case, given: Given) -> Mod:
         case "none":
             return None
         case "window":
-            return lambda b, h, i, j: (i >= j) & (i - j < WINDOW)
+            width = case.pattern.window
+            return lambda b, h, i, j: (i >= j) & (i - j < width)
         case "documents":
             starts = given["starts"]
             at = torch.arange(case.s, device=starts.device)
             ids = torch.searchsorted(starts.long(), at, right=True).int()
             return lambda b, h, i, j: (i >= j) & (ids[i] == ids[j])
         case "blocks":
-            blocks = given["blocks"]
-            return lambda b, h, i, j: blocks[i // BLOCK, j // BLOCK]
+            blocks, size = given["blocks"], case.pattern.block
+            return lambda b, h, i, j: blocks[i // size, j // size]
         case _:
             return lambda b, h, i, j: i >= j
 
@@ -87,15 +89,15 @@ def visible_pairs(case: Case, given: Given) -> int:
     s = case.s
     match case.variant:
         case "none":
-            return s * s
+            return case.sq * s
         case "window":
-            width = min(WINDOW, s)
+            width = min(case.pattern.window, s)
             return width * s - width * (width - 1) // 2
         case "documents":
             ends = torch.cat([given["starts"][1:].cpu(), torch.tensor([s])])
             lengths = (ends - given["starts"].cpu()).double()
             return int((lengths * lengths / 2).sum())
         case "blocks":
-            return int(given["blocks"].sum()) * BLOCK * BLOCK
+            return int(given["blocks"].sum()) * case.pattern.block**2
         case _:
             return s * s // 2

@@ -1,7 +1,8 @@
-"""The peers, each as a call on the tensors of a case: FlexAttention with its block mask, and cuDNN's SDPA."""
+"""The peers, each as a call on the tensors of a case: FlexAttention with its block mask, and SDPA."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -16,6 +17,8 @@ from benchmarks.operands import Given, mods
 Call = Callable[[], Any]
 EAGER_LENGTH: Final = 16384
 """Up to here create_block_mask fits the memory uncompiled; compiling it takes minutes at this very length."""
+FLEX_BLOCK: Final = 128
+"""FlexAttention's own choice."""
 
 
 def flex(case: Case, qkv: tuple[Tensor, Tensor, Tensor], given: Given) -> Call:
@@ -30,24 +33,53 @@ def flex(case: Case, qkv: tuple[Tensor, Tensor, Tensor], given: Given) -> Call:
 def block_mask(case: Case, mask: Any, device: torch.device) -> BlockMask:
     """The same table whether compiled or not: made in the way that takes less to set up."""
     make = create_block_mask if case.s <= EAGER_LENGTH else torch.compile(create_block_mask)
-    return make(mask, None, None, case.s, case.s, device)
+    size = min(case.pattern.block, FLEX_BLOCK) if case.variant == "blocks" else FLEX_BLOCK
+    return make(mask, None, None, case.sq, case.s, device, BLOCK_SIZE=size)
+
+
+def sdpa(case: Case, qkv: tuple[Tensor, Tensor, Tensor]) -> Call:
+    """What torch chooses for a mask that it knows."""
+    attention = torch.nn.functional.scaled_dot_product_attention
+    causal, gqa = case.variant == "causal", case.hq != case.hk
+    return lambda: attention(*qkv, is_causal=causal, scale=SCALE, enable_gqa=gqa)
+
+
+def masked_sdpa(case: Case, qkv: tuple[Tensor, Tensor, Tensor], given: Given) -> Call:
+    """SDPA with score and mask as one tensor made beforehand, of q's dtype: of a bool one each call makes such."""
+    attention, gqa = torch.nn.functional.scaled_dot_product_attention, case.hq != case.hk
+    score, mask = mods(case, given)
+    q = qkv[0]
+    i, j = torch.arange(case.sq)[:, None] + (case.s - case.sq), torch.arange(case.s)[None]
+    bias = torch.zeros(case.sq, case.s)
+    if score is not None:
+        bias = torch.stack([score(bias, 0, h, i, j) for h in range(case.hq)])
+    if mask is not None:
+        bias = bias.masked_fill(~mask(0, 0, i, j), -math.inf)
+    bias = bias.to(q.device, q.dtype).reshape(1, -1, case.sq, case.s)
+    return lambda: attention(*qkv, attn_mask=bias, scale=SCALE, enable_gqa=gqa)
 
 
 def cudnn(case: Case, qkv: tuple[Tensor, Tensor, Tensor]) -> Call:
-    gqa = case.hq != case.hk
+    attention = sdpa(case, qkv)
 
     def call() -> Any:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return torch.nn.functional.scaled_dot_product_attention(
-                *qkv, is_causal=case.variant == "causal", scale=SCALE, enable_gqa=gqa
-            )
+            return attention()
 
     return call
 
 
-def peers(case: Case, qkv: tuple[Tensor, Tensor, Tensor], given: Given) -> dict[str, Call]:
+def gpu_peers(case: Case, qkv: tuple[Tensor, Tensor, Tensor], given: Given) -> dict[str, Call]:
     """FlexAttention, and cuDNN where it can do the case."""
     out = {"FlexAttention": flex(case, qkv, given)}
     if case.variant in PLAIN_MASKS:
         out["cuDNN"] = cudnn(case, qkv)
     return out
+
+
+def cpu_peers(case: Case, qkv: tuple[Tensor, Tensor, Tensor], given: Given, with_flex: bool) -> dict[str, Call]:
+    """SDPA; where it does not know the mask, SDPA with a tensor, and FlexAttention, which takes long to compile."""
+    if case.variant in PLAIN_MASKS:
+        return {"SDPA": sdpa(case, qkv)}
+    out = {"SDPA + mask": masked_sdpa(case, qkv, given)}
+    return out | ({"FlexAttention": flex(case, qkv, given)} if with_flex else {})

@@ -93,7 +93,7 @@ def measure(args: argparse.Namespace) -> int:
                 without.append({"case": result.job.name, "impl": "attncc", "missing": result.why})
             print(f"{time.monotonic() - begun:4.0f} s  {line(result)}", flush=True)
             if args.json:
-                report.save(args.json, report.meta(), rows, without)
+                report.save(args.json, report.gpu_meta(), rows, without)
     print("", report.markdown(rows) if args.markdown else report.table(rows), "", report.summary(rows), sep="\n")
     for entry in without:
         print(f"no result of {entry['impl']} for {entry['case']}: {entry['missing']}")
@@ -115,15 +115,11 @@ def line(result: Result) -> str:
     """What came of a job, while others go on."""
     if result.why:
         return f"{result.job.name}: {result.why.strip().splitlines()[-1]}"
-    said = [f"{r['impl']} {r['ms']:.4f} ms" + (f", {r['ratio']} × {r['peer']}" if "ratio" in r else "")
-            for r in result.rows if "ms" in r]  # fmt: skip
-    return f"{result.job.name}: {'; '.join(said)}"
+    return f"{result.job.name}: {report.line(result.rows)}"
 
 
 def draw(args: argparse.Namespace) -> int:
-    out = args.output or args.file.with_suffix(".svg")
-    import_module("benchmarks.plot").draw(args.file, out)
-    print(out)
+    import_module("benchmarks.plot").draw(args.file, args.output)
     return 0
 
 

@@ -1,10 +1,10 @@
-"""Device time by events, host time by the clock, ratios by interleaved rounds."""
+"""Device time by events, time of the host and of CPUs by the clock, ratios by interleaved rounds."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -20,6 +20,8 @@ class Timing:
     """Milliseconds of one call, a number a round."""
 
     rounds: tuple[float, ...]
+    inner: bool = False
+    """Whether spreads are of the middle half: where others use the machine too, the ends tell of them alone."""
 
     @property
     def ms(self) -> float:
@@ -27,22 +29,35 @@ class Timing:
 
     @property
     def spread(self) -> list[float]:
-        """The least and the greatest."""
-        return [round(min(self.rounds), 5), round(max(self.rounds), 5)]
+        return [round(x, 5) for x in _ends(self.rounds, self.inner)]
+
+    def times(self, factor: float) -> Timing:
+        """As if every round did so many times the work."""
+        return Timing(tuple(t * factor for t in self.rounds), self.inner)
+
+    def against(self, peer: Timing) -> Ratio:
+        """Of the peer's time to this."""
+        rounds = [p / o for p, o in zip(peer.rounds, self.rounds, strict=True)]
+        low, high = _ends(rounds, self.inner)
+        return Ratio(statistics.median(rounds), low, high, min(peer.rounds) / min(self.rounds))
 
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """Peer time over ours, a round at a time: the median, and the least and the greatest."""
+    """Peer time over ours, a round at a time: the median and the spread; and that of the best rounds of each."""
 
     median: float
     low: float
     high: float
+    best: float
 
-    @classmethod
-    def of(cls, peer: Timing, ours: Timing) -> Ratio:
-        rounds = [p / o for p, o in zip(peer.rounds, ours.rounds, strict=True)]
-        return cls(statistics.median(rounds), min(rounds), max(rounds))
+
+def _ends(rounds: Sequence[float], inner: bool) -> tuple[float, float]:
+    """The least and the greatest, or the quartiles."""
+    if not inner or len(rounds) < 2:
+        return min(rounds), max(rounds)
+    low, _, high = statistics.quantiles(rounds, n=4, method="inclusive")
+    return low, high
 
 
 def device_ms(call: Call, repeat: int) -> float:
@@ -80,6 +95,29 @@ def interleaved_host(calls: Mapping[str, Call], rounds: int, repeat: int = 2000)
     for call in calls.values():
         wall_ms(call, 50)
     return _rounds({n: lambda c=c: wall_ms(c, repeat) for n, c in calls.items()}, rounds)
+
+
+def alternating(
+    calls: Mapping[str, Call], rounds: int, seconds: float, between: Call | None = None
+) -> dict[str, Timing]:
+    """Time by the clock of single calls on the CPU, in turn; at least 5 rounds, and no more than fit into `seconds`.
+
+    `between` runs before each, untimed.
+    """
+    seen: dict[str, list[float]] = {name: [] for name in calls}
+    for call in [*calls.values()] * 2:
+        call()
+    until = time.perf_counter() + seconds
+    for number in range(max(5, rounds)):
+        if number >= 5 and time.perf_counter() > until:
+            break
+        for name, call in calls.items():
+            if between is not None:
+                between()
+            start = time.perf_counter()
+            call()
+            seen[name].append((time.perf_counter() - start) * 1e3)
+    return {name: Timing(tuple(times), inner=True) for name, times in seen.items()}
 
 
 def _rounds(measurements: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, Timing]:
