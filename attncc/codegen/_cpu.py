@@ -30,6 +30,7 @@ CHOICES = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}
 """What torch says of an x86 processor: the libraries that run on it, the widest first."""
 BITS = {torch.bfloat16: torch.uint16, torch.bool: torch.uint8}
 """Elements that kernels take as their bits."""
+RUN_TIME = ("B", "Sq", "Sk", "Tq", "Tk")
 HOOKS = ("__TVMBackendParallelLaunch", "__TVMBackendAllocWorkspace", "__TVMBackendFreeWorkspace")
 OPENMP = ("libgomp", "libomp", "libiomp")
 
@@ -42,6 +43,8 @@ class Plan:
     """For calls that give none."""
     output: tuple[int, ...]
     lse: tuple[int, ...]
+    own: tuple[int, ...]
+    """Sizes of the spec's own."""
     packed: bool
     empty: bool
     shares: int
@@ -83,9 +86,9 @@ class Runner:
             self.module = load(self.variant.name)
         if plan.shares:
             work = torch.empty(plan.work, dtype=torch.float32)
-            self.module["decode"](*map(bits, tensors), bits(o), lse, work, factor, plan.shares)
+            self.module["decode"](*map(bits, tensors), bits(o), lse, work, factor, *plan.own, plan.shares)
         else:
-            self.module["attention"](*map(bits, tensors), bits(o), lse, factor)
+            self.module["attention"](*map(bits, tensors), bits(o), lse, factor, *plan.own)
         return o, lse if with_lse else None
 
     def plan(self, tensors: Sequence[torch.Tensor], with_scale: bool) -> Plan:
@@ -104,7 +107,8 @@ class Runner:
         empty = 0 in output or keys == 0 or sizes["B"] == 0
         factor = default_scale(v.name, v.scale, sizes) if with_scale else 1.0
         shares, work = (0, 0) if empty else self.split(sizes)
-        return Plan(factor, output, rows, packed, empty, shares, work)
+        own = tuple(sizes[n] for n in v.sizes if n not in RUN_TIME)
+        return Plan(factor, output, rows, own, packed, empty, shares, work)
 
     def split(self, sizes: Sizes) -> tuple[int, int]:
         """How many shares, and elements of work, a call with few queries takes; none where it has many."""

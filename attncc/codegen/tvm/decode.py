@@ -347,10 +347,11 @@ class Decode:
             T.buffer_store(factors, self.scalar_exp2(work[state] - kept[0]), [s])
             T.buffer_store(kept, kept[1] + work[state + 1] * factors[s], [1])
         empty = let(tirx.EQ(kept[1], real(0.0)))
-        lse = let((kept[0] + T.log2(kept[1])) * real(LN2))
-        place = cast(b, "int64") * frame.lse_strides[0] + cast(h, "int64") * frame.lse_strides[1]
-        place = place + cast(query, "int64") * frame.lse_strides[2]
-        T.buffer_store(frame.lse, T.Select(empty, real(float("-inf")), lse), [place])
+        if attn.wants("lse"):
+            lse = let((kept[0] + T.log2(kept[1])) * real(LN2))
+            place = cast(b, "int64") * frame.lse_strides[0] + cast(h, "int64") * frame.lse_strides[1]
+            place = place + cast(query, "int64") * frame.lse_strides[2]
+            T.buffer_store(frame.lse, T.Select(empty, real(float("-inf")), lse), [place])
         divisor = let(T.Select(empty, real(1.0), kept[1] + self.sink_share(b, h, hk, query, kept)))
         start = let(frame.o.start(b, h, query))
         with T.serial(0, attn.dims.v) as d:

@@ -12,7 +12,7 @@ from tvm.script.ir_builder import tirx as T
 from attncc.codegen.tvm.formulas import Array, Formulas, stored
 from attncc.codegen.tvm.isa import Isa
 from attncc.codegen.tvm.vector import Value, cast, least, let, quotient, registers, whole, widened
-from attncc.ir.attention import Attention
+from attncc.ir.attention import SIZE_NAMES, Attention
 
 FLAT: Final = 1 << 62
 """Elements of a flat view: no bound, for addresses are computed here."""
@@ -58,7 +58,7 @@ class Task:
 
 
 class Frame:
-    """A kernel's arguments: q, k, v, (cu_seqlens_q, cu_seqlens_k,) the inputs, o, lse, and the scale."""
+    """A kernel's arguments: q, k, v, (cu_seqlens_q, cu_seqlens_k,) the inputs, o, lse, the scale, and own sizes."""
 
     def __init__(self, attn: Attention, isa: Isa, *, shared: bool = False) -> None:
         """`shared`: keys are split between tasks, which leave what they have in `work`, behind o and lse."""
@@ -72,6 +72,7 @@ class Frame:
         tensors |= {"work": (1, "fp32")} if shared else {}
         handles = {n: T.arg(n, T.handle()) for n in tensors}
         self.scale = T.arg("scale", T.float32())
+        self.sizes: dict[str, Value] = {n: T.arg(n, T.int32()) for n in own_sizes(attn)}
         self.shares = T.arg("shares", T.int32()) if shared else whole(1)
         bound = {n: _bound(n, handles[n], *what) for n, what in tensors.items()}  # all of them before any view
         views = {n: (_flat(buffer), shape, strides) for n, (buffer, shape, strides) in bound.items()}
@@ -161,24 +162,33 @@ class Frame:
         names["i0"] = let(t.row0 + offset)
         names["i1"] = let(T.min(t.row0 + isa.rows, t.queries) - 1 + offset)
         names["row0"], names["row1"] = t.row0, let(names["i1"] - offset)
-        return Formulas(isa, self.arrays, names, rows)
+        return Formulas(isa, self._arrays(t), names, rows)
 
     def formulas_of_row(self, t: Task) -> Formulas:
         """What names mean in the row `t.row0` alone, whose position is a scalar."""
         names = self._names(t)
         i = let(t.row0 + self._offset(t))
         names |= {"i0": i, "i1": i, "row0": t.row0, "row1": t.row0}
-        return Formulas(self.isa, self.arrays, names, [{"row": t.row0, "i": i}])
+        return Formulas(self.isa, self._arrays(t), names, [{"row": t.row0, "i": i}])
 
     def _names(self, t: Task) -> dict[str, Value]:
         attn = self.attn
         names: dict[str, Value] = {"b": t.b, "h": t.h, "hk": t.hk, "Sq": t.queries, "Sk": t.keys, "B": self.batch}
         counts = {"Hq": attn.heads.q, "Hk": attn.heads.kv, "Hv": attn.heads.v, "Dqk": attn.dims.qk, "Dv": attn.dims.v}
         names |= {n: whole(count) for n, count in counts.items()} | {"scale": self.scale}
-        for x in attn.inputs:
-            extents = zip(x.shape, self.arrays[x.name].shape, strict=True)
-            names |= {s: let(cast(n, "int32")) for s, n in extents if isinstance(s, str) and s not in names}
+        names |= self.sizes
         return names
+
+    def _arrays(self, t: Task) -> dict[str, Array]:
+        """The inputs; one with an axis of queries or keys has, in packed layouts, as many as its sequence."""
+        extents = self.sizes | {"Sq": t.queries, "Sk": t.keys}
+        found: dict[str, Array] = {}
+        for x in self.attn.inputs:
+            array = self.arrays[x.name]
+            known = [extents.get(str(axis)) for axis in x.shape]
+            sizes = (n if e is None else let(cast(e, "int64")) for e, n in zip(known, array.shape, strict=True))
+            found[x.name] = replace(array, shape=tuple(sizes))
+        return found
 
     def _offset(self, t: Task) -> Value:
         match self.attn.align.kind:
@@ -189,6 +199,12 @@ class Frame:
             case "input":
                 x = self.arrays[self.attn.align.input]
                 return cast(x.flat[cast(t.b, "int64") * x.strides[0]], "int32")
+
+
+def own_sizes(attn: Attention) -> list[str]:
+    """Sizes that a spec has of its own, in the order of its inputs; a tensor's extent is no size where it is 0."""
+    named = [s for x in attn.inputs for s in x.shape if isinstance(s, str)]
+    return [s for s in dict.fromkeys(named) if s not in SIZE_NAMES]
 
 
 Bound = tuple[Any, tuple[Value, ...], tuple[Value, ...]]

@@ -150,13 +150,7 @@ class Softmax(_Buffers):
 
     def finish(self) -> Any:
         one, zero = self.full(1.0), self.full(0.0)
-        kept = registers(self.isa.rows, "float32")
-        self.each(lambda v: T.buffer_store(kept, self.l[v], [self.line(whole(0), v)]))
-        top = registers(self.isa.rows, "float32")
-        self.each(lambda v: T.buffer_store(top, self.m[v], [self.line(whole(0), v)]))
-        with T.serial(0, self.isa.rows) as row:
-            lse = let((top[row] + T.log2(kept[row])) * real(LN2))
-            T.buffer_store(kept, T.Select(tirx.EQ(kept[row], real(0.0)), real(self.hidden), lse), [row])
+        kept = self._lse() if self.attn.wants("lse") else None
         sink = self.part.normalizer.sink
 
         def factor(v: int) -> Value:
@@ -170,6 +164,16 @@ class Softmax(_Buffers):
             return select(empty, zero, share / select(empty, one, total))
 
         self.scale_output(factor)
+        return kept
+
+    def _lse(self) -> Any:
+        kept = registers(self.isa.rows, "float32")
+        self.each(lambda v: T.buffer_store(kept, self.l[v], [self.line(whole(0), v)]))
+        top = registers(self.isa.rows, "float32")
+        self.each(lambda v: T.buffer_store(top, self.m[v], [self.line(whole(0), v)]))
+        with T.serial(0, self.isa.rows) as row:
+            lse = let((top[row] + T.log2(kept[row])) * real(LN2))
+            T.buffer_store(kept, T.Select(tirx.EQ(kept[row], real(0.0)), real(self.hidden), lse), [row])
         return kept
 
 

@@ -1,0 +1,30 @@
+"""Packages for the CPU, each with the library of one instruction set: half the time to build, and no doubt which ran."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from unittest.mock import patch
+
+from codegen.emitted import Package, package
+from jitted import BY_NAME, RUNNABLE
+
+from attncc.check.cases import Case
+
+
+@cache
+def built(body: str, isa: str = RUNNABLE[0].name) -> Package:
+    """The package of a spec that lacks its version and name."""
+    with patch("attncc.codegen.tvm.libraries.ISAS", (BY_NAME[isa],)):
+        return package(f"{body}\ndoc: for {isa}", target="cpu")
+
+
+def agrees(p: Package, cases: Iterable[Case]) -> None:
+    """Fails where the package and the oracle differ."""
+    wrong = [o for o in map(p.agrees, cases) if o.verdict != "ok"]
+    assert not wrong, [(str(o.case), o.verdict, o.detail, o.deviations) for o in wrong]
+
+
+def in_turn(number: int) -> str:
+    """An instruction set that is here, each as often as another."""
+    return RUNNABLE[number % len(RUNNABLE)].name
