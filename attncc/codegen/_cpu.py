@@ -131,6 +131,7 @@ class Runner:
 def bits(t: torch.Tensor) -> torch.Tensor:
     """The tensor as the kernel takes it; one without elements gets some, which are read as the 0 outside of it."""
     t = t if t.numel() else t.new_zeros([max(1, n) for n in t.shape])
+    t = t if t.dim() else t.reshape(1)
     return t.view(BITS[t.dtype]) if t.dtype in BITS else t
 
 

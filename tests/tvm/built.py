@@ -1,4 +1,4 @@
-"""Packages for the CPU, each with the library of one instruction set: half the time to build, and no doubt which ran."""
+"""Packages for the CPU with the library of one instruction set: built in half the time, and no doubt which ran."""
 
 from __future__ import annotations
 

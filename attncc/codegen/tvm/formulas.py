@@ -334,7 +334,18 @@ def _magnitude(x: Value) -> Value:
 
 def _per_lane(name: str) -> Operator:
     """A function that is a call a lane: rare in scores, and then of what no key moves."""
-    return _real(lambda x, isa: getattr(T, name)(x))
+
+    def calls(x: Value, isa: Isa) -> Value:
+        count = lanes(x)
+        if count == 1:
+            return getattr(T, name)(x)
+        each, every = registers(count, "float32"), T.ramp(whole(0), 1, count)
+        T.buffer_store(each, x, [every])
+        with T.serial(0, count) as lane:
+            T.buffer_store(each, getattr(T, name)(each[lane]), [lane])
+        return each[every]
+
+    return _real(calls)
 
 
 def _power(isa: Isa, e: Expr, args: list[Value]) -> Value:
@@ -360,7 +371,7 @@ OPERATORS: Final[dict[str, Operator]] = {
     "le": _decision(lambda a, b: a <= b),
     "gt": _decision(lambda a, b: a > b),
     "ge": _decision(lambda a, b: a >= b),
-    "eq": _decision(tirx.EQ),
+    "eq": _decision(vector.equal),
     "ne": _decision(vector.unequal),
     "and": _decision(tirx.And),
     "or": _decision(tirx.Or),

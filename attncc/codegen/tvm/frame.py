@@ -67,7 +67,7 @@ class Frame:
         cuts = ("cu_seqlens_q", "cu_seqlens_k") if self.packed else ()
         rank = 3 if self.packed else 4
         tensors = dict.fromkeys("qkv", (rank, attn.dtype)) | dict.fromkeys(cuts, (1, "int32"))
-        tensors |= {x.name: (len(x.shape), x.dtype) for x in attn.inputs}
+        tensors |= {x.name: (max(1, len(x.shape)), x.dtype) for x in attn.inputs}  # a scalar is an entry of its own
         tensors |= {"o": (rank, attn.dtype), "lse": (rank - 1, "fp32")}
         tensors |= {"work": (1, "fp32")} if shared else {}
         handles = {n: T.arg(n, T.handle()) for n in tensors}
@@ -81,7 +81,10 @@ class Frame:
         self.work: Any = views["work"][0] if shared else None
         self.starts = {n: views[n][0] for n in cuts}
         broadcasts = {x.name: tuple(size == 1 for size in x.shape) for x in attn.inputs}
-        self.arrays = {x.name: Array(*views[x.name], broadcasts[x.name], x.dtype) for x in attn.inputs}
+        self.arrays: dict[str, Array] = {}
+        for x in attn.inputs:
+            (flat, shape, strides), rank = views[x.name], len(x.shape)
+            self.arrays[x.name] = Array(flat, shape[:rank], strides[:rank], broadcasts[x.name], x.dtype)
         batch = views["cu_seqlens_q"][1][0] - 1 if self.packed else views["q"][1][0]
         self.batch = let(cast(batch, "int32"))
 

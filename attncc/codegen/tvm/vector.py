@@ -86,9 +86,14 @@ def select(c: Value, a: Value, b: Value) -> Value:
     return T.Select(*joined(c, a, b))
 
 
+def equal(a: Value, b: Value) -> Value:
+    """a == b, of conditions too: TVM compares those as floats."""
+    return tirx.EQ(*(cast(x, "int32") if kind(x) == "bool" else x for x in (a, b)))
+
+
 def unequal(a: Value, b: Value) -> Value:
     """a != b, as NaN is to anything; TVM's own says of numbers alone that they differ."""
-    return tirx.Not(tirx.EQ(a, b))
+    return tirx.Not(equal(a, b))
 
 
 def times_power(x: Value, n: Value, isa: Isa) -> Value:
