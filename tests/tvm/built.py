@@ -4,18 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache
+from typing import Any
 from unittest.mock import patch
 
+import tvm
 from codegen.emitted import Package, package
 from jitted import BY_NAME, RUNNABLE
 
 from attncc.check.cases import Case
+from attncc.codegen.tvm.isa import Isa
 
 
 @cache
-def built(body: str, isa: str = RUNNABLE[0].name) -> Package:
-    """The package of a spec that lacks its version and name."""
-    with patch("attncc.codegen.tvm.libraries.ISAS", (BY_NAME[isa],)):
+def built(body: str, isa: str = RUNNABLE[0].name, level: int = 3) -> Package:
+    """The package of a spec that lacks its version and name; `level`: how much LLVM optimises, 3 where users are."""
+
+    def target(isa: Isa) -> Any:
+        made = tvm.target.Target({"kind": "llvm", "mcpu": isa.cpu, "mtriple": isa.triple, "opt-level": level})
+        return made.with_host(made)
+
+    with (
+        patch("attncc.codegen.tvm.libraries.ISAS", (BY_NAME[isa],)),
+        patch("attncc.codegen.tvm.build.target", target),
+    ):
         return package(f"{body}\ndoc: for {isa}", target="cpu")
 
 
