@@ -72,9 +72,6 @@ class Share:
     number: Value
     q: Any
     """[ROWS, width]: the queries in fp32."""
-    k: Any
-    """[KEYS, width]: a tile of keys, where they cannot be read in place; v likewise."""
-    v: Any
     p: Any
     """[KEYS]: scores, then weights."""
     seen: Any
@@ -99,11 +96,6 @@ class Decode:
         """Columns as whole vectors."""
         return -(-width // self.isa.lanes) * self.isa.lanes
 
-    def in_place(self, name: str) -> bool:
-        """Whether vectors can be read where they lie."""
-        width = self.attn.dims.qk if name == "k" else self.attn.dims.v
-        return self.attn.dtype == "fp32" and width % self.isa.lanes == 0
-
     def full(self, x: float) -> Value:
         return widened(real(x), self.isa.lanes)
 
@@ -115,10 +107,8 @@ class Decode:
     def share(self, number: Value) -> None:
         shares, heads = self.frame.shares, whole(self.attn.heads.kv)
         b, hk = T.truncdiv(number, heads * shares), T.truncmod(T.truncdiv(number, shares), heads)
-        sizes = {"q": ROWS * self.widths["k"], "k": KEYS * self.widths["k"], "v": KEYS * self.widths["v"]}
-        buffers = {name: T.alloc_buffer((size,), "float32", scope="local") for name, size in sizes.items()}
-        small = {name: registers(KEYS, "float32") for name in ("p", "seen")}
-        at = Share(let(b), let(hk), let(number), **buffers, **small)
+        q = T.alloc_buffer((ROWS * self.widths["k"],), "float32", scope="local")
+        at = Share(let(b), let(hk), let(number), q, registers(KEYS, "float32"), registers(KEYS, "float32"))
         tiles = quotient(self.keys + (KEYS - 1), whole(KEYS))
         size = let(quotient(tiles + shares - 1, shares) * KEYS)
         first = let(T.truncmod(number, shares) * size)
@@ -205,24 +195,26 @@ class Decode:
     # -- products ------------------------------------------------------------------------------------
 
     def reader(self, at: Share, name: str, n0: Value, n: Value, end: Value, cut: bool) -> Callable[[Value], Value]:
-        """Vectors of a key's (or value's) row."""
+        """Vectors of a key's (or value's) row by their first column, in fp32; zeros behind the last column."""
         x, width = (self.frame.k, self.attn.dims.qk) if name == "k" else (self.frame.v, self.attn.dims.v)
         j = T.min(n0 + n, end - 1) if cut else n0 + n
         start = let(x.start(at.b, at.hk, j))
-        if self.in_place(name):
-            return lambda column: x.flat[self.ramp(start + cast(column, "int64"))]
-        return lambda column: self.padded(x, start, column, width)
 
-    def padded(self, x: Operand, start: Value, column: Value, width: int) -> Value:
-        """A vector of a row in fp32, zeros behind its last column."""
-        at = start + cast(column, "int64")
-        if width % self.isa.lanes == 0:
+        def read(column: Value) -> Value:
+            if isinstance(column, int) and column + self.isa.lanes > width:
+                return self.last_vector(x, start, column, width)
+            at = start + (whole(column, "int64") if isinstance(column, int) else cast(column, "int64"))
             return widen(let(x.flat[self.ramp(at)]), self.attn.dtype)
+
+        return read
+
+    def last_vector(self, x: Operand, start: Value, column: int, width: int) -> Value:
+        """The vector that the row's end cuts, an element at a time: what lies behind may be nobody's memory."""
         lanes = registers(self.isa.lanes, "float32")
-        with T.serial(0, self.isa.lanes) as lane:
-            inside = column + lane < width
-            value = widen(x.flat[start + cast(T.min(column + lane, whole(width - 1)), "int64")], self.attn.dtype)
-            T.buffer_store(lanes, T.Select(inside, value, real(0.0)), [lane])
+        T.buffer_store(lanes, self.full(0.0), [self.ramp(whole(0))])
+        for lane in range(width - column):
+            value = widen(x.flat[start + whole(column + lane, "int64")], self.attn.dtype)
+            T.buffer_store(lanes, value, [whole(lane)])
         return lanes[self.ramp(whole(0))]
 
     def products(self, at: Share, row: Value, n0: Value, end: Value, cut: bool) -> None:
@@ -234,11 +226,16 @@ class Decode:
             reads = [self.reader(at, "k", n0, turn * TOGETHER + u, end, cut) for u in range(TOGETHER)]
             for u in range(TOGETHER):
                 T.buffer_store(acc, self.full(0.0), [sums[u]])
-            with T.serial(0, width // lanes) as c:
-                column = let(c * lanes)
+
+            def add(column: Value) -> None:
                 q = let(at.q[self.ramp(row * width + column)])
-                for u, read in enumerate(reads):
-                    T.buffer_store(acc, acc[sums[u]] + read(column) * q, [sums[u]])
+                for place, read in zip(sums, reads, strict=True):
+                    T.buffer_store(acc, acc[place] + read(column) * q, [place])
+
+            with T.serial(0, self.attn.dims.qk // lanes) as c:
+                add(let(c * lanes))
+            if self.attn.dims.qk < width:
+                add(width - lanes)
             for u in range(TOGETHER):
                 T.buffer_store(at.p, self.total(acc[sums[u]]), [turn * TOGETHER + u])
 
@@ -314,7 +311,7 @@ class Decode:
                     read = self.reader(at, "v", n0, n, end, cut)
                     p = let(widened(at.p[n], lanes))
                     for u, place in enumerate(places):
-                        T.buffer_store(acc, acc[place] + read(whole((first + u) * lanes)) * p, [place])
+                        T.buffer_store(acc, acc[place] + read((first + u) * lanes) * p, [place])
 
                 if cut:  # 0 times NaN is NaN
                     with T.If(tirx.NE(at.seen[n], real(0.0))), T.Then():
