@@ -117,7 +117,7 @@ class Walk:
             return
         seen, every = self._verdict(n0)
         with T.If(seen), T.Then():
-            _either(let(tirx.And(every, whole_tile)), full, lambda: self._cut(n0, cut))
+            _either(let(tirx.And(every, whole_tile)), full, lambda: self._cut(n0, whole_tile, full, cut))
 
     def _verdict(self, n0: Value) -> tuple[Value, Value]:
         """Whether a row may see some key of the tile; whether every row certainly sees all of it."""
@@ -134,21 +134,25 @@ class Walk:
             seen = tirx.And(let(seen), here.value(self.tiles.skip, 0))
         return let(seen), let(every)
 
-    def _cut(self, n0: Value, cut: Callable[[], None]) -> None:
-        """A tile that the mask cuts; where only data tells what it hides, one that it hides whole is left out."""
+    def _cut(self, n0: Value, whole_tile: Value, full: Callable[[], None], cut: Callable[[], None]) -> None:
+        """A tile that the mask cuts; where only data tells, one that it hides whole is left out, one it shows is full."""
         if not self.tiles.listed:
             cut()
             return
-        lanes, found = T.ramp(whole(0), 1, self.isa.lanes), registers(self.isa.lanes, "int32")
-        T.buffer_store(found, widened(whole(0), self.isa.lanes), [lanes])
+        lanes, some, every = T.ramp(whole(0), 1, self.isa.lanes), *(registers(self.isa.lanes, "int32") for _ in range(2))
+        T.buffer_store(some, widened(whole(0), self.isa.lanes), [lanes])
+        T.buffer_store(every, widened(whole(1), self.isa.lanes), [lanes])
         counts = self.counts(n0)
         with T.serial(0, KEYS // self._step()) as n:
             for v in range(self.isa.vectors):
-                T.buffer_store(found, found[lanes] | cast(counts(n * self._step(), v), "int32"), [lanes])
+                seen = let(cast(counts(n * self._step(), v), "int32"))
+                T.buffer_store(some, some[lanes] | seen, [lanes])
+                T.buffer_store(every, every[lanes] & seen, [lanes])
         with T.serial(1, self.isa.lanes) as lane:
-            T.buffer_store(found, found[0] | found[lane], [0])
-        with T.If(tirx.NE(found[0], whole(0))), T.Then():
-            cut()
+            T.buffer_store(some, some[0] | some[lane], [0])
+            T.buffer_store(every, every[0] & every[lane], [0])
+        with T.If(tirx.NE(some[0], whole(0))), T.Then():
+            _either(let(tirx.And(tirx.NE(every[0], whole(0)), whole_tile)), full, cut)
 
     def _step(self) -> int:
         """How far apart keys are asked: the mask is constant in between."""
