@@ -14,6 +14,7 @@ from typing import Any, Final
 from attncc import passes, spec
 from attncc.check.run import Outcome, Report, check_package
 from attncc.check.stand_in import stand_in
+from attncc.codegen.cpu import decodes
 from attncc.codegen.package import TargetConfigs, emit
 from attncc.device import DEVICES, Device, find, here
 from attncc.errors import CompilerBug, SpecError, Unsupported, nearest
@@ -48,7 +49,7 @@ Progress = Callable[[str, int, int], None]
 SPEC_STAGE: Final = "spec"
 PROGRAM_STAGE: Final = "lower"
 EXAMPLES: Final = Path(__file__).parents[1] / "examples"
-LOWERINGS: Final = ("triton: prefill forward",)
+LOWERINGS: Final = ("triton: forward", "tvm: forward")
 """What every skeleton there is gives."""
 STAGES: Final = (SPEC_STAGE, *(name for name, _ in passes.PIPELINE), PROGRAM_STAGE)
 
@@ -191,10 +192,11 @@ def _system(path: Path) -> System:
     """One spec: what it uses, and which lowerings carry it, found by running the passes."""
     try:
         attn = spec.load(path).attention
-        lowered = _lowered(passes.run(attn))
+        rewritten = passes.run(attn)
+        lowered = _lowered(rewritten)
     except SpecError as error:
         return System(path.name, path.stem, error=str(error))
-    found = () if lowered.missing else LOWERINGS
+    found = () if lowered.missing else (*LOWERINGS, *(["tvm: decode"] if decodes(rewritten) else []))
     return System(path.name, attn.name, attn.family, attn.source, primitives(attn), found, lowered.missing)
 
 
@@ -206,7 +208,7 @@ def check(
 ) -> Report:
     """Compiles a spec for this machine and runs the package against the oracle.
 
-    Without a GPU it runs in Triton's interpreter, where a variant like it may stand in; the report's notes say so.
+    Without a GPU it is the library for this CPU that is compared.
     """
     loaded = load(source)
     device = here()[0]

@@ -135,11 +135,12 @@ class Walk:
         return let(seen), let(every)
 
     def _cut(self, n0: Value, whole_tile: Value, full: Callable[[], None], cut: Callable[[], None]) -> None:
-        """A tile that the mask cuts; where only data tells, one that it hides whole is left out, one it shows is full."""
+        """A tile that the mask cuts; where only data tells, it may hide or show it whole."""
         if not self.tiles.listed:
             cut()
             return
-        lanes, some, every = T.ramp(whole(0), 1, self.isa.lanes), *(registers(self.isa.lanes, "int32") for _ in range(2))
+        lanes = T.ramp(whole(0), 1, self.isa.lanes)
+        some, every = registers(self.isa.lanes, "int32"), registers(self.isa.lanes, "int32")
         T.buffer_store(some, widened(whole(0), self.isa.lanes), [lanes])
         T.buffer_store(every, widened(whole(1), self.isa.lanes), [lanes])
         counts = self.counts(n0)
