@@ -21,6 +21,11 @@ class Isa:
     """Whether one instruction multiplies by a power of two."""
 
     @property
+    def machine(self) -> str:
+        """What `platform.machine` calls its kind of processor."""
+        return self.triple.partition("-")[0]
+
+    @property
     def rows(self) -> int:
         """Query rows of a tile."""
         return self.lanes * self.vectors

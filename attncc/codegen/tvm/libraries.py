@@ -25,7 +25,11 @@ def libraries(attn: Attention) -> Mapping[str, bytes]:
         if unknown := unknown_operators(e):
             raise Unsupported(f"CPU kernels have no '{min(unknown)}'", key)
     here = platform.machine()
-    return {isa.name: library(kernels(attn, isa), isa) for isa in ISAS if isa.triple.startswith(here)}
+    built = {isa.name: library(kernels(attn, isa), isa) for isa in ISAS if isa.machine == here}
+    if not built:
+        known = ", ".join(dict.fromkeys(isa.machine for isa in ISAS))
+        raise Unsupported(f"no CPU library is built for {here}", hint=f"it is for {known}")
+    return built
 
 
 def kernels(attn: Attention, isa: Isa) -> Mapping[str, Any]:
