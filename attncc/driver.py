@@ -205,13 +205,16 @@ def check(
     shapes: Iterable[Mapping[str, int]] | None = None,
     progress: Progress | None = None,
     seed: int = 0,
+    target: str | Device | None = None,
 ) -> Report:
-    """Compiles a spec for this machine and runs the package against the oracle.
+    """Compiles a spec for a target that this machine can run, and compares the package with the oracle.
 
-    Without a GPU it is the library for this CPU that is compared.
+    Without one it is the GPU that is here, else the CPU; `interpreter` runs the Triton kernels on the CPU.
     """
     loaded = load(source)
-    device = here()[0]
+    device = here()[0] if target is None else resolve([target])[0]
+    if device.is_gpu and device.arch not in {d.arch for d in here()}:
+        raise SpecError(f"target '{device.name}' cannot be checked: no such GPU is here", hint="cpu, or interpreter")
     attn, notes = stand_in(loaded.attention, device)
     with tempfile.TemporaryDirectory(prefix="attncc-check-") as folder:
         package = compile(replace(loaded, attention=attn), folder, [device])

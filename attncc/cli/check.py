@@ -17,15 +17,15 @@ Shapes = Annotated[
 Seed = Annotated[int, typer.Option(help="Of the random operands.")]
 
 
-@guarded
-def command(spec: SpecPath, shape: Shapes = None, seed: Seed = 0, as_json: Json = False) -> None:
-    """Compile SPEC for this machine and compare it with the float64 oracle, on hard operands too.
+Target = Annotated[str | None, typer.Option(help="cpu, interpreter, or the GPU that is here (default; else cpu).")]
 
-    Without a GPU the kernels run in Triton's interpreter, on small shapes.
-    """
+
+@guarded
+def command(spec: SpecPath, shape: Shapes = None, seed: Seed = 0, target: Target = None, as_json: Json = False) -> None:
+    """Compile SPEC for this machine and compare it with the float64 oracle, on hard operands too."""
     shapes = None if shape is None else [parse_shape(s) for s in shape]
     with progress(as_json) as report:
-        result = driver.check(spec, shapes, report, seed)
+        result = driver.check(spec, shapes, report, seed, target)
     if as_json:
         print_json(result.as_data())
     else:

@@ -298,3 +298,11 @@ def test_check_says_what_stood_in_for_bf16(monkeypatch: pytest.MonkeyPatch) -> N
     report = driver.check(spec.loads(SPEC.replace("fp16", "bf16")), [{"B": 1, "Sq": 3, "Sk": 5}])
     assert report.dtype == "fp16"
     assert any("bf16" in note for note in report.notes)
+
+
+def test_a_target_that_cannot_run_here_is_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "here", lambda: (find("cpu"),))
+    with pytest.raises(SpecError, match="'sm_90' cannot be checked: no such GPU is here"):
+        driver.check(spec.loads(SPEC), target="sm_90")
+    with pytest.raises(SpecError, match="unknown target 'sm_9'"):
+        driver.check(spec.loads(SPEC), target="sm_9")

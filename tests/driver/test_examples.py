@@ -16,18 +16,21 @@ LONG = {"natten_2d"}
 """Of a fixed length that takes the interpreter many minutes; a GPU checks them."""
 
 
-@pytest.mark.parametrize(
-    "path", [pytest.param(p, id=p.stem, marks=[pytest.mark.gpu] if p.stem in LONG else []) for p in EXAMPLES]
-)
-def test_the_example_agrees_with_the_oracle(path: Path) -> None:
+PATHS = [pytest.param(p, id=p.stem, marks=[pytest.mark.gpu] if p.stem in LONG else []) for p in EXAMPLES]
+
+
+@pytest.mark.parametrize("target", ["cpu", "interpreter"])
+@pytest.mark.parametrize("path", PATHS)
+def test_the_example_agrees_with_the_oracle(path: Path, target: str) -> None:
     (last,) = driver.explain(path, driver.PROGRAM_STAGE)
     if last.missing:
         with pytest.raises(Unsupported) as error:
-            driver.check(path)
+            driver.check(path, target=target)
         assert error.value.key == last.missing[0]
         assert error.value.location is not None
         return
-    report = driver.check(path, [{"B": 2, "Sq": 20, "Sk": 70}])
+    report = driver.check(path, [{"B": 2, "Sq": 20, "Sk": 70}], target=target)
+    assert report.device == target
     assert report.passed, [(str(o.case), o.verdict, o.detail, o.deviations) for o in report.outcomes if not o.passed]
 
 
