@@ -289,10 +289,10 @@ def _alike(args: list[Value]) -> list[Value]:
 
 
 def _real(f: Callable[..., Value]) -> Operator:
-    """Over floats, with the instruction set at hand."""
+    """Over floats, with the instruction set at hand; nested ones would take TVM minutes, as integers do."""
 
     def apply(isa: Isa, e: Expr, args: list[Value]) -> Value:
-        return f(*(cast(a, "float32") for a in args), isa)
+        return f(*(vector.opaque(cast(a, "float32")) for a in args), isa)
 
     return apply
 
@@ -314,9 +314,9 @@ def _extreme(over: Callable[[Value, Value], Value]) -> Operator:
     """min or max, NaN if either is."""
 
     def apply(isa: Isa, e: Expr, args: list[Value]) -> Value:
-        a, b = map(let, _alike(args))
+        a, b = map(vector.opaque, _alike(args))
         if e.dtype not in INTS:
-            return select(tirx.Or(over(a, b), vector.unequal(a, a)), a, b)
+            return select(let(tirx.Or(over(a, b), vector.unequal(a, a))), a, b)
         chosen = let(cast(over(a, b), vector.kind(a)))  # 1 or 0
         return let(b + (a - b) * chosen)
 
@@ -328,8 +328,8 @@ def _where(isa: Isa, e: Expr, args: list[Value]) -> Value:
 
 
 def _magnitude(x: Value) -> Value:
-    x = let(x)
-    return select(x < widened(_zero(vector.kind(x)), lanes(x)), -x, x)
+    x = vector.opaque(x)
+    return select(let(x < widened(_zero(vector.kind(x)), lanes(x))), -x, x)
 
 
 def _per_lane(name: str) -> Operator:

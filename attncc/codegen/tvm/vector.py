@@ -51,8 +51,11 @@ def let(x: Value) -> Value:
         return x
     if kind(x) == "bool":
         return tirx.NE(let(cast(x, "int32")), widened(whole(0), lanes(x)))
-    if not kind(x).startswith("int"):
-        return T.Bind(x)
+    return opaque(x) if kind(x).startswith("int") else T.Bind(x)
+
+
+def opaque(x: Value) -> Value:
+    """The value in a register that TVM's passes do not look through."""
     register = registers(lanes(x), kind(x))
     at = T.ramp(whole(0), 1, lanes(x)) if lanes(x) > 1 else whole(0)
     T.buffer_store(register, x, [at])
@@ -171,8 +174,8 @@ def tanh(x: Value, isa: Isa) -> Value:
     far = let((one - e) / (one + e))
     square = let(x * x)
     near = let(x * _horner(square, (1.0, -1 / 3, 2 / 15, -17 / 315, 62 / 2835)))
-    signed = select(x < widened(real(0.0), count), -far, far)
-    return let(select(size < widened(real(0.25), count), near, signed))
+    signed = select(let(x < widened(real(0.0), count)), -far, far)
+    return let(select(let(size < widened(real(0.25), count)), near, signed))
 
 
 def _horner(x: Value, coefficients: tuple[float, ...]) -> Value:
