@@ -63,7 +63,7 @@ def agrees(score: str, mask: str, isa: str, layout: str = "bhsd") -> None:
     try:
         p = built(body, isa, level=0)
     except SpecError as error:
-        assume("too large" not in error.message and "beyond" not in error.message)
+        assume(not any(word in error.message for word in ("too large", "beyond", "is outside axis", "by zero")))
         raise
     for rows, keys in ((37, 70), (2, 66), (40, 9)):
         generator = torch.Generator().manual_seed(rows)
@@ -87,7 +87,11 @@ def agrees(score: str, mask: str, isa: str, layout: str = "bhsd") -> None:
 @pytest.mark.parametrize("number", [0, 1])
 @given(data=st.data())
 @settings(
-    max_examples=10, deadline=None, phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck)
+    max_examples=10,
+    derandomize=True,
+    deadline=None,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=list(HealthCheck),
 )
 def test_random_formulas(number: int, data: st.DataObject) -> None:
     agrees(data.draw(real(3)), data.draw(condition(3)), in_turn(number))
