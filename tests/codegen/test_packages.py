@@ -47,6 +47,8 @@ FEATURES = {
     "gathered": f"{PLAIN}{IDS[:-2]}, emb: {{shape: [5, Hk]}}}}\nscore: qk * scale + emb[ids[b, j], hk]",
     "buckets": f"{PLAIN}inputs: {{t5: {{shape: [Hq, 8]}}}}\n"
     "score: qk * scale + t5[h, min(abs(i - j) // 4, 7)]\nmask: causal",
+    "a sorted row a query": f"{PLAIN}inputs: {{c: {{shape: [Sq, n], dtype: int32, sorted: true}}}}\n"
+    "score: qk * scale + bucket(c[row], j) * 0.1",
     "reads outside": f"{PLAIN}{IDS}score: qk * scale + ids[b, 2 * j] + ids[b, j - 3]",
     "a score without qk": f"{PLAIN}score: 0.1 * (h + 1)\nmask: causal",
     "a score of rows": f"{PLAIN}score: float(i) * 0.1",

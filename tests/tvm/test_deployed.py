@@ -228,3 +228,11 @@ def test_tvm_is_imported_only_where_it_builds() -> None:
     script = "import sys, attncc.driver, attncc.cli; print('tvm' in sys.modules)"
     done = run(script, Path(__file__).parents[2], PYTHONPATH=".")
     assert done.stdout == "False\n", done.stderr
+
+
+def test_what_cpu_kernels_do_not_search_is_refused_with_its_line(tmp_path: Path) -> None:
+    text = f"attncc: 1\nname: rows\n{PLAIN}inputs: {{c: {{shape: [Sq, n], dtype: int32, sorted: true}}}}\n"
+    with pytest.raises(Unsupported, match="search no sorted input whose row differs") as raised:
+        driver.compile(spec.loads(f"{text}score: qk * scale + bucket(c[row], j)\n"), tmp_path, ["cpu"])
+    assert raised.value.key == "inputs"
+    assert raised.value.location is not None

@@ -142,7 +142,7 @@ class Formulas:
         *row, value = args
         flat, _ = self._place(_first_axes(x), row) if row else (whole(0, "int64"), None)
         if lanes(flat) > 1:
-            raise Unsupported("a sorted input whose row differs from query to query is not searched on the CPU", "mask")
+            raise Unsupported("CPU kernels search no sorted input whose row differs from query to query", "inputs")
         count = lanes(value)
         given = registers(count, "int32")
         found = registers(count, "int32")

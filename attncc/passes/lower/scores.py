@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from attncc.ir.attention import Attention, Input
 from attncc.ir.build import Builder, fresh, read, reduce
-from attncc.ir.expr import Dtype, Expr, Value, cast_to, const, lift, name
+from attncc.ir.expr import Dtype, Expr, Value, broadcast, cast_to, const, lift, name
 from attncc.ir.factors import fold_constants
 from attncc.ir.rewrite import names, rebuild, transform
 from attncc.ir.tile import Param
@@ -89,7 +89,8 @@ class Scope:
     def _bucket(self, node: Expr) -> Expr:
         x = self.inputs[str(node.attr)]
         entries = lift(self._size(x.shape[-1]))
-        return Expr("bucket", (*node.args, entries), input_param(x).name, "i32", node.args[-1].shape)
+        shape = broadcast(*(a.shape for a in node.args))
+        return Expr("bucket", (*node.args, entries), input_param(x).name, "i32", shape)
 
     def _size(self, size: int | str) -> Value:
         if isinstance(size, int):
