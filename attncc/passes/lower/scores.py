@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from attncc.ir.attention import Attention, Input
 from attncc.ir.build import Builder, fresh, read, reduce
-from attncc.ir.expr import Dtype, Expr, Value, broadcast, cast_to, const, lift, name
+from attncc.ir.expr import Dtype, Expr, Value, broadcast, cast_to, const, lift, name, where
 from attncc.ir.factors import fold_constants
 from attncc.ir.rewrite import names, rebuild, transform
 from attncc.ir.tile import Param
@@ -81,9 +81,12 @@ class Scope:
                 guards.append(index >= 0)
             if not (self._is_position(index, size) or _is_below(index, size)):
                 guards.append(index < size)
-        mask = guards[0] if guards else None
-        for guard in guards[1:]:
-            mask = mask & guard if mask else guard
+        tiles = [index for index in at if index.shape]
+        scalars = [guard for guard in guards if not guard.shape]
+        if tiles and scalars:  # Triton's interpreter takes no scalar for a tile's mask: an index of the tile carries it
+            inside = _all_of(scalars)
+            guards = [guard for guard in guards if guard.shape] + [where(inside, tiles[0], -1) >= 0]
+        mask = _all_of(guards) if guards else None
         return cast_to(read(input_param(x), *at, mask=mask), node.dtype)
 
     def _bucket(self, node: Expr) -> Expr:
@@ -104,6 +107,13 @@ class Scope:
             index == self.values.get(position) and size == self.values.get(axis, name(axis))
             for position, axis in owners.items()
         )
+
+
+def _all_of(conditions: list[Expr]) -> Expr:
+    result = conditions[0]
+    for condition in conditions[1:]:
+        result = result & condition
+    return result
 
 
 def _is_nonnegative(e: Expr) -> bool:
