@@ -330,7 +330,7 @@ class Decode:
         b, h = let(T.truncdiv(number, heads * self.queries)), let(T.truncmod(T.truncdiv(number, self.queries), heads))
         query = let(T.truncmod(number, self.queries))
         tiled = attn.heads.map == "tile"
-        hk = let(T.truncmod(h, whole(attn.heads.kv)) if tiled else T.truncdiv(h, whole(self.group)))
+        hk = let(frame.served_by(h, attn.heads.kv))
         member = T.truncdiv(h, whole(attn.heads.kv)) if tiled else T.truncmod(h, whole(self.group))
         row = let(member * self.queries + query)
         first = let((b * attn.heads.kv + hk) * frame.shares)

@@ -132,10 +132,11 @@ class Frame:
 
     def _placed(self, b: Value, h: Value, row0: Value, queries: Value, keys: Value, q0: Value, k0: Value) -> Task:
         heads = self.attn.heads
-        hk, hv = let(self._served_by(h, heads.kv)), let(self._served_by(h, heads.v))
+        hk, hv = let(self.served_by(h, heads.kv)), let(self.served_by(h, heads.v))
         return Task(b, h, hk, hv, row0, queries, keys, q0, k0, Formulas(self.isa, self.arrays, {}, []))
 
-    def _served_by(self, h: Value, count: int) -> Value:
+    def served_by(self, h: Value, count: int) -> Value:
+        """The one of `count` key or value heads that query head `h` reads."""
         heads = self.attn.heads
         return T.truncmod(h, whole(count)) if heads.map == "tile" else T.truncdiv(h, whole(heads.q // count))
 

@@ -248,7 +248,6 @@ WEIGHTS: Final[Mapping[str, tuple[Weight, float]]] = {
     "linear": (_same, 0.0),
 }
 """The weight of a score, and the score whose weight is 0."""
-KINDS: Final = ("softmax", *WEIGHTS)
 
 
 def lines(normalizer: Normalizer, attn: Attention, frame: Frame, task: Task) -> Lines:
