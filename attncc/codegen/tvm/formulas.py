@@ -37,13 +37,22 @@ class Array:
     """As the spec has it: fp32 fp16 bf16 int32 int64 int8 uint8 bool."""
 
 
+OverRows = Callable[[Callable[[Value, Value], Value], Value], Value]
+"""`pick` over all rows of the tile, given those of a vector."""
+
+
 class Formulas:
     """Values of names at one place of a kernel, and what was computed there so far."""
 
     def __init__(
-        self, isa: Isa, arrays: Mapping[str, Array], task: Mapping[str, Value], rows: list[dict[str, Value]]
+        self,
+        isa: Isa,
+        arrays: Mapping[str, Array],
+        task: Mapping[str, Value],
+        rows: list[dict[str, Value]],
+        over_rows: OverRows = vector.over_lanes,
     ) -> None:
-        self.isa, self.arrays = isa, arrays
+        self.isa, self.arrays, self.over_rows = isa, arrays, over_rows
         self.task = task
         """Scalars: b h hk scale and sizes."""
         self.rows = rows
@@ -170,11 +179,7 @@ class Formulas:
             some = let(widened(self.value(e.args[0], v), self.isa.lanes))
             best = some if best is None else let(pick(best, some))
         assert best is not None
-        kept = registers(self.isa.lanes, vector.kind(best))
-        T.buffer_store(kept, best, [T.ramp(whole(0), 1, self.isa.lanes)])
-        with T.serial(1, self.isa.lanes) as lane:
-            T.buffer_store(kept, pick(kept[0], kept[lane]), [0])
-        return kept[0]
+        return self.over_rows(pick, best)
 
 
 def _still_parts(e: Expr) -> Iterable[Expr]:

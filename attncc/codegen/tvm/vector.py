@@ -5,6 +5,7 @@ TVM's own exp and log of a vector are a call a lane; those here stay in vector r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
@@ -65,6 +66,18 @@ def opaque(x: Value) -> Value:
 def registers(count: int, dtype: str) -> Any:
     """A few values that LLVM can keep in registers: on the stack, where TVM by itself calls for memory each time."""
     return T.alloc_buffer((count,), dtype, scope="local", annotations={"disable_lower_builtin": True})
+
+
+def over_lanes(pick: Callable[[Value, Value], Value], x: Value) -> Value:
+    """`pick` of all lanes, two at a time."""
+    count = lanes(x)
+    if count == 1:
+        return x
+    each = registers(count, kind(x))
+    T.buffer_store(each, x, [T.ramp(whole(0), 1, count)])
+    with T.serial(1, count) as lane:
+        T.buffer_store(each, pick(each[0], each[lane]), [0])
+    return each[0]
 
 
 def widened(x: Value, to: int) -> Value:
