@@ -17,7 +17,7 @@ from tvm.script.ir_builder import tirx as T
 
 from attncc.codegen.tvm import vector
 from attncc.codegen.tvm.formulas import Formulas, narrow, widen
-from attncc.codegen.tvm.frame import Frame, Operand, Task
+from attncc.codegen.tvm.frame import Frame, Operand, Processor, Task
 from attncc.codegen.tvm.isa import KEYS, Isa
 from attncc.codegen.tvm.normalizers import LEAST, QK
 from attncc.codegen.tvm.vector import (
@@ -54,7 +54,7 @@ def decode(attn: Attention, isa: Isa) -> Any:
     with IRBuilder() as builder, T.prim_func():
         T.func_name(FUNCTION)
         T.func_attr({"tirx.noalias": True})
-        frame = Frame(attn, isa, shared=True)
+        frame = Frame(attn, isa, Processor(isa), shared=True)
         kernel = Decode(frame)
         with T.parallel(0, let(frame.batch * attn.heads.kv * frame.shares)) as number:
             kernel.share(number)

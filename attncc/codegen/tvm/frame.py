@@ -1,17 +1,17 @@
-"""The arguments of a CPU kernel, and where a query tile stands in them."""
+"""The arguments of a kernel, and where a query tile stands in them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from attncc.codegen.tvm.formulas import Array, Formulas, stored
-from attncc.codegen.tvm.isa import Isa
-from attncc.codegen.tvm.vector import Value, cast, least, let, quotient, registers, whole, widened
+from attncc.codegen.tvm.isa import Isa, Machine
+from attncc.codegen.tvm.vector import Value, cast, least, let, over_lanes, quotient, registers, whole, widened
 from attncc.ir.attention import SIZE_NAMES, Attention
 
 FLAT: Final = 1 << 62
@@ -57,12 +57,64 @@ class Task:
     """Filled once, by `Tiles.allocate`."""
 
 
+@dataclass(frozen=True, slots=True)
+class View:
+    """A tensor among the arguments: flat elements, extents and strides (int64)."""
+
+    flat: Any
+    shape: tuple[Value, ...]
+    strides: tuple[Value, ...]
+
+
+Tensors = Mapping[str, tuple[int, str]]
+"""Rank and dtype, as the spec has it, by name."""
+
+
+class Place(Protocol):
+    """What differs between a processor, whose lanes are rows, and a thread of a GPU's block."""
+
+    def declare(self, tensors: Tensors) -> Callable[[], dict[str, View]]:
+        """Makes the arguments of tensors, and what makes the views of them once all other arguments are made."""
+        ...
+
+    def rows(self, row0: Value) -> list[Value]:
+        """The rows that each vector of rows has in the tile that begins at `row0`."""
+        ...
+
+    def over_rows(self, pick: Callable[[Value, Value], Value], x: Value) -> Value:
+        """`pick`, T.min or T.max, over all rows of the tile, given those of a vector."""
+        ...
+
+
+class Processor:
+    """A task of a CPU kernel: tensors come as DLPack has them, and lanes are consecutive rows."""
+
+    def __init__(self, isa: Isa) -> None:
+        self.isa = isa
+
+    def declare(self, tensors: Tensors) -> Callable[[], dict[str, View]]:
+        handles = {n: T.arg(n, T.handle()) for n in tensors}
+
+        def views() -> dict[str, View]:
+            bound = {n: _bound(n, handles[n], *what) for n, what in tensors.items()}  # all of them before any view
+            return {n: View(_flat(buffer), shape, strides) for n, (buffer, shape, strides) in bound.items()}
+
+        return views
+
+    def rows(self, row0: Value) -> list[Value]:
+        isa = self.isa
+        return [T.ramp(row0 + v * isa.lanes, 1, isa.lanes) for v in range(isa.vectors)]
+
+    def over_rows(self, pick: Callable[[Value, Value], Value], x: Value) -> Value:
+        return over_lanes(pick, x)
+
+
 class Frame:
     """A kernel's arguments: q, k, v, (cu_seqlens_q, cu_seqlens_k,) the inputs, o, lse, the scale, and own sizes."""
 
-    def __init__(self, attn: Attention, isa: Isa, *, shared: bool = False) -> None:
+    def __init__(self, attn: Attention, isa: Machine, place: Place, *, shared: bool = False) -> None:
         """`shared`: keys are split between tasks, which leave what they have in `work`, behind o and lse."""
-        self.attn, self.isa = attn, isa
+        self.attn, self.isa, self.place = attn, isa, place
         self.packed = attn.layout == "varlen"
         cuts = ("cu_seqlens_q", "cu_seqlens_k") if self.packed else ()
         rank = 3 if self.packed else 4
@@ -70,25 +122,26 @@ class Frame:
         tensors |= {x.name: (max(1, len(x.shape)), x.dtype) for x in attn.inputs}  # a scalar is an entry of its own
         tensors |= {"o": (rank, attn.dtype), "lse": (rank - 1, "fp32")}
         tensors |= {"work": (1, "fp32")} if shared else {}
-        handles = {n: T.arg(n, T.handle()) for n in tensors}
+        made = place.declare(tensors)
         self.scale = T.arg("scale", T.float32())
         self.sizes: dict[str, Value] = {n: T.arg(n, T.int32()) for n in own_sizes(attn)}
         self.shares = T.arg("shares", T.int32()) if shared else whole(1)
-        bound = {n: _bound(n, handles[n], *what) for n, what in tensors.items()}  # all of them before any view
-        views = {n: (_flat(buffer), shape, strides) for n, (buffer, shape, strides) in bound.items()}
-        self.q, self.k, self.v, self.o = (self._operand(*views[n]) for n in "qkvo")
-        self.lse, _, self.lse_strides = views["lse"]
-        self.work: Any = views["work"][0] if shared else None
-        self.starts = {n: views[n][0] for n in cuts}
+        views = made()
+        self.q, self.k, self.v, self.o = (self._operand(views[n]) for n in "qkvo")
+        self.lse, self.lse_strides = views["lse"].flat, views["lse"].strides
+        self.work: Any = views["work"].flat if shared else None
+        self.starts = {n: views[n].flat for n in cuts}
         broadcasts = {x.name: tuple(size == 1 for size in x.shape) for x in attn.inputs}
         self.arrays: dict[str, Array] = {}
         for x in attn.inputs:
-            (flat, shape, strides), rank = views[x.name], len(x.shape)
-            self.arrays[x.name] = Array(flat, shape[:rank], strides[:rank], broadcasts[x.name], x.dtype)
-        batch = views["cu_seqlens_q"][1][0] - 1 if self.packed else views["q"][1][0]
+            view, rank = views[x.name], len(x.shape)
+            shape, strides = view.shape[:rank], view.strides[:rank]
+            self.arrays[x.name] = Array(view.flat, shape, strides, broadcasts[x.name], x.dtype)
+        batch = views["cu_seqlens_q"].shape[0] - 1 if self.packed else views["q"].shape[0]
         self.batch = let(cast(batch, "int32"))
 
-    def _operand(self, flat: Any, shape: tuple[Value, ...], strides: tuple[Value, ...]) -> Operand:
+    def _operand(self, view: View) -> Operand:
+        flat, shape, strides = view.flat, view.shape, view.strides
         match self.attn.layout:
             case "bhsd":
                 return Operand(flat, shape[2], strides[0], strides[1], strides[2])
@@ -99,20 +152,21 @@ class Frame:
 
     # -- tasks ---------------------------------------------------------------------------------------
 
-    def for_each_task(self, body: Callable[[Task], None]) -> None:
-        """Every query tile of every head, in parallel."""
+    def tasks(self) -> tuple[Value, Value]:
+        """How many tasks there are, one a query tile of a head, and what `on_task` wants to know beside a number."""
         heads, rows = whole(self.attn.heads.q), whole(self.isa.rows)
         total = let(cast(self.q.length, "int32"))
         if self.packed:  # at least as many as there are
             tiles = let(quotient(total, rows) + self.batch)
-            count = tiles * heads
-        else:
-            tiles = let(quotient(total + (self.isa.rows - 1), rows))
-            count = self.batch * heads * tiles
-        with T.parallel(0, let(count)) as number:
-            task = self._packed_task(number, tiles) if self.packed else self._task(number, tiles)
-            with T.If(task.row0 < task.queries), T.Then():
-                body(replace(task, formulas=self._formulas(task)))
+            return let(tiles * heads), tiles
+        tiles = let(quotient(total + (self.isa.rows - 1), rows))
+        return let(self.batch * heads * tiles), tiles
+
+    def on_task(self, number: Value, tiles: Value, body: Callable[[Task], None]) -> None:
+        """Does `body` with a task, unless there are fewer of them than numbers."""
+        task = self._packed_task(number, tiles) if self.packed else self._task(number, tiles)
+        with T.If(task.row0 < task.queries), T.Then():
+            body(replace(task, formulas=self._formulas(task)))
 
     def _task(self, number: Value, tiles: Value) -> Task:
         """The tiles with the most keys come first: under a causal mask the last rows have them."""
@@ -160,13 +214,13 @@ class Frame:
         offset = let(self._offset(t))
         last = widened(t.queries - 1, isa.lanes)
         rows: list[dict[str, Value]] = []
-        for v in range(isa.vectors):
-            row = let(least(last, T.ramp(t.row0 + v * isa.lanes, 1, isa.lanes)))
+        for at in self.place.rows(t.row0):
+            row = let(least(last, at))
             rows.append({"row": row, "i": let(row + widened(offset, isa.lanes))})
         names["i0"] = let(t.row0 + offset)
         names["i1"] = let(T.min(t.row0 + isa.rows, t.queries) - 1 + offset)
         names["row0"], names["row1"] = t.row0, let(names["i1"] - offset)
-        return Formulas(isa, self._arrays(t), names, rows)
+        return Formulas(isa, self._arrays(t), names, rows, self.place.over_rows)
 
     def formulas_of_row(self, t: Task) -> Formulas:
         """What names mean in the row `t.row0` alone, whose position is a scalar."""

@@ -3,7 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
+
+
+class Machine(Protocol):
+    """What formulas and tasks want to know of a kernel's machine."""
+
+    @property
+    def lanes(self) -> int:
+        """Rows that a vector holds; 1 where a value is a number."""
+        ...
+
+    @property
+    def vectors(self) -> int: ...
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a tile."""
+        ...
+
+    @property
+    def has_scalef(self) -> bool: ...
+
+    @property
+    def has_functions(self) -> bool:
+        """Whether exp2 and its like are instructions, or calls as quick."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +44,7 @@ class Isa:
     keys: int
     has_scalef: bool = False
     """Whether one instruction multiplies by a power of two."""
+    has_functions: bool = False
 
     @property
     def machine(self) -> str:
