@@ -81,7 +81,7 @@ class Share:
 class Decode:
     """Emits both loops."""
 
-    def __init__(self, frame: Frame) -> None:
+    def __init__(self, frame: Frame[Isa]) -> None:
         self.frame, self.attn, self.isa = frame, frame.attn, frame.isa
         self.part = self.attn.part
         assert self.part.key_tiles is not None

@@ -14,7 +14,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from attncc.codegen.tvm import vector
-from attncc.codegen.tvm.isa import Isa
+from attncc.codegen.tvm.isa import Machine
 from attncc.codegen.tvm.vector import Value, cast, joined, lanes, let, real, registers, select, signs, whole, widened
 from attncc.errors import Unsupported
 from attncc.ir.expr import FLOATS, INTS, Expr
@@ -46,7 +46,7 @@ class Formulas:
 
     def __init__(
         self,
-        isa: Isa,
+        isa: Machine,
         arrays: Mapping[str, Array],
         task: Mapping[str, Value],
         rows: list[dict[str, Value]],
@@ -268,13 +268,13 @@ def _product(a: Value, b: Value) -> Value:
 
 # -- one row an operator -------------------------------------------------------------------------
 
-Operator = Callable[[Isa, Expr, list[Value]], Value]
+Operator = Callable[[Machine, Expr, list[Value]], Value]
 
 
 def _plain(f: Callable[..., Value]) -> Operator:
     """Over arguments of one dtype, the widest among them."""
 
-    def apply(isa: Isa, e: Expr, args: list[Value]) -> Value:
+    def apply(isa: Machine, e: Expr, args: list[Value]) -> Value:
         return f(*_alike(args))
 
     return apply
@@ -296,18 +296,18 @@ def _alike(args: list[Value]) -> list[Value]:
 def _real(f: Callable[..., Value]) -> Operator:
     """Over floats, with the instruction set at hand; nested ones would take TVM minutes, as integers do."""
 
-    def apply(isa: Isa, e: Expr, args: list[Value]) -> Value:
+    def apply(isa: Machine, e: Expr, args: list[Value]) -> Value:
         return f(*(vector.opaque(cast(a, "float32")) for a in args), isa)
 
     return apply
 
 
-def _floordiv(isa: Isa, e: Expr, args: list[Value]) -> Value:
+def _floordiv(isa: Machine, e: Expr, args: list[Value]) -> Value:
     a, b = _alike(args)
     return T.floor(a / b) if e.dtype in FLOATS else vector.quotient(a, b)
 
 
-def _mod(isa: Isa, e: Expr, args: list[Value]) -> Value:
+def _mod(isa: Machine, e: Expr, args: list[Value]) -> Value:
     a, b = _alike(args)
     if e.dtype not in FLOATS:
         return vector.remainder(a, b)
@@ -318,7 +318,7 @@ def _mod(isa: Isa, e: Expr, args: list[Value]) -> Value:
 def _extreme(over: Callable[[Value, Value], Value]) -> Operator:
     """min or max, NaN if either is."""
 
-    def apply(isa: Isa, e: Expr, args: list[Value]) -> Value:
+    def apply(isa: Machine, e: Expr, args: list[Value]) -> Value:
         a, b = map(vector.opaque, _alike(args))
         if e.dtype not in INTS:
             return select(let(tirx.Or(over(a, b), vector.unequal(a, a))), a, b)
@@ -328,7 +328,7 @@ def _extreme(over: Callable[[Value, Value], Value]) -> Operator:
     return apply
 
 
-def _where(isa: Isa, e: Expr, args: list[Value]) -> Value:
+def _where(isa: Machine, e: Expr, args: list[Value]) -> Value:
     return select(args[0], *_alike(args[1:]))
 
 
@@ -337,23 +337,7 @@ def _magnitude(x: Value) -> Value:
     return select(let(x < widened(_zero(vector.kind(x)), lanes(x))), -x, x)
 
 
-def _per_lane(name: str) -> Operator:
-    """A function that is a call a lane: rare in scores, and then of what no key moves."""
-
-    def calls(x: Value, isa: Isa) -> Value:
-        count = lanes(x)
-        if count == 1:
-            return getattr(T, name)(x)
-        each, every = registers(count, "float32"), T.ramp(whole(0), 1, count)
-        T.buffer_store(each, x, [every])
-        with T.serial(0, count) as lane:
-            T.buffer_store(each, getattr(T, name)(each[lane]), [lane])
-        return each[every]
-
-    return _real(calls)
-
-
-def _power(isa: Isa, e: Expr, args: list[Value]) -> Value:
+def _power(isa: Machine, e: Expr, args: list[Value]) -> Value:
     if e.dtype in INTS:
         raise Unsupported("whole numbers to a power that is not a small constant", "score")
     return T.pow(*(cast(a, "float32") for a in args))
@@ -388,7 +372,7 @@ OPERATORS: Final[dict[str, Operator]] = {
     "sqrt": _real(lambda x, isa: T.sqrt(x)),
     "rsqrt": _real(lambda x, isa: widened(real(1.0), lanes(x)) / T.sqrt(x)),
     "floor": _real(lambda x, isa: T.floor(x)),
-    **{name: _per_lane(name) for name in ("log", "log2", "log1p", "sin", "cos", "erf")},
+    **{name: _real(vector.called(name)) for name in ("log", "log2", "log1p", "sin", "cos", "erf")},
 }
 
 

@@ -16,6 +16,7 @@ from tvm.script.ir_builder import tirx as T
 
 from attncc.codegen.tvm.frame import Frame, Processor, Task
 from attncc.codegen.tvm.isa import KEYS, Isa
+from attncc.codegen.tvm.layout import Transposed
 from attncc.codegen.tvm.normalizers import lines
 from attncc.codegen.tvm.tiles import Tiles
 from attncc.codegen.tvm.vector import Value, cast, let, over_lanes, registers, whole, widened
@@ -38,11 +39,12 @@ def forward(attn: Attention, isa: Isa) -> Any:
     return builder.get()
 
 
-def _query_tile(frame: Frame, isa: Isa, task: Task) -> None:
+def _query_tile(frame: Frame[Isa], isa: Isa, task: Task) -> None:
     """Walks the keys that the tile's rows may see, and stores its rows."""
     attn, part, f = frame.attn, frame.attn.part, task.formulas
     Tiles.allocate(frame, task)
-    normalizer = lines(part.normalizer, attn, frame, task)
+    layout = Transposed(isa, attn.dims.v, task.buffers["p"], task.buffers["o"])
+    normalizer = lines(part.normalizer, attn, task, layout)
     tiles = Tiles(frame, task, normalizer)
     walk = Walk(part, task, KEYS)
     f.prepare([*normalizer.formulas(), part.mask])

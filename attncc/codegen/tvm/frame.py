@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Protocol
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
@@ -70,6 +70,9 @@ Tensors = Mapping[str, tuple[int, str]]
 """Rank and dtype, as the spec has it, by name."""
 
 
+M = TypeVar("M", bound=Machine)
+
+
 class Place(Protocol):
     """What differs between a processor, whose lanes are rows, and a thread of a GPU's block."""
 
@@ -109,10 +112,10 @@ class Processor:
         return over_lanes(pick, x)
 
 
-class Frame:
+class Frame(Generic[M]):
     """A kernel's arguments: q, k, v, (cu_seqlens_q, cu_seqlens_k,) the inputs, o, lse, the scale, and own sizes."""
 
-    def __init__(self, attn: Attention, isa: Machine, place: Place, *, shared: bool = False) -> None:
+    def __init__(self, attn: Attention, isa: M, place: Place, *, shared: bool = False) -> None:
         """`shared`: keys are split between tasks, which leave what they have in `work`, behind o and lse."""
         self.attn, self.isa, self.place = attn, isa, place
         self.packed = attn.layout == "varlen"

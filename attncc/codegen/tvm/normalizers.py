@@ -9,8 +9,9 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from attncc.codegen.tvm import vector
-from attncc.codegen.tvm.frame import Frame, Task
-from attncc.codegen.tvm.isa import KEYS, Isa
+from attncc.codegen.tvm.frame import Task
+from attncc.codegen.tvm.isa import Machine
+from attncc.codegen.tvm.layout import Layout
 from attncc.codegen.tvm.vector import LN2, LOG2E, Value, exp2, lanes, let, real, registers, select, whole, widened
 from attncc.ir.attention import Attention, Normalizer
 from attncc.ir.expr import Expr, name
@@ -58,43 +59,58 @@ class Lines(Protocol):
         ...
 
 
-class _Buffers:
-    """A tile's transposed buffers, by vectors of rows."""
+class _Rows:
+    """What normalizers share: values of rows, and the tile's scores and output."""
 
-    def __init__(self, attn: Attention, frame: Frame, task: Task) -> None:
-        self.attn, self.frame, self.task, self.isa = attn, frame, task, frame.isa
+    def __init__(self, attn: Attention, task: Task, layout: Layout) -> None:
+        self.attn, self.task, self.layout, self.isa = attn, task, layout, layout.isa
         self.part = attn.part
 
     def full(self, x: float) -> Value:
         return widened(real(x), self.isa.lanes)
 
     def vectors(self) -> Any:
-        return registers(self.isa.vectors, f"float32x{self.isa.lanes}")
-
-    def line(self, n: Value, v: int) -> Value:
-        return T.ramp(n * self.isa.rows + v * self.isa.lanes, 1, self.isa.lanes)
+        """A value a row."""
+        return registers(self.isa.vectors, "float32" if self.isa.lanes == 1 else f"float32x{self.isa.lanes}")
 
     def each(self, what: Callable[[int], None]) -> None:
         for v in range(self.isa.vectors):
             what(v)
 
+    def each_weight(self, weight: Callable[[Value, int], Value], total: Any) -> None:
+        """Scores become weights, which `total` sums."""
+        p = self.layout.p
+
+        def one(n: Value) -> None:
+            for v in range(self.isa.vectors):
+                at = self.layout.at(n, v)
+                w = let(weight(p[at], v))
+                if total is not None:
+                    T.buffer_store(total, total[v] + w, [v])
+                T.buffer_store(p, w, [at])
+
+        self.layout.each_key(one)
+
     def scale_output(self, factor: Callable[[int], Value]) -> None:
         """o times a factor a row; 0 where that is 0, whatever o holds."""
-        o = self.task.buffers["o"]
+        o = self.layout.o
         factors = [let(factor(v)) for v in range(self.isa.vectors)]
-        with T.serial(0, self.attn.dims.v) as d:
+
+        def one(d: Value) -> None:
             for v, f in enumerate(factors):
-                at = self.line(d, v)
+                at = self.layout.at(d, v)
                 T.buffer_store(o, select(tirx.EQ(f, self.full(0.0)), self.full(0.0), o[at] * f), [at])
 
+        self.layout.each_column(one)
 
-class Softmax(_Buffers):
+
+class Softmax(_Rows):
     """The online softmax in powers of 2, with an optional sink."""
 
     hidden = float("-inf")
 
-    def __init__(self, attn: Attention, frame: Frame, task: Task) -> None:
-        super().__init__(attn, frame, task)
+    def __init__(self, attn: Attention, task: Task, layout: Layout) -> None:
+        super().__init__(attn, task, layout)
         self.inner, self.multiplier = split_multiplier(self.part.score)
         self.is_plain = self.inner == QK
         self.m, self.l, self.a, self.top = (self.vectors() for _ in range(4))
@@ -132,23 +148,21 @@ class Softmax(_Buffers):
         T.buffer_store(self.top, vector.largest(self.top[v], s), [v])
 
     def weigh(self) -> None:
+        self.layout.across(T.max, self.top)
+
         def settle(v: int) -> None:
             T.buffer_store(self.a, exp2(self.m[v] - self.top[v], self.isa, falls=True), [v])
             T.buffer_store(self.m, self.top[v], [v])
             T.buffer_store(self.l, self.l[v] * self.a[v], [v])
 
         self.each(settle)
-        p = self.task.buffers["p"]
-        with T.serial(0, KEYS) as n:
-            for v in range(self.isa.vectors):
-                weight = exp2(p[self.line(n, v)] - self.m[v], self.isa, falls=True)
-                T.buffer_store(self.l, self.l[v] + weight, [v])
-                T.buffer_store(p, weight, [self.line(n, v)])
+        self.each_weight(lambda s, v: exp2(s - self.m[v], self.isa, falls=True), self.l)
 
     def rescaled(self, o: Value, v: int) -> Value:
         return o * self.a[v]
 
     def finish(self) -> Any:
+        self.layout.across(_add, self.l)
         one, zero = self.full(1.0), self.full(0.0)
         kept = self._lse() if self.attn.wants("lse") else None
         sink = self.part.normalizer.sink
@@ -167,24 +181,29 @@ class Softmax(_Buffers):
         return kept
 
     def _lse(self) -> Any:
-        kept = registers(self.isa.rows, "float32")
-        self.each(lambda v: T.buffer_store(kept, self.l[v], [self.line(whole(0), v)]))
-        top = registers(self.isa.rows, "float32")
-        self.each(lambda v: T.buffer_store(top, self.m[v], [self.line(whole(0), v)]))
-        with T.serial(0, self.isa.rows) as row:
-            lse = let((top[row] + T.log2(kept[row])) * real(LN2))
-            T.buffer_store(kept, T.Select(tirx.EQ(kept[row], real(0.0)), real(self.hidden), lse), [row])
+        kept = registers(self.isa.vectors * self.isa.lanes, "float32")
+
+        def one(v: int) -> None:
+            lse = let((self.m[v] + vector.called("log2")(self.l[v], self.isa)) * self.full(LN2))
+            empty = tirx.EQ(self.l[v], self.full(0.0))
+            T.buffer_store(kept, select(empty, self.full(self.hidden), lse), [self.layout.at(whole(0), v)])
+
+        self.each(one)
         return kept
 
 
-Weight = Callable[[Value, Isa], Value]
+def _add(a: Value, b: Value) -> Value:
+    return a + b
 
 
-class Pointwise(_Buffers):
+Weight = Callable[[Value, Machine], Value]
+
+
+class Pointwise(_Rows):
     """Weights that each pair has by itself: sigmoid, relu, none, and linear, which divides by their sum."""
 
-    def __init__(self, attn: Attention, frame: Frame, task: Task, weight: Weight, hidden: float) -> None:
-        super().__init__(attn, frame, task)
+    def __init__(self, attn: Attention, task: Task, layout: Layout, weight: Weight, hidden: float) -> None:
+        super().__init__(attn, task, layout)
         self.weight, self.hidden, self.is_plain = weight, hidden, self.part.score == QK
         self.sum = self.vectors() if self.part.normalizer.kind == "linear" else None
 
@@ -208,13 +227,7 @@ class Pointwise(_Buffers):
         """No score decides on another."""
 
     def weigh(self) -> None:
-        p = self.task.buffers["p"]
-        with T.serial(0, KEYS) as n:
-            for v in range(self.isa.vectors):
-                w = let(self.weight(p[self.line(n, v)], self.isa))
-                T.buffer_store(p, w, [self.line(n, v)])
-                if self.sum is not None:
-                    T.buffer_store(self.sum, self.sum[v] + w, [v])
+        self.each_weight(lambda s, v: self.weight(s, self.isa), self.sum)
 
     def rescaled(self, o: Value, v: int) -> Value:
         return o
@@ -223,6 +236,7 @@ class Pointwise(_Buffers):
         total = self.sum
         if total is None:
             return None
+        self.layout.across(_add, total)
 
         def factor(v: int) -> Value:
             whole_sum = let(total[v] + self.full(self.part.normalizer.eps))
@@ -233,11 +247,11 @@ class Pointwise(_Buffers):
         return None
 
 
-def _relu(s: Value, isa: Isa) -> Value:
+def _relu(s: Value, isa: Machine) -> Value:
     return vector.largest(widened(real(0.0), lanes(s)), s)
 
 
-def _same(s: Value, isa: Isa) -> Value:
+def _same(s: Value, isa: Machine) -> Value:
     return s
 
 
@@ -250,8 +264,8 @@ WEIGHTS: Final[Mapping[str, tuple[Weight, float]]] = {
 """The weight of a score, and the score whose weight is 0."""
 
 
-def lines(normalizer: Normalizer, attn: Attention, frame: Frame, task: Task) -> Lines:
+def lines(normalizer: Normalizer, attn: Attention, task: Task, layout: Layout) -> Lines:
     """The normalizer of a tile."""
     if normalizer.kind == "softmax":
-        return Softmax(attn, frame, task)
-    return Pointwise(attn, frame, task, *WEIGHTS[normalizer.kind])
+        return Softmax(attn, task, layout)
+    return Pointwise(attn, task, layout, *WEIGHTS[normalizer.kind])

@@ -10,7 +10,7 @@ from tvm.script.ir_builder import tirx as T
 
 from attncc.codegen.tvm.formulas import narrow, widen
 from attncc.codegen.tvm.frame import Frame, Operand, Task
-from attncc.codegen.tvm.isa import KEYS, UNROLL
+from attncc.codegen.tvm.isa import KEYS, UNROLL, Isa
 from attncc.codegen.tvm.normalizers import Lines
 from attncc.codegen.tvm.vector import Value, cast, lanes, let, real, registers, select, whole, widened
 
@@ -21,7 +21,7 @@ Counts = Callable[[Value, int], Value]
 class Tiles:
     """Emits the work on one query tile's buffers: q [D, rows], p [KEYS, rows], o [Dv, rows]."""
 
-    def __init__(self, frame: Frame, task: Task, lines: Lines) -> None:
+    def __init__(self, frame: Frame[Isa], task: Task, lines: Lines) -> None:
         self.frame, self.task, self.lines = frame, task, lines
         self.attn, self.isa = frame.attn, frame.isa
         self.widens = self.attn.dtype != "fp32"
@@ -29,7 +29,7 @@ class Tiles:
         self.acc: Any = registers(self.isa.keys * self.isa.vectors, f"float32x{self.isa.lanes}")
 
     @staticmethod
-    def allocate(frame: Frame, task: Task) -> None:
+    def allocate(frame: Frame[Isa], task: Task) -> None:
         dims, rows = frame.attn.dims, frame.isa.rows
         sizes = {"q": dims.qk * rows, "p": KEYS * rows, "o": dims.v * rows}
         if frame.attn.dtype != "fp32":

@@ -12,7 +12,7 @@ import numpy as np
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from attncc.codegen.tvm.isa import Isa
+from attncc.codegen.tvm.isa import Machine
 
 Value = Any
 """A TVM expression; TVM ships no types for them."""
@@ -112,7 +112,7 @@ def unequal(a: Value, b: Value) -> Value:
     return tirx.Not(equal(a, b))
 
 
-def times_power(x: Value, n: Value, isa: Isa) -> Value:
+def times_power(x: Value, n: Value, isa: Machine) -> Value:
     """x * 2**n for a float n that is whole; 0 where n is far below the exponents, infinite where it is far above."""
     count = lanes(x)
     if isa.has_scalef and count == isa.lanes:
@@ -142,14 +142,32 @@ def _exp2_polynomial(degree: int = 6) -> tuple[float, ...]:
 EXP2: Final = _exp2_polynomial()
 
 
-def exp2(x: Value, isa: Isa, *, falls: bool = False) -> Value:
+def exp2(x: Value, isa: Machine, *, falls: bool = False) -> Value:
     """2**x within an ulp or two; NaN stays NaN. `falls`: no x is above 0, so none has to be kept from overflowing."""
+    if isa.has_functions:
+        return let(T.exp2(x))
     count = lanes(x)
     x = let(largest(widened(real(-300.0), count), x))  # keeps -inf - -inf out
     x = x if falls else let(least(widened(real(200.0), count), x))
     n = let(T.nearbyint(x))
     f = let(x - n)
     return let(times_power(let(_horner(f, EXP2)), n, isa))
+
+
+def called(name: str) -> Callable[[Value, Machine], Value]:
+    """A function that is a call a lane: rare in scores, and then of what no key moves."""
+
+    def calls(x: Value, isa: Machine) -> Value:
+        count = lanes(x)
+        if count == 1:
+            return getattr(T, name)(x)
+        each, every = registers(count, "float32"), T.ramp(whole(0), 1, count)
+        T.buffer_store(each, x, [every])
+        with T.serial(0, count) as lane:
+            T.buffer_store(each, getattr(T, name)(each[lane]), [lane])
+        return each[every]
+
+    return calls
 
 
 def largest(bound: Value, x: Value) -> Value:
@@ -162,8 +180,10 @@ def least(bound: Value, x: Value) -> Value:
     return T.min(*joined(bound, x))
 
 
-def exp(x: Value, isa: Isa) -> Value:
+def exp(x: Value, isa: Machine) -> Value:
     """e**x, as exp2. What is left of x behind the power of 2 is taken from x itself: x * log2(e) is rounded."""
+    if isa.has_functions:
+        return let(T.exp(x))
     count = lanes(x)
     x = let(least(widened(real(150.0), count), largest(widened(real(-150.0), count), x)))
     n = let(T.nearbyint(x * widened(real(LOG2E), count)))
@@ -172,13 +192,15 @@ def exp(x: Value, isa: Isa) -> Value:
     return let(times_power(let(_horner(f, EXP2)), n, isa))
 
 
-def sigmoid(x: Value, isa: Isa) -> Value:
+def sigmoid(x: Value, isa: Machine) -> Value:
     one = widened(real(1.0), lanes(x))
     return let(one / (one + exp(-x, isa)))
 
 
-def tanh(x: Value, isa: Isa) -> Value:
+def tanh(x: Value, isa: Machine) -> Value:
     """By the magnitude, so that neither end overflows; a series near 0, where differences of exponentials cancel."""
+    if isa.has_functions:
+        return let(T.tanh(x))
     x = let(x)
     count = lanes(x)
     one, two = widened(real(1.0), count), widened(real(2.0), count)
