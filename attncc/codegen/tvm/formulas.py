@@ -199,6 +199,8 @@ def widen(x: Value, dtype: str) -> Value:
         count = lanes(x)
         shift = widened(whole(16, "uint32"), count)
         return T.reinterpret("float32" if count == 1 else f"float32x{count}", cast(x, "uint32") << shift)
+    if dtype == "fp16" and vector.kind(x) == "uint16":
+        return vector.converted("cvt.f32.f16", x, "float32")
     return cast(x, "float32") if dtype == "fp16" else cast(x, "int32") if dtype in ("int8", "uint8", "bool") else x
 
 

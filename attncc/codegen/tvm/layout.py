@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from tvm.script.ir_builder import tirx as T
 
@@ -16,6 +16,11 @@ class Layout(Protocol):
 
     @property
     def isa(self) -> Machine: ...
+
+    @property
+    def scales_queries(self) -> bool:
+        """Whether a factor of all scores is multiplied into the queries as they are loaded."""
+        ...
 
     p: Any
     o: Any
@@ -35,6 +40,8 @@ class Layout(Protocol):
 
 class Transposed:
     """[keys, rows] and [columns, rows]: lanes are consecutive rows, all of them in one thread."""
+
+    scales_queries: Final = True
 
     def __init__(self, isa: Isa, columns: int, p: Any, o: Any) -> None:
         self.isa, self.columns, self.p, self.o = isa, columns, p, o

@@ -112,7 +112,7 @@ class Softmax(_Rows):
     def __init__(self, attn: Attention, task: Task, layout: Layout) -> None:
         super().__init__(attn, task, layout)
         self.inner, self.multiplier = split_multiplier(self.part.score)
-        self.is_plain = self.inner == QK
+        self.is_plain = self.inner == QK and layout.scales_queries
         self.m, self.l, self.a, self.top = (self.vectors() for _ in range(4))
 
     def formulas(self) -> list[Expr]:

@@ -68,6 +68,13 @@ def registers(count: int, dtype: str) -> Any:
     return T.alloc_buffer((count,), dtype, scope="local", annotations={"disable_lower_builtin": True})
 
 
+def converted(instruction: str, x: Value, dtype: str) -> Value:
+    """A number by an instruction of PTX, its bits where TVM's type would want CUDA's headers."""
+    to = registers(1, dtype)
+    T.evaluate(T.ptx[instruction](to[0], x))
+    return to[0]
+
+
 def over_lanes(pick: Callable[[Value, Value], Value], x: Value) -> Value:
     """`pick` of all lanes, two at a time."""
     count = lanes(x)
