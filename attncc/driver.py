@@ -14,7 +14,9 @@ from typing import Any, Final
 from attncc import passes, spec
 from attncc.check.run import Outcome, Report, check_package
 from attncc.check.stand_in import stand_in
+from attncc.codegen.backends import share_out
 from attncc.codegen.cpu import decodes
+from attncc.codegen.cuda import Cubin
 from attncc.codegen.package import TargetConfigs, emit
 from attncc.device import DEVICES, Device, find, here
 from attncc.errors import CompilerBug, SpecError, Unsupported, nearest
@@ -91,14 +93,17 @@ def compile(
     out: str | os.PathLike[str],
     targets: Sequence[str | Device] | None = None,
     progress: Progress | None = None,
+    backend: str | None = None,
 ) -> Path:
     """Writes the package of a spec into the directory `out`, and returns its path, out/<name>.
 
-    An earlier package there is replaced in one step; anything else of that name is refused.
+    An earlier package there is replaced in one step; anything else of that name is refused. `backend` is what makes
+    kernels for GPUs: `triton` where none is named, or `tvm`, whose packages need no Triton. CPUs always have TVM's.
     """
     report = progress or _silent
     loaded = load(source)
     devices = resolve(targets)
+    shares = share_out(devices, backend)
     goal = Path(out) / loaded.attention.name
     if goal.exists() and not _is_package(goal):
         raise SpecError(f"{goal} exists and is no attncc package", hint="choose another -o, or remove it")
@@ -106,9 +111,11 @@ def compile(
     with _place(loaded):
         attn, program = lower(loaded.attention)
         report("printing", 1, 3)
-        configs = [default_config(attn, device) for device in devices if not device.takes_libraries]
-        libraries = cpu_libraries(attn) if any(device.takes_libraries for device in devices) else {}
-        files = emit(attn, program, loaded.text, configs, f"attncc {VERSION}", digest(loaded.attention), libraries)
+        configs = [default_config(attn, device) for device in shares.kernels]
+        libraries = cpu_libraries(attn) if shares.libraries else {}
+        binaries = cubins(attn, shares.cubins) if shares.cubins else {}
+        made_by, name = f"attncc {VERSION}", digest(loaded.attention)
+        files = emit(attn, program, loaded.text, configs, made_by, name, libraries, binaries)
     report("writing", 2, 3)
     _replace_tree(goal, files)
     report("done", 3, 3)
@@ -131,15 +138,24 @@ def lower(attn: Attention) -> tuple[Attention, Program]:
 
 
 def cpu_libraries(attn: Attention) -> Mapping[str, bytes]:
-    """Machine code for this machine's kind of processor; TVM takes seconds to import, so only this does."""
+    """Machine code for this machine's kind of processor."""
+    return _tvm("libraries", "choose a GPU with --target").libraries(attn)
+
+
+def cubins(attn: Attention, devices: Sequence[Device]) -> Mapping[str, Cubin]:
+    """Machine code for NVIDIA GPUs, by architecture."""
+    return _tvm("cuda.libraries", "--backend triton").cubins(attn, devices)
+
+
+def _tvm(module: str, instead: str) -> Any:
+    """A module of the TVM back-end: TVM takes seconds to import, so only who needs it does."""
     try:
-        tvm = import_module("attncc.codegen.tvm.libraries")
+        return import_module(f"attncc.codegen.tvm.{module}")
     except ModuleNotFoundError as error:
         if error.name not in ("tvm", "tvm_ffi"):
             raise
-        hint = "pip install apache-tvm, or choose a GPU with --target"
-        raise Unsupported("CPU libraries are built by TVM, which is not installed", hint=hint) from None
-    return tvm.libraries(attn)
+        hint = f"pip install apache-tvm, or {instead}"
+        raise Unsupported("these kernels are built by TVM, which is not installed", hint=hint) from None
 
 
 def default_config(attn: Attention, device: Device) -> TargetConfigs:
@@ -206,6 +222,7 @@ def check(
     progress: Progress | None = None,
     seed: int = 0,
     target: str | Device | None = None,
+    backend: str | None = None,
 ) -> Report:
     """Compiles a spec for a target that this machine can run, and compares the package with the oracle.
 
@@ -217,7 +234,7 @@ def check(
         raise SpecError(f"target '{device.name}' cannot be checked: no such GPU is here", hint="cpu, or interpreter")
     attn, notes = stand_in(loaded.attention, device)
     with tempfile.TemporaryDirectory(prefix="attncc-check-") as folder:
-        package = compile(replace(loaded, attention=attn), folder, [device])
+        package = compile(replace(loaded, attention=attn), folder, [device], backend=backend)
         report = check_package(attn, package, device, shapes, progress or _silent, seed, loaded.captured)
     return replace(report, notes=(*notes, *report.notes))
 

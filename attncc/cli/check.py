@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from attncc import driver
-from attncc.cli.output import FAILED, Json, SpecPath, guarded, print_json, print_table, progress
+from attncc.cli.output import FAILED, Backend, Json, SpecPath, guarded, print_json, print_table, progress
 from attncc.errors import SpecError
 
 Shapes = Annotated[
@@ -21,11 +21,18 @@ Target = Annotated[str | None, typer.Option(help="cpu, interpreter, or the GPU t
 
 
 @guarded
-def command(spec: SpecPath, shape: Shapes = None, seed: Seed = 0, target: Target = None, as_json: Json = False) -> None:
+def command(
+    spec: SpecPath,
+    shape: Shapes = None,
+    seed: Seed = 0,
+    target: Target = None,
+    backend: Backend = None,
+    as_json: Json = False,
+) -> None:
     """Compile SPEC for this machine and compare it with the float64 oracle, on hard operands too."""
     shapes = None if shape is None else [parse_shape(s) for s in shape]
     with progress(as_json) as report:
-        result = driver.check(spec, shapes, report, seed, target)
+        result = driver.check(spec, shapes, report, seed, target, backend)
     if as_json:
         print_json(result.as_data())
     else:

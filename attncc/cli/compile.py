@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from attncc import driver
-from attncc.cli.output import Json, SpecPath, guarded, print_json, progress
+from attncc.cli.output import Backend, Json, SpecPath, guarded, print_json, progress
 
 Out = Annotated[str, typer.Option("-o", "--out", metavar="DIR", help="The package is written to DIR/<name>.")]
 Targets = Annotated[
@@ -17,10 +17,12 @@ Targets = Annotated[
 
 
 @guarded
-def command(spec: SpecPath, out: Out = ".", target: Targets = None, as_json: Json = False) -> None:
+def command(
+    spec: SpecPath, out: Out = ".", target: Targets = None, backend: Backend = None, as_json: Json = False
+) -> None:
     """Compile SPEC into an importable package that needs torch and triton, never attncc."""
     with progress(as_json) as report:
-        package = driver.compile(spec, out, target, report)
+        package = driver.compile(spec, out, target, report, backend)
     if as_json:
         names = [d.name for d in driver.resolve(target)]
         print_json({"package": str(package), "targets": names})

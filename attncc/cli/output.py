@@ -41,6 +41,12 @@ WIDTH: Final = 160
 """Of tables that are piped into something."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+Backend = Annotated[
+    str | None,
+    typer.Option(
+        metavar="BACKEND", help="What makes kernels for GPUs: triton (default), or tvm, which deploys without it."
+    ),
+]
 SpecPath = Annotated[str, typer.Argument(metavar="SPEC", help="The variant's YAML file.")]
 
 P = ParamSpec("P")

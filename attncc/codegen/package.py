@@ -8,6 +8,7 @@ from typing import Final
 
 from attncc.codegen.call import PACKED, axes_text, has_lse, opening, sentence, tuple_text, write_attention
 from attncc.codegen.cpu import decodes
+from attncc.codegen.cuda import Cubin
 from attncc.codegen.host import host_expr, host_function
 from attncc.codegen.source import Writer, filled, module_text
 from attncc.codegen.triton import handles, print_kernels, strides
@@ -44,6 +45,7 @@ def emit(
     made_by: str,
     digest: str,
     libraries: Mapping[str, bytes] = {},
+    cubins: Mapping[str, Cubin] = {},
 ) -> dict[str, str | bytes]:
     """Every file of the package, by its path inside it; the same input gives the same bytes.
 
@@ -53,6 +55,7 @@ def emit(
         made_by: name and version of the compiler, for the headers.
         digest: of the variant, for the headers.
         libraries: machine code for CPUs by the name of the instruction set.
+        cubins: machine code for NVIDIA GPUs by architecture, in place of Triton kernels.
     """
     texts, flags = print_kernels(program)
     header = _header(attn, program, made_by, digest)
@@ -65,12 +68,15 @@ def emit(
     }
     cpu: dict[str, str | bytes] = {"_cpu.py": module_text("_cpu")}
     cpu |= {f"cpu/{isa}.so": code for isa, code in libraries.items()}
+    cuda: dict[str, str | bytes] = {"_cuda.py": module_text("_cuda")}
+    cuda |= {f"cuda/{arch}.cubin": built.code for arch, built in cubins.items()}
     return {
-        "__init__.py": _init(attn, program, flags, targets, header, bool(libraries)),
+        "__init__.py": _init(attn, program, flags, targets, header, bool(libraries), cubins),
         "_runtime.py": module_text("_runtime"),
         "_checks.py": module_text("_checks"),
         **(gpu if targets else {}),
         **(cpu if libraries else {}),
+        **(cuda if cubins else {}),
         "spec.yaml": spec_text,
     }
 
@@ -142,6 +148,7 @@ def _init(
     targets: Sequence[TargetConfigs],
     header: Iterable[str],
     has_library: bool,
+    cubins: Mapping[str, Cubin],
 ) -> str:
     w = Writer()
     w.block(opening(f"{attn.name}: {sentence(attn.doc or 'an attention variant')}", 117))
@@ -153,8 +160,14 @@ def _init(
     _variant(body, attn, program, targets)
     w.block(["import math", ""] if "math." in body.text() else [])
     w.block(["import torch", ""])
-    modules = [*(["_cpu"] if has_library else []), *(["_gpu"] if targets else []), "_runtime"]
-    w.line(f"from . import {', '.join([*modules, *(['kernels'] if targets else [])])}")
+    sides = {
+        "_cpu": has_library,
+        "_cuda": bool(cubins),
+        "_gpu": bool(targets),
+        "_runtime": True,
+        "kernels": bool(targets),
+    }
+    w.line(f"from . import {', '.join(name for name, used in sides.items() if used)}")
     w.block([f"from .configs import {', '.join(sorted(t.target for t in targets))}"] if targets else [])
     w.line("from ._checks import Size, Tensor")
     kinds = ["Kernel", *(["Scratch"] if program.scratch else [])] if targets else []
@@ -165,7 +178,10 @@ def _init(
         w.line()
     w.block(body.text().splitlines())
     w.line()
-    w.line(f"_RUNNER = {_runner(attn, bool(targets), has_library)}")
+    if cubins:
+        _blocks(w, cubins)
+        w.line()
+    w.line(f"_RUNNER = {_runner(attn, bool(targets), bool(cubins), has_library)}")
     w.line(f'_OP = _runtime.register("{attn.name}", _RUNNER)')
     w.block(["", ""])
     write_attention(w, attn)
@@ -177,10 +193,24 @@ def _init(
     return w.text()
 
 
-def _runner(attn: Attention, for_gpu: bool, for_cpu: bool) -> str:
+def _blocks(w: Writer, cubins: Mapping[str, Cubin]) -> None:
+    w.line("BLOCKS = {")
+    with w.indented():
+        for arch, built in sorted(cubins.items()):
+            numbers = (
+                f"rows={built.rows}, keys={built.keys}, threads={built.threads}, shared_bytes={built.shared_bytes}"
+            )
+            w.line(f'"{arch}": _cuda.Block({numbers}),')
+    w.line("}")
+
+
+def _runner(attn: Attention, for_triton: bool, for_cuda: bool, for_cpu: bool) -> str:
     group = f", group={attn.heads.q // attn.heads.kv}" if decodes(attn) else ""
-    cpu, gpu = f"_cpu.Runner(VARIANT{group})", "_gpu.Runner(VARIANT)"
-    return f"_runtime.Either({gpu}, {cpu})" if for_gpu and for_cpu else cpu if for_cpu else gpu
+    cpu = f"_cpu.Runner(VARIANT{group})"
+    gpu = f"_cuda.Runner(VARIANT, {attn.heads.q}, BLOCKS)" if for_cuda else "_gpu.Runner(VARIANT)"
+    if not for_cpu:
+        return gpu
+    return f"_runtime.Either({gpu}, {cpu})" if for_triton or for_cuda else cpu
 
 
 def _variant(

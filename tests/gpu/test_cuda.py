@@ -1,10 +1,12 @@
-"""On a CUDA GPU: every example against the oracle, and what only a GPU can show."""
+"""On a CUDA GPU: every example against the oracle, and what only a GPU can show, by each back-end."""
 
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 from attncc import driver, spec
+from attncc.codegen.backends import BACKENDS
 
 pytestmark = pytest.mark.gpu
 
@@ -29,9 +32,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     sys.path.remove(str(out))
 
 
-def package(folder: Path, name: str, body: str) -> ModuleType:
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def package(folder: Path, name: str, body: str, backend: str) -> ModuleType:
     """A package compiled for the GPU that is here."""
-    driver.compile(spec.loads(f"attncc: 1\nname: {name}\n{body}\n"), folder)
+    name = f"{name}_{backend}"
+    driver.compile(spec.loads(f"attncc: 1\nname: {name}\n{body}\n"), folder, backend=backend)
     importlib.invalidate_caches()
     return importlib.import_module(name)
 
@@ -56,33 +65,58 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
-def test_examples_agree_with_the_oracle(path: Path) -> None:
-    report = driver.check(path)
+def test_examples_agree_with_the_oracle(path: Path, backend: str) -> None:
+    report = driver.check(path, backend=backend)
+    wrong = [o for o in report.outcomes if not o.passed]
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+VARIANTS = {
+    "sigmoid": "mask: causal\nnormalizer: sigmoid\noutputs: [o]",
+    "relu": "mask: causal\nnormalizer: relu\noutputs: [o]",
+    "linear": "score: exp(qk * 0.1)\nmask: causal & window(90)\nnormalizer: linear(0.1)\noutputs: [o]",
+    "sinks": "inputs: {z: {shape: [Hq], dtype: bf16}}\nmask: causal\nnormalizer: softmax(sink=z[h])",
+    "ranges": "mask: (j < 3) | ((j >= 162) & (j < 270) & causal) | ((i - j < 40) & causal)",
+    "bias": "inputs: {w: {shape: [Hq, Sq, Sk], dtype: fp16}}\nscore: qk * scale + w[h, row, j]\nmask: causal",
+    "small_blocks": "inputs: {on: {shape: [Hq, m, n], dtype: bool}}\nmask: causal & on[h, i // 16, j // 16]",
+    "starts": "inputs: {w: {shape: [], dtype: int32}, starts: {shape: [B], dtype: int32}}\n"
+    "align: starts\nmask: causal & window(w)",
+    "packed": "inputs: {ids: {shape: [Sk], dtype: int32}}\nlayout: varlen\nmask: ids[i] == ids[j]",
+    "bshd": "layout: bshd\nmask: causal & window(100)",
+}
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_agree_with_the_oracle(name: str, dtype: str, backend: str) -> None:
+    heads = "{q: 6, kv: 2, map: tile}" if name == "ranges" else "{q: 4, kv: 2}"
+    text = f"attncc: 1\nname: variant\nheads: {heads}\ndims: {{qk: 64, v: 40}}\ndtype: {dtype}\n{VARIANTS[name]}\n"
+    report = driver.check(spec.loads(text), backend=backend)
     wrong = [o for o in report.outcomes if not o.passed]
     assert not wrong, "\n".join(map(str, wrong))
 
 
 @pytest.mark.parametrize("ratio", [1, 3, 5, 8])
-def test_any_ratio_of_heads(folder: Path, ratio: int) -> None:
-    m = package(folder, f"ratio_{ratio}", f"heads: {{q: {2 * ratio}, kv: 2}}\ndims: 64\nmask: causal")
+def test_any_ratio_of_heads(folder: Path, ratio: int, backend: str) -> None:
+    m = package(folder, f"ratio_{ratio}", f"heads: {{q: {2 * ratio}, kv: 2}}\ndims: 64\nmask: causal", backend)
     q, k, v = normal(2, 2 * ratio, 1100, 64), normal(2, 2, 1100, 64), normal(2, 2, 1100, 64)
     seen = torch.ones(1100, 1100, device=CUDA, dtype=torch.bool).tril()
     close(m.attention(q, k, v), exact(q, k, v, seen))
 
 
 @pytest.mark.parametrize(
-    "dims", [(1, 1), (7, 7), (16, 16), (40, 24), (72, 72), (96, 96), (160, 160), (192, 128), (512, 512)]
+    "dims", [(1, 1), (7, 7), (16, 16), (40, 24), (72, 72), (96, 96), (160, 160), (192, 128), (256, 256)]
 )
-def test_any_head_dim(folder: Path, dims: tuple[int, int]) -> None:
+def test_any_head_dim(folder: Path, dims: tuple[int, int], backend: str) -> None:
     d, e = dims
-    m = package(folder, f"dims_{d}_{e}", f"heads: 4\ndims: {{qk: {d}, v: {e}}}")
+    m = package(folder, f"dims_{d}_{e}", f"heads: 4\ndims: {{qk: {d}, v: {e}}}", backend)
     q, k, v = normal(2, 4, 700, d), normal(2, 4, 900, d), normal(2, 4, 900, e)
     close(m.attention(q, k, v), exact(q, k, v))
 
 
-def test_strides(folder: Path) -> None:
+def test_strides(folder: Path, backend: str) -> None:
     """Views that tensor maps can and cannot read: transposed, expanded, with odd strides, unaligned."""
-    m = package(folder, "strides", "heads: {q: 4, kv: 4}\ndims: 64\nmask: causal")
+    m = package(folder, "strides", "heads: {q: 4, kv: 4}\ndims: 64\nmask: causal", backend)
     s = 700
     seen = torch.ones(s, s, device=CUDA, dtype=torch.bool).tril()
     base = normal(2, s, 3, 4, 64)
@@ -94,8 +128,8 @@ def test_strides(folder: Path) -> None:
         close(m.attention(q, k, v), exact(q, k, v, seen))
 
 
-def test_storage_beyond_two_to_the_31(folder: Path) -> None:
-    m = package(folder, "far", "heads: 2\ndims: 64\nmask: causal")
+def test_storage_beyond_two_to_the_31(folder: Path, backend: str) -> None:
+    m = package(folder, "far", "heads: 2\ndims: 64\nmask: causal", backend)
     s, step = 600, 2**31 + 64
     seen = torch.ones(s, s, device=CUDA, dtype=torch.bool).tril()
     store = torch.empty(step + s * 64, device=CUDA, dtype=torch.bfloat16)
@@ -106,8 +140,8 @@ def test_storage_beyond_two_to_the_31(folder: Path) -> None:
     torch.cuda.empty_cache()
 
 
-def test_more_than_two_to_the_31_elements(folder: Path) -> None:
-    m = package(folder, "many", "heads: 8\ndims: 128\nmask: causal & window(64)")
+def test_more_than_two_to_the_31_elements(folder: Path, backend: str) -> None:
+    m = package(folder, "many", "heads: 8\ndims: 128\nmask: causal & window(64)", backend)
     b, s = 17, 2**17
     q = normal(b, 8, s, 128)
     assert q.numel() > 2**31
@@ -119,9 +153,9 @@ def test_more_than_two_to_the_31_elements(folder: Path) -> None:
     close(o[b - 1 :, 7:, tail][:, :, 64:], exact(x, x, x, seen)[:, :, 64:])
 
 
-def test_hidden_values_do_not_leak(folder: Path) -> None:
+def test_hidden_values_do_not_leak(folder: Path, backend: str) -> None:
     """Large calls take two launches, small ones one; NaN and inf stay with the rows that see them."""
-    m = package(folder, "hidden", "heads: 2\ndims: 64\nmask: causal")
+    m = package(folder, "hidden", "heads: 2\ndims: 64\nmask: causal", backend)
     for b, s in ((1, 300), (8, 1500)):
         q, k, v = (normal(b, 2, s, 64) for _ in range(3))
         v[:, :, s // 2 :] = torch.nan
@@ -133,8 +167,8 @@ def test_hidden_values_do_not_leak(folder: Path) -> None:
         assert torch.isnan(o[:, :, s // 2 :]).all()
 
 
-def test_graph_capture(folder: Path) -> None:
-    m = package(folder, "graphed", "heads: 4\ndims: 64\nmask: causal & window(100)")
+def test_graph_capture(folder: Path, backend: str) -> None:
+    m = package(folder, "graphed", "heads: 4\ndims: 64\nmask: causal & window(100)", backend)
     q, k, v = (normal(2, 4, 900, 64) for _ in range(3))
     m.attention(q, k, v)
     graph = torch.cuda.CUDAGraph()
@@ -147,9 +181,12 @@ def test_graph_capture(folder: Path) -> None:
     assert torch.equal(o, m.attention(q, k, v))
 
 
-def test_two_streams(folder: Path) -> None:
+def test_two_streams(folder: Path, backend: str) -> None:
     m = package(
-        folder, "streamed", "inputs: {ids: {shape: [Sk], dtype: int32}}\nheads: 4\ndims: 64\nmask: ids[i] == ids[j]"
+        folder,
+        "streamed",
+        "inputs: {ids: {shape: [Sk], dtype: int32}}\nheads: 4\ndims: 64\nmask: ids[i] == ids[j]",
+        backend,
     )
     data: list[dict[str, Any]] = []
     for n in range(2):
@@ -167,27 +204,57 @@ def test_two_streams(folder: Path) -> None:
     assert all(torch.equal(o, wanted[n]) for n in range(2) for o in got[n])
 
 
-def test_torch_compile_and_opcheck(folder: Path) -> None:
-    m = package(folder, "traced", "heads: 4\ndims: 64\nmask: causal")
+def test_torch_compile_and_opcheck(folder: Path, backend: str) -> None:
+    m = package(folder, "traced", "heads: 4\ndims: 64\nmask: causal", backend)
     compiled = torch.compile(lambda q, k, v: m.attention(q, k, v) * 2.0, fullgraph=True, dynamic=True)
     with torch.no_grad():
         for s in (300, 450):
             q, k, v = (normal(2, 4, s, 64) for _ in range(3))
             assert torch.allclose(compiled(q, k, v), m.attention(q, k, v) * 2.0)
-    torch.library.opcheck(torch.ops.attncc_traced.forward.default, (q, k, v, None))
+    torch.library.opcheck(getattr(torch.ops, f"attncc_traced_{backend}").forward.default, (q, k, v, None))
 
 
-def test_wrong_device(folder: Path) -> None:
-    m = package(folder, "placed", "heads: 4\ndims: 64")
+def test_wrong_device(folder: Path, backend: str) -> None:
+    m = package(folder, "placed", "heads: 4\ndims: 64", backend)
     q = normal(1, 4, 64, 64)
     with pytest.raises(ValueError, match=r"k must be on cuda:0 like q, got cpu"):
         m.attention(q, q.cpu(), q)
-    with pytest.raises(RuntimeError, match=r"need a GPU"):
+    with pytest.raises(RuntimeError, match=r"need an? (NVIDIA )?GPU"):
         m.attention(q.cpu(), q.cpu(), q.cpu())
 
 
-def test_no_gradient(folder: Path) -> None:
-    m = package(folder, "forward_only", "heads: 4\ndims: 64")
+def test_no_gradient(folder: Path, backend: str) -> None:
+    m = package(folder, "forward_only", "heads: 4\ndims: 64", backend)
     q = normal(1, 4, 64, 64)
     with pytest.raises(RuntimeError, match=r"q requires a gradient"):
         m.attention(q.clone().requires_grad_(), q, q)
+
+
+def test_head_dims_that_tensor_cores_hold_in_pieces(folder: Path) -> None:
+    m = package(folder, "wide", "heads: 4\ndims: 512", "triton")
+    q, k, v = (normal(2, 4, n, 512) for n in (700, 900, 900))
+    close(m.attention(q, k, v), exact(q, k, v))
+
+
+def test_calls_from_threads(folder: Path, backend: str) -> None:
+    """A thread that never called CUDA has no context yet."""
+    m = package(folder, "threaded", "heads: 4\ndims: 64\nmask: causal", backend)
+    q, k, v = (normal(2, 4, 500, 64) for _ in range(3))
+    want = m.attention(q, k, v)
+    with ThreadPoolExecutor(4) as pool:
+        got = [*pool.map(lambda _: m.attention(q, k, v), range(64))]
+    torch.cuda.synchronize()
+    assert all(torch.equal(o, want) for o in got)
+
+
+def test_cubins_need_no_triton(folder: Path) -> None:
+    package(folder, "bare", "heads: 4\ndims: 64\nmask: causal", "tvm")
+    code = (
+        "import sys, torch\n"
+        "sys.modules['triton'] = sys.modules['tvm'] = sys.modules['attncc'] = None\n"
+        "import bare_tvm\n"
+        "q = torch.randn(1, 4, 100, 64, device='cuda', dtype=torch.bfloat16)\n"
+        "want = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)\n"
+        "assert (bare_tvm.attention(q, q, q) - want).abs().max() < 0.05\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 from tvm.script.ir_builder import tirx as T
 
@@ -41,7 +41,7 @@ class Layout(Protocol):
 class Transposed:
     """[keys, rows] and [columns, rows]: lanes are consecutive rows, all of them in one thread."""
 
-    scales_queries: Final = True
+    scales_queries = True
 
     def __init__(self, isa: Isa, columns: int, p: Any, o: Any) -> None:
         self.isa, self.columns, self.p, self.o = isa, columns, p, o

@@ -93,11 +93,11 @@ def flat(pointer: Value, dtype: str) -> Any:
 
 def shuffle_xor(x: Value, step: int) -> Value:
     """What the lane whose number differs by these bits has."""
-    return getattr(T.cuda, "_shfl_xor_sync")(whole(EVERY_THREAD, "uint32"), x, step, 32)
+    return T.cuda._shfl_xor_sync(whole(EVERY_THREAD, "uint32"), x, step, 32)
 
 
 def shuffle(x: Value, lane: Value) -> Value:
-    return getattr(T.cuda, "_shfl_sync")(whole(EVERY_THREAD, "uint32"), x, lane, 32)
+    return T.cuda._shfl_sync(whole(EVERY_THREAD, "uint32"), x, lane, 32)
 
 
 def any_thread(x: Value) -> Value:

@@ -13,7 +13,7 @@ from tvm.script.ir_builder import tirx as T
 
 from attncc.codegen.tvm.cuda.block import Block, ptx, shuffle_xor
 from attncc.codegen.tvm.cuda.shared import Shared, Tile
-from attncc.codegen.tvm.cuda.warps import ATOM, ELEMENT, Warps, padded
+from attncc.codegen.tvm.cuda.warps import ATOM, ELEMENT, padded
 from attncc.codegen.tvm.vector import Value, cast, let, real, registers, whole
 from attncc.ir.attention import Attention
 
@@ -46,7 +46,7 @@ class Fragments:
         self.k_at = let(shared.address(shared.k, half + T.truncmod(lane, whole(8)), eighth))
         self.v_at = let(shared.address(shared.v, rows, half))
 
-    scales_queries: Final = False
+    scales_queries = False
     """They stay as they are given: in 16 bits a factor would round them."""
 
     # -- layout --------------------------------------------------------------------------------------

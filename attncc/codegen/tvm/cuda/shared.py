@@ -84,7 +84,9 @@ class Shared:
         def one(number: Value) -> None:
             row, column = let(T.truncdiv(number, whole(across))), let(T.truncmod(number, whole(across)) * step)
             inside = let(tirx.And(row0 + row < end, column < tile.columns))
-            source = cast(T.min(row0 + row, end - 1), "int64") * x.row + cast(T.min(column, tile.columns - step), "int64")
+            source = cast(T.min(row0 + row, end - 1), "int64") * x.row + cast(
+                T.min(column, tile.columns - step), "int64"
+            )
             move(tile, x, let(start + source), row, column, shift, inside)
 
         self._each(tile.rows * across, one)
