@@ -57,8 +57,9 @@ SHAPES: Final = (
     (64, Warps(warps=4, tiles=2, keys=64)),
     (128, Warps(warps=4, tiles=2, keys=64)),
     (256, Warps(warps=8, tiles=1, keys=32)),
+    (256, Warps(warps=4, tiles=1, keys=32)),
 )
-"""The first whose bound holds for the larger head dim: what registers hold without spilling."""
+"""The first serves whose bound holds for the larger head dim, and that shared memory holds."""
 
 
 def choose(dims: Dims, shared_bytes: int) -> Warps:
