@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import reduce as fold
 from typing import Final
 
 from attncc.ir.attention import Attention, KeyTiles
@@ -23,6 +23,7 @@ from attncc.ir.build import (
     iota,
     program,
     read,
+    reduce,
     reduce_all,
     row,
     tile,
@@ -206,7 +207,7 @@ def _redo_lost(b: Builder, attn: Attention, t: QueryTile, rule: Rule, runs: Runs
     """What becomes of a tile that holds NaN, into which hidden values may have leaked: marked, or done again."""
     values = pieces(attn.dims.v)
     accumulators = [name("acc" + p.suffix(values), "f32", ("BM", p.width)) for p in values]
-    lost = reduce(maximum, [reduce_all("max", cast_to(ew("ne", acc, acc), "i32")) for acc in accumulators])
+    lost = fold(maximum, [reduce_all("max", cast_to(ew("ne", acc, acc), "i32")) for acc in accumulators])
     with b.when(eq(PASS, 0)):
         b.store(_lost(attn), (program(),), lost)
     with b.when(eq(PASS, 2)):
@@ -350,13 +351,15 @@ def _finish(b: Builder, attn: Attention, t: QueryTile, rule: Rule) -> None:
     values = pieces(attn.dims.v)
     accumulators = tuple(name("acc" + p.suffix(values), "f32", ("BM", p.width)) for p in values)
     sink = attn.part.normalizer.sink
-    outputs, lse = rule.finish(b, None if sink is None else t.scope.bind(sink), accumulators)
+    if rule.sums is not None:
+        b.let("total", reduce("sum", rule.sums, 1), "[BM]")
+    end = rule.finish(b, None if sink is None else t.scope.bind(sink))
     rows = name("rows", "i32", ("BM",))
-    if lse is not None and _writes_lse(attn):
+    if end.lse is not None and _writes_lse(attn):
         at = (t.h, t.first_query + rows) if is_varlen(attn) else (t.batch, t.h, rows)
         with b.when(name(WRITE_LSE.name) > 0):
-            b.store(b.params["LSE"], at, lse, rows < t.queries)
-    for p, o in zip(values, outputs, strict=True):
+            b.store(b.params["LSE"], at, end.lse, rows < t.queries)
+    for p, o in zip(values, map(end.of, accumulators), strict=True):
         o = cast_to(o, VALUE_DTYPE[attn.dtype])
         if not is_varlen(attn):
             b.store_tile(b.params["O"], t.batch, t.h, t.row0, p.column, o)

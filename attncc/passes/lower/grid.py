@@ -74,25 +74,38 @@ def programs(attn: Attention) -> Expr:
 
 
 def query_tile(b: Builder, attn: Attention) -> QueryTile:
-    """Binds the tile of this program: heads in groups that share the L2 cache, longest rows first inside one."""
-    b.note("groups of GROUP heads share the L2 cache; inside one, the tiles with the most keys come first")
-    tiles = b.let("tiles", query_tiles(attn))
-    heads = const(attn.heads.q) if is_varlen(attn) else name("B") * attn.heads.q
-    group = b.let("group", quotient(program(), tiles * name("GROUP")))
-    inside = b.let("inside", remainder(program(), tiles * name("GROUP")))
-    width = b.let("width", minimum(heads - group * name("GROUP"), name("GROUP")))
-    head = group * name("GROUP") + remainder(inside, width)
-    number = b.let("number", tiles - 1 - quotient(inside, width))
+    """Binds the tile of this program."""
+    head, number = order(b, attn, program())
     if is_varlen(attn):
-        h = b.let("h", head)
-        return place_packed(b, attn, h, number)
-    flat = b.let("head", head)
-    batch, h = b.let("b", quotient(flat, attn.heads.q)), b.let("h", remainder(flat, attn.heads.q))
+        return place_packed(b, attn, b.let("h", head), number)
+    batch, h = split_head(b, attn, head)
     return place_dense(b, attn, batch, h, number)
 
 
+def order(b: Builder, attn: Attention, count: Expr) -> tuple[Expr, Expr]:
+    """Head, counted over the batch, and query tile of a number: heads in groups, longest rows first inside one."""
+    b.note("groups of GROUP heads share the L2 cache; inside one, the tiles with the most keys come first")
+    tiles = b.let("tiles", query_tiles(attn))
+    heads = const(attn.heads.q) if is_varlen(attn) else name("B") * attn.heads.q
+    group = b.let("group", quotient(count, tiles * name("GROUP")))
+    inside = b.let("inside", remainder(count, tiles * name("GROUP")))
+    width = b.let("width", minimum(heads - group * name("GROUP"), name("GROUP")))
+    head = group * name("GROUP") + remainder(inside, width)
+    return head, b.let("number", tiles - 1 - quotient(inside, width))
+
+
+def split_head(b: Builder, attn: Attention, head: Expr) -> tuple[Expr, Expr]:
+    """Batch entry and head of a head counted over the batch."""
+    flat = b.let("head", head)
+    return b.let("b", quotient(flat, attn.heads.q)), b.let("h", remainder(flat, attn.heads.q))
+
+
 def place_dense(b: Builder, attn: Attention, batch: Expr, h: Expr, number: Expr) -> QueryTile:
-    row0 = b.let("row0", number * BM)
+    return at_row(b, attn, batch, h, number, b.let("row0", number * BM))
+
+
+def at_row(b: Builder, attn: Attention, batch: Expr, h: Expr, number: Expr, row0: Expr) -> QueryTile:
+    """The dense query tile that begins at row0."""
     zero = const(0)
     return _positions(b, attn, batch, batch, h, number, row0, (name("Sq"), name("Sk")), (zero, zero))
 

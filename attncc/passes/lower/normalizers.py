@@ -41,15 +41,33 @@ class Tile:
 
 
 @dataclass(frozen=True, slots=True)
+class End:
+    """What becomes of a row's accumulators: divided by `divisor` or multiplied by `factor`, [BM] each, or left."""
+
+    divisor: Expr | None = None
+    factor: Expr | None = None
+    lse: Expr | None = None
+    """[BM], where the normaliser has one."""
+
+    def of(self, acc: Expr) -> Expr:
+        """The output of an accumulator [BM, width]."""
+        if self.factor is not None:
+            return acc * column(self.factor)
+        return acc if self.divisor is None else acc / column(self.divisor)
+
+
+@dataclass(frozen=True, slots=True)
 class Rule:
     """init(b): binds what beside the accumulators makes the state; step(b, tile): adds one tile.
-    finish(b, rule, accumulators): the output pieces [BM, width], and the row's lse [BM] if it has one.
+    finish(b, sink): what ends a row; where `sums` are kept, their `total` is bound by then.
     """
 
     state: tuple[Expr, ...]
     init: Callable[[Builder], None]
     step: Callable[[Builder, Tile], None]
-    finish: Callable[[Builder, Expr | None, tuple[Expr, ...]], tuple[tuple[Expr, ...], Expr | None]]
+    finish: Callable[[Builder, Expr | None], End]
+    sums: Expr | None = None
+    """Parts of a row's sum, [BM, LANES]."""
     exponential: bool = False
     """Whether scores are wanted in units of log 2."""
 
@@ -62,6 +80,7 @@ def _accumulate(b: Builder, tile: Tile, p: Expr, decay: Expr | None) -> None:
 
 M: Final = name("m", "f32", ("BM",))
 L: Final = name("l", "f32", ("BM", LANES))
+TOTAL: Final = name("total", "f32", ("BM",))
 
 
 def _softmax_init(b: Builder) -> None:
@@ -82,22 +101,18 @@ def _softmax_step(b: Builder, tile: Tile) -> None:
     b.let("m", m_new)
 
 
-def _softmax_finish(
-    b: Builder, sink: Expr | None, accumulators: tuple[Expr, ...]
-) -> tuple[tuple[Expr, ...], Expr | None]:
-    total = b.let("total", reduce("sum", L, 1), "[BM]")
-    empty = b.let("empty", total <= 0.0)
-    lse = where(empty, -math.inf, (M + ew("log2", where(empty, 1.0, total))) * LN2)
+def _softmax_finish(b: Builder, sink: Expr | None) -> End:
+    empty = b.let("empty", TOTAL <= 0.0)
+    lse = where(empty, -math.inf, (M + ew("log2", where(empty, 1.0, TOTAL))) * LN2)
     if sink is None:
-        divisor = b.let("divisor", where(empty, 1.0, total))
-        return tuple(acc / column(divisor) for acc in accumulators), lse
+        return End(divisor=b.let("divisor", where(empty, 1.0, TOTAL)), lse=lse)
     b.note("the sink joins the denominator alone")
     z = b.let("z", sink * LOG2E)
     top = b.let("top", maximum(M, z))
     shrink = b.let("shrink", where(empty, 0.0, ew("exp2", M - top)))
-    divisor = b.let("divisor", total * shrink + ew("exp2", z - top))
+    divisor = b.let("divisor", TOTAL * shrink + ew("exp2", z - top))
     factor = b.let("factor", where(ew("eq", divisor, const(0.0)), 0.0, shrink / divisor), "no key, and a sink of -inf")
-    return tuple(acc * column(factor) for acc in accumulators), lse
+    return End(factor=factor, lse=lse)
 
 
 def _weights(b: Builder, tile: Tile, weights: Expr) -> Expr:
@@ -114,7 +129,7 @@ def _pointwise(f: Callable[[Expr], Expr]) -> Rule:
     def step(b: Builder, tile: Tile) -> None:
         _accumulate(b, tile, _weights(b, tile, f(tile.x * tile.c)), None)
 
-    return Rule((), lambda b: None, step, lambda b, sink, accumulators: (accumulators, None))
+    return Rule((), lambda b: None, step, lambda b, sink: End())
 
 
 def _linear(eps: float) -> Rule:
@@ -128,17 +143,16 @@ def _linear(eps: float) -> Rule:
         b.let("l", L + reduce("sum", reshape(p, ("BM", f"BN/{LANES}", LANES)), 1))
         _accumulate(b, tile, p, None)
 
-    def finish(b: Builder, sink: Expr | None, accumulators: tuple[Expr, ...]) -> tuple[tuple[Expr, ...], Expr | None]:
-        total = b.let("total", reduce("sum", L, 1) + eps, "[BM]")
+    def finish(b: Builder, sink: Expr | None) -> End:
+        total = b.let("total", TOTAL + eps)
         b.note("a row that sees no key has the sum eps, or 0: its output is 0 either way")
-        divisor = b.let("divisor", where(ew("eq", total, const(0.0)), 1.0, total))
-        return tuple(acc / column(divisor) for acc in accumulators), None
+        return End(divisor=b.let("divisor", where(ew("eq", total, const(0.0)), 1.0, total)))
 
-    return Rule((L,), init, step, finish)
+    return Rule((L,), init, step, finish, sums=L)
 
 
 NORMALIZERS: Final[Mapping[str, Callable[[Normalizer], Rule]]] = {
-    "softmax": lambda n: Rule((M, L), _softmax_init, _softmax_step, _softmax_finish, exponential=True),
+    "softmax": lambda n: Rule((M, L), _softmax_init, _softmax_step, _softmax_finish, L, exponential=True),
     "sigmoid": lambda n: _pointwise(lambda s: ew("sigmoid", s)),
     "relu": lambda n: _pointwise(lambda s: maximum(s, 0.0)),
     "none": lambda n: _pointwise(lambda s: s),

@@ -128,15 +128,28 @@ def for_each_tile(b: Builder, runs: tuple[Run, ...], text: str, body: Callable[[
         with b.loop("n", runs[0].lo, runs[0].hi, BN) as n:
             body(n)
         return
+    ends = number_tiles(b, runs, text)
+    with b.loop("t", 0, ends[-1]) as t:
+        body(b.let("n", tile_at(t, runs, ends)))
+
+
+def number_tiles(b: Builder, runs: tuple[Run, ...], text: str) -> tuple[Expr, ...]:
+    """Binds, for each run, how many tiles there are up to its end."""
     ends: list[Expr] = []
-    total: Expr = const(0)
     for k, run in enumerate(runs):
         tiles = quotient(maximum(run.hi - run.lo, 0) + (BN - 1), BN)
-        total = b.let(f"{text}_{k}", tiles if k == 0 else total + tiles)
-        ends.append(total)
-    with b.loop("t", 0, total) as t:
-        at: Expr = runs[-1].lo + (t - ends[-2]) * BN
-        for k in reversed(range(len(runs) - 1)):
-            begun: Value = t if k == 0 else t - ends[k - 1]
-            at = where(t < ends[k], runs[k].lo + begun * BN, at)
-        body(b.let("n", at))
+        ends.append(b.let(f"{text}_{k}", tiles if k == 0 else ends[-1] + tiles))
+    return tuple(ends)
+
+
+def tile_at(t: Expr, runs: tuple[Run, ...], ends: tuple[Expr, ...]) -> Expr:
+    """The first key of tile t of all runs, which `number_tiles` counted."""
+
+    def of_run(k: int) -> Expr:
+        begun: Value = t if k == 0 else t - ends[k - 1]
+        return runs[k].lo + begun * BN
+
+    at = of_run(len(runs) - 1)
+    for k in reversed(range(len(runs) - 1)):
+        at = where(t < ends[k], of_run(k), at)
+    return at
