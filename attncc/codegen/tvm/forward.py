@@ -55,7 +55,7 @@ def _query_tile(frame: Frame[Isa], isa: Isa, task: Task) -> None:
     f.seal()
     with T.serial(0, let(end - first)) as number:
         n0 = let((first + number) * KEYS)
-        _visit(walk, isa, n0, lambda: _key_tile(tiles, n0, None), lambda: _key_tile(tiles, n0, walk.counts(n0)))
+        _visit(walk, isa, n0, lambda: _key_tile(tiles, n0, None), lambda counts: _key_tile(tiles, n0, counts))
     kept = normalizer.finish()
     tiles.store_output()
     if kept is not None:
@@ -79,26 +79,26 @@ def _key_tile(tiles: Tiles, n0: Value, counts: Counts | None) -> None:
             tiles.values(n0, clamped=True)
 
 
-def _visit(walk: Walk, isa: Isa, n0: Value, full: Callable[[], None], cut: Callable[[], None]) -> None:
+def _visit(walk: Walk, isa: Isa, n0: Value, full: Callable[[], None], cut: Callable[[Counts], None]) -> None:
     """Does `full` or `cut` with a tile, or neither where no row sees any of it."""
     if walk.mask == TRUE:
-        _either(let(walk.is_whole(n0)), full, cut)
+        _either(let(walk.is_whole(n0)), full, lambda: cut(walk.counts(n0)))
         return
     seen, every = walk.verdict(n0)
     with T.If(seen), T.Then():
         _either(let(tirx.And(every, walk.is_whole(n0))), full, lambda: _cut(walk, isa, n0, full, cut))
 
 
-def _cut(walk: Walk, isa: Isa, n0: Value, full: Callable[[], None], cut: Callable[[], None]) -> None:
+def _cut(walk: Walk, isa: Isa, n0: Value, full: Callable[[], None], cut: Callable[[Counts], None]) -> None:
     """A tile that the mask cuts; where only data tells, it may hide or show it whole."""
+    counts = walk.counts(n0)
     if not walk.tiles.listed:
-        cut()
+        cut(counts)
         return
     lanes = T.ramp(whole(0), 1, isa.lanes)
     some, every = registers(isa.lanes, "int32"), registers(isa.lanes, "int32")
     T.buffer_store(some, widened(whole(0), isa.lanes), [lanes])
     T.buffer_store(every, widened(whole(1), isa.lanes), [lanes])
-    counts = walk.counts(n0)
     with T.serial(0, KEYS // walk.stride()) as n:
         for v in range(isa.vectors):
             seen = let(cast(counts(n * walk.stride(), v), "int32"))
@@ -107,7 +107,7 @@ def _cut(walk: Walk, isa: Isa, n0: Value, full: Callable[[], None], cut: Callabl
     any_row = over_lanes(lambda a, b: a | b, some[lanes])
     with T.If(tirx.NE(any_row, whole(0))), T.Then():
         all_rows = over_lanes(lambda a, b: a & b, every[lanes])
-        _either(let(tirx.And(tirx.NE(all_rows, whole(0)), walk.is_whole(n0))), full, cut)
+        _either(let(tirx.And(tirx.NE(all_rows, whole(0)), walk.is_whole(n0))), full, lambda: cut(counts))
 
 
 def _either(condition: Value, yes: Callable[[], None], no: Callable[[], None]) -> None:
