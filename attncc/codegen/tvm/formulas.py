@@ -6,18 +6,33 @@ tensor gives 0, as the language has it.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from attncc.codegen.tvm import vector
 from attncc.codegen.tvm.isa import Machine
-from attncc.codegen.tvm.vector import Value, cast, joined, lanes, let, real, registers, select, signs, whole, widened
+from attncc.codegen.tvm.operators import OPERATORS
+from attncc.codegen.tvm.vector import (
+    Value,
+    cast,
+    elementwise,
+    joined,
+    lanes,
+    let,
+    real,
+    registers,
+    select,
+    signs,
+    whole,
+    widened,
+)
 from attncc.errors import Unsupported
-from attncc.ir.expr import FLOATS, INTS, Expr
+from attncc.ir.expr import FLOATS, Expr
 from attncc.ir.rewrite import names, walk
 
 ROW_NAMES: Final = frozenset({"i", "row"})
@@ -41,6 +56,18 @@ OverRows = Callable[[Callable[[Value, Value], Value], Value], Value]
 """`pick` over all rows of the tile, given those of a vector."""
 
 
+class Tile(Protocol):
+    """A tensor that is read by pair, for a tile of keys at once."""
+
+    def fill(self, n0: Value) -> None:
+        """Reads the tile that begins at `n0`."""
+        ...
+
+    def read(self, j: Value, v: int) -> Value:
+        """An entry a row of the vector `v`, not yet of the language's dtype."""
+        ...
+
+
 class Formulas:
     """Values of names at one place of a kernel, and what was computed there so far."""
 
@@ -59,6 +86,8 @@ class Formulas:
         """i and row of each vector of rows."""
         self.key: dict[str, Value] = {}
         """j, while a key is looked at."""
+        self.tiles: dict[Expr, Tile] = {}
+        """What is read by pair, a tile of keys at a time."""
         self._kept: dict[tuple[Expr, int], Value] = {}
         """What does not move with keys, as long as it is kept."""
         self._of_key: dict[Expr, Value] = {}
@@ -74,6 +103,13 @@ class Formulas:
     def seal(self) -> None:
         """From here on nothing more is kept: it would be of a branch or a loop that not every user of it is in."""
         self._keeps = False
+
+    def read_tile(self, formulas: Iterable[Expr], n0: Value) -> None:
+        """Reads, here, what the formulas read by pair of the tile of keys that begins at `n0`."""
+        read = {node for e in formulas for node in walk(e)} if self.tiles else set[Expr]()
+        for load, tile in self.tiles.items():
+            if load in read:
+                tile.fill(n0)
 
     def at_key(self, j: Value) -> None:
         """From here on `j` is this key."""
@@ -105,7 +141,7 @@ class Formulas:
             case "name":
                 return self._name(str(e.attr), v, qk)
             case "load":
-                return self._load(self.arrays[str(e.attr)], [self.value(a, v, qk) for a in e.args], DTYPES[e.dtype])
+                return self._load(e, v, qk)
             case "bucket":
                 array = self.arrays[str(e.attr)]
                 return self._bucket(array, [self.value(a, v, qk) for a in e.args])
@@ -124,16 +160,22 @@ class Formulas:
             return self.rows[v][text]
         return self.key[text] if text in self.key else self.task[text]
 
-    def _load(self, x: Array, index: list[Value], dtype: str) -> Value:
-        flat, outside = self._place(x, index)
-        value = widen(x.flat[flat], x.dtype)
-        if outside is not None:
-            value = kept(value, outside)
-        if dtype == "bool":
-            return tirx.NE(value, widened(_zero(vector.kind(value)), lanes(value)))
-        return cast(value, dtype)
+    def _load(self, e: Expr, v: int, qk: Value) -> Value:
+        if e in self.tiles:
+            value = self.tiles[e].read(self.key["j"], v)
+        else:
+            value = self.stored_value(self.arrays[str(e.attr)], [self.value(a, v, qk) for a in e.args])
+        if e.dtype == "bool":
+            return tirx.NE(value, vector.none(value))
+        return cast(value, DTYPES[e.dtype])
 
-    def _place(self, x: Array, index: list[Value]) -> tuple[Value, Value | None]:
+    def stored_value(self, x: Array, index: list[Value]) -> Value:
+        """An entry, 0 outside; a condition is a number still."""
+        flat, outside = self.place(x, index)
+        value = widen(x.flat[flat], x.dtype)
+        return value if outside is None else kept(value, outside)
+
+    def place(self, x: Array, index: list[Value]) -> tuple[Value, Value | None]:
         """The flat address of an entry; and -1 where the index is outside, and the address another's, else 0."""
         flat: Value = whole(0, "int64")
         outside: Value | None = None
@@ -141,15 +183,15 @@ class Formulas:
             if broadcasts:
                 continue
             at = let(cast(at, "int64"))
-            out = let(signs(at | _difference(size - 1, at)))
-            outside = out if outside is None else let(_either(outside, out))
-            flat = let(_sum(flat, _product(at & ~out, stride)))
+            out = let(signs(at | elementwise(operator.sub, size - 1, at)))
+            outside = out if outside is None else let(elementwise(operator.or_, outside, out))
+            flat = let(elementwise(operator.add, flat, elementwise(operator.mul, at & ~out, stride)))
         return flat, outside
 
     def _bucket(self, x: Array, args: list[Value]) -> Value:
         """How many entries of a sorted row are <= the value: by bisection, lane by lane."""
         *row, value = args
-        flat, _ = self._place(_first_axes(x), row) if row else (whole(0, "int64"), None)
+        flat, _ = self.place(first_axes(x), row) if row else (whole(0, "int64"), None)
         if lanes(flat) > 1:
             raise Unsupported("CPU kernels search no sorted input whose row differs from query to query", "inputs")
         count = lanes(value)
@@ -189,7 +231,7 @@ def _still_parts(e: Expr) -> Iterable[Expr]:
     return [part for a in e.args for part in _still_parts(a)]
 
 
-def _first_axes(x: Array) -> Array:
+def first_axes(x: Array) -> Array:
     return Array(x.flat, x.shape[:-1], x.strides[:-1], x.broadcasts[:-1], x.dtype)
 
 
@@ -242,140 +284,6 @@ def _constant(e: Expr) -> Value:
             return real(float(e.attr))  # type: ignore[arg-type]
         case dtype:
             return whole(int(e.attr), DTYPES[dtype])  # type: ignore[arg-type]
-
-
-def _zero(dtype: str) -> Value:
-    return real(0.0) if dtype == "float32" else whole(0, dtype)
-
-
-def _sum(a: Value, b: Value) -> Value:
-    a, b = joined(a, b)
-    return a + b
-
-
-def _difference(a: Value, b: Value) -> Value:
-    a, b = joined(a, b)
-    return a - b
-
-
-def _either(a: Value, b: Value) -> Value:
-    a, b = joined(a, b)
-    return a | b
-
-
-def _product(a: Value, b: Value) -> Value:
-    a, b = joined(a, b)
-    return a * b
-
-
-# -- one row an operator -------------------------------------------------------------------------
-
-Operator = Callable[[Machine, Expr, list[Value]], Value]
-
-
-def _plain(f: Callable[..., Value]) -> Operator:
-    """Over arguments of one dtype, the widest among them."""
-
-    def apply(isa: Machine, e: Expr, args: list[Value]) -> Value:
-        return f(*_alike(args))
-
-    return apply
-
-
-def _decision(f: Callable[..., Value]) -> Operator:
-    """A condition, under a name."""
-    return lambda isa, e, args: let(f(*_alike(args)))
-
-
-def _alike(args: list[Value]) -> list[Value]:
-    kinds = {vector.kind(a) for a in args}
-    for dtype in ("float32", "int64", "int32"):
-        if dtype in kinds:
-            return [cast(a, dtype) for a in args]
-    return args
-
-
-def _real(f: Callable[..., Value]) -> Operator:
-    """Over floats, with the instruction set at hand; nested ones would take TVM minutes, as integers do."""
-
-    def apply(isa: Machine, e: Expr, args: list[Value]) -> Value:
-        return f(*(vector.opaque(cast(a, "float32")) for a in args), isa)
-
-    return apply
-
-
-def _floordiv(isa: Machine, e: Expr, args: list[Value]) -> Value:
-    a, b = _alike(args)
-    return T.floor(a / b) if e.dtype in FLOATS else vector.quotient(a, b)
-
-
-def _mod(isa: Machine, e: Expr, args: list[Value]) -> Value:
-    a, b = _alike(args)
-    if e.dtype not in FLOATS:
-        return vector.remainder(a, b)
-    a, b = let(a), let(b)
-    return a - T.floor(a / b) * b
-
-
-def _extreme(over: Callable[[Value, Value], Value]) -> Operator:
-    """min or max, NaN if either is."""
-
-    def apply(isa: Machine, e: Expr, args: list[Value]) -> Value:
-        a, b = map(vector.opaque, _alike(args))
-        if e.dtype not in INTS:
-            return select(let(tirx.Or(over(a, b), vector.unequal(a, a))), a, b)
-        chosen = let(cast(over(a, b), vector.kind(a)))  # 1 or 0
-        return let(b + (a - b) * chosen)
-
-    return apply
-
-
-def _where(isa: Machine, e: Expr, args: list[Value]) -> Value:
-    return select(args[0], *_alike(args[1:]))
-
-
-def _magnitude(x: Value) -> Value:
-    x = vector.opaque(x)
-    return select(let(x < widened(_zero(vector.kind(x)), lanes(x))), -x, x)
-
-
-def _power(isa: Machine, e: Expr, args: list[Value]) -> Value:
-    if e.dtype in INTS:
-        raise Unsupported("whole numbers to a power that is not a small constant", "score")
-    return T.pow(*(cast(a, "float32") for a in args))
-
-
-OPERATORS: Final[dict[str, Operator]] = {
-    "add": _plain(lambda a, b: a + b),
-    "sub": _plain(lambda a, b: a - b),
-    "mul": _plain(lambda a, b: a * b),
-    "div": _real(lambda a, b, isa: a / b),
-    "floordiv": _floordiv,
-    "mod": _mod,
-    "pow": _power,
-    "neg": _plain(lambda a: -a),
-    "abs": _plain(_magnitude),
-    "min": _extreme(lambda a, b: a < b),
-    "max": _extreme(lambda a, b: a > b),
-    "where": _where,
-    "lt": _decision(lambda a, b: a < b),
-    "le": _decision(lambda a, b: a <= b),
-    "gt": _decision(lambda a, b: a > b),
-    "ge": _decision(lambda a, b: a >= b),
-    "eq": _decision(vector.equal),
-    "ne": _decision(vector.unequal),
-    "and": _decision(tirx.And),
-    "or": _decision(tirx.Or),
-    "not": _decision(tirx.Not),
-    "exp": _real(vector.exp),
-    "exp2": _real(vector.exp2),
-    "sigmoid": _real(vector.sigmoid),
-    "tanh": _real(vector.tanh),
-    "sqrt": _real(lambda x, isa: T.sqrt(x)),
-    "rsqrt": _real(lambda x, isa: widened(real(1.0), lanes(x)) / T.sqrt(x)),
-    "floor": _real(lambda x, isa: T.floor(x)),
-    **{name: _real(vector.called(name)) for name in ("log", "log2", "log1p", "sin", "cos", "erf")},
-}
 
 
 def unknown_operators(e: Expr) -> set[str]:

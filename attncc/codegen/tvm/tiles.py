@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Container
+from typing import Any, Final
 
-from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from attncc.codegen.tvm.formulas import narrow, widen
+from attncc.codegen.tvm.formulas import KEY_NAMES, ROW_NAMES, narrow, widen
 from attncc.codegen.tvm.frame import Frame, Operand, Task
 from attncc.codegen.tvm.isa import KEYS, UNROLL, Isa
 from attncc.codegen.tvm.normalizers import Lines
-from attncc.codegen.tvm.vector import Value, cast, lanes, let, real, registers, select, whole, widened
+from attncc.codegen.tvm.pairs import Pairs, pair_loads
+from attncc.codegen.tvm.transposing import unaligned
+from attncc.codegen.tvm.vector import Value, cast, lanes, let, over_lanes, real, registers, select, whole, widened
+from attncc.ir.expr import Expr
+from attncc.ir.rewrite import names
 
+FEW: Final = 12
+"""Operations a pair that scores are made by while their products are in registers."""
+COSTS: Final = {"const": 0, "name": 0, "load": 20, "bucket": 99, "div": 4, "floordiv": 20, "mod": 20, "pow": 99} | (
+    dict.fromkeys(("exp", "exp2", "sigmoid", "tanh"), 20)
+    | dict.fromkeys(("log", "log2", "log1p", "sin", "cos", "erf"), 99)
+)
+"""Instructions of a vector, about; 1 of any other operator."""
+INFINITY: Final = 0x7F800000
+"""Its bits."""
 Counts = Callable[[Value, int], Value]
 """Whether the rows of a vector see key n of the tile."""
 
@@ -27,6 +39,10 @@ class Tiles:
         self.widens = self.attn.dtype != "fp32"
         """Keys and values are made fp32 a tile at a time; else they are read where they lie."""
         self.acc: Any = registers(self.isa.keys * self.isa.vectors, f"float32x{self.isa.lanes}")
+        f, formulas = task.formulas, [*lines.formulas(), self.attn.part.mask]
+        self.pairs = {e: Pairs(self.isa, f, e, line) for e, line in pair_loads(formulas, f.arrays).items()}
+        f.tiles.update(self.pairs)
+        self.is_light = sum(_cost(e, self.pairs) for e in formulas) <= FEW
 
     @staticmethod
     def allocate(frame: Frame[Isa], task: Task) -> None:
@@ -99,7 +115,8 @@ class Tiles:
     def scores(self, n0: Value, counts: Counts | None) -> None:
         """S = K Q^T through the score's formula, into p. `counts`: some pairs do not, and keys may be missing."""
         isa, t, lines = self.isa, self.task, self.lines
-        fused = counts is None and lines.is_plain
+        t.formulas.read_tile(lines.formulas(), n0)
+        plain = counts is None and lines.is_plain
         with T.serial(0, KEYS // isa.keys) as tile:
             first = let(tile * isa.keys)
             reads = [self._row("k", n0, let(first + r), counts is not None) for r in range(isa.keys)]
@@ -113,24 +130,37 @@ class Tiles:
 
             _each(self.attn.dims.qk, 1 if counts else UNROLL, step)
             for r in range(isa.keys):
-                for v in range(isa.vectors):
-                    product = self.acc[r * isa.vectors + v]
-                    if fused:
-                        lines.look(product, v)
-                    T.buffer_store(t.buffers["p"], product, [self.line(first + r, v)])
-        if not fused:
+                self._finish(n0, first + r, [self.acc[r * isa.vectors + v] for v in range(isa.vectors)], plain, counts)
+            for pairs in self.pairs.values():
+                pairs.expect(n0 + KEYS, tile, KEYS // isa.keys)
+        if not (plain or self.is_light):
             self._shape(n0, counts)
+
+    def _finish(self, n0: Value, n: Value, products: list[Value], plain: bool, counts: Counts | None) -> None:
+        """Stores what became of key n: its scores, or products where scores take long."""
+        if self.is_light and not plain:
+            self._score(n0, n, products, counts)
+            return
+        for v, product in enumerate(products):
+            if plain:
+                self.lines.look(product, v)
+            T.buffer_store(self.task.buffers["p"], product, [self.line(n, v)])
+
+    def _score(self, n0: Value, n: Value, products: list[Value], counts: Counts | None) -> None:
+        """Stores the scores of key n."""
+        t = self.task
+        t.formulas.at_key(let(T.min(n0 + n, t.keys - 1)))
+        for v, product in enumerate(products):
+            s = self.lines.score(product, v)
+            s = let(s if counts is None else select(counts(n, v), s, self.full(self.lines.hidden)))
+            self.lines.look(s, v)
+            T.buffer_store(t.buffers["p"], s, [self.line(n, v)])
 
     def _shape(self, n0: Value, counts: Counts | None) -> None:
         """Products in p become scores; in a loop of their own, for formulas are long and registers few."""
-        t, p = self.task, self.task.buffers["p"]
+        p = self.task.buffers["p"]
         with T.serial(0, KEYS) as n:
-            t.formulas.at_key(let(T.min(n0 + n, t.keys - 1)))
-            for v in range(self.isa.vectors):
-                s = self.lines.score(p[self.line(n, v)], v)
-                s = let(s if counts is None else select(counts(n, v), s, self.full(self.lines.hidden)))
-                self.lines.look(s, v)
-                T.buffer_store(p, s, [self.line(n, v)])
+            self._score(n0, n, [p[self.line(n, v)] for v in range(self.isa.vectors)], counts)
 
     def values(self, n0: Value, clamped: bool, counts: Counts | None = None) -> None:
         """O = O a + V^T P. `counts`: pairs whose value may be NaN and must not even be multiplied."""
@@ -184,24 +214,31 @@ class Tiles:
     def holds_nonfinite(self, n0: Value) -> Value:
         """Whether V of a tile has a NaN or an infinity: 0 times that is not 0."""
         count, width = self.isa.lanes, self.attn.dims.v
-        found = registers(count, "int32")
+        most = registers(count, "int32")
         every = T.ramp(whole(0), 1, count)
-        T.buffer_store(found, widened(whole(0), count), [every])
+        T.buffer_store(most, widened(whole(0), count), [every])
         with T.serial(0, KEYS) as n:
             read = self._row("v", n0, n, clamped=True)
             with T.serial(0, width // count) as c:
-                some = read(T.ramp(c * count, 1, count)) if self.widens else self._ramp(n0, n, c * count)
-                T.buffer_store(found, found[every] | _is_nonfinite(some), [every])
+                some = read(T.ramp(c * count, 1, count)) if self.widens else self._vector(n0, n, c * count)
+                T.buffer_store(most, T.max(most[every], _magnitude(some)), [every])
             with T.serial(width // count * count, width) as d:
-                T.buffer_store(found, found[0] | _is_nonfinite(read(d)), [0])
-        with T.serial(1, count) as lane:
-            T.buffer_store(found, found[0] | found[lane], [0])
-        return let(tirx.NE(found[0], whole(0)))
+                T.buffer_store(most, T.max(most[0], _magnitude(read(d))), [0])
+        return let(over_lanes(T.max, most[every]) >= whole(INFINITY))
 
-    def _ramp(self, n0: Value, n: Value, column: Value) -> Value:
+    def _vector(self, n0: Value, n: Value, column: Value) -> Value:
         t, x = self.task, self.frame.v
         start = x.start(t.b, t.hv, t.k0 + T.min(n0 + n, t.keys - 1)) + cast(column, "int64")
-        return x.flat[T.ramp(start, whole(1, "int64"), self.isa.lanes)]
+        return unaligned(x.flat, let(start), self.isa.lanes, "float32")
+
+
+def _cost(e: Expr, pairs: Container[Expr]) -> int:
+    """Instructions for a vector of pairs, about: those of what both its rows and its key move."""
+    reads = names(e)
+    if not reads & KEY_NAMES:
+        return 0
+    own = 1 if e in pairs else COSTS.get(e.op, 1) if reads & ROW_NAMES or "qk" in reads else 0
+    return own + (0 if e in pairs else sum(_cost(a, pairs) for a in e.args))
 
 
 def _each(count: int, unroll: int, step: Callable[[Value], None]) -> None:
@@ -213,8 +250,10 @@ def _each(count: int, unroll: int, step: Callable[[Value], None]) -> None:
         step(whole(n))
 
 
-def _is_nonfinite(x: Value) -> Value:
-    """1 where x is NaN or infinite. Not by x * 0 or x - x: TVM takes both for 0."""
-    x = let(x)
-    most = widened(real(3.4028234663852886e38), lanes(x))
-    return select(tirx.And(x <= most, x >= -most), widened(whole(0), lanes(x)), widened(whole(1), lanes(x)))
+def _magnitude(x: Value) -> Value:
+    """The bits of |x|, which as integers are in the order of numbers: those of infinities and NaN come last.
+
+    Not by x * 0 or x - x, which TVM takes for 0.
+    """
+    bits = T.reinterpret(str(x.ty).replace("float", "int"), x)
+    return let(bits & widened(whole(0x7FFFFFFF), lanes(x)))

@@ -97,6 +97,15 @@ def joined(*xs: Value) -> list[Value]:
     return [widened(x, most) for x in xs]
 
 
+def elementwise(f: Callable[..., Value], *xs: Value) -> Value:
+    return f(*joined(*xs))
+
+
+def none(x: Value) -> Value:
+    """0 in every lane, of the same dtype as `x`."""
+    return widened(real(0.0) if kind(x) == "float32" else whole(0, kind(x)), lanes(x))
+
+
 def cast(x: Value, dtype: str) -> Value:
     """Each lane in another dtype."""
     if kind(x) == dtype:

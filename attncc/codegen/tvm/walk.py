@@ -44,6 +44,7 @@ class Walk:
     def counts(self, n0: Value) -> Counts:
         """Whether rows see a key of the tile, which may be behind the last one."""
         f, keys = self.task.formulas, self.task.keys
+        f.read_tile([self.mask], n0)
 
         def pair(n: Value, v: int) -> Value:
             j = n0 + n
