@@ -126,7 +126,8 @@ def _node(e: Expr, args: list[Tensor], scope: Scope) -> Tensor:
             buffer = str(e.attr)
             return _as(read(scope.inputs[buffer], args, scope.shapes.get(buffer)), e.dtype, scope)
         case "bucket":
-            return count_up_to(scope.inputs[str(e.attr)], args[:-1], args[-1])
+            buffer = str(e.attr)
+            return count_up_to(scope.inputs[buffer], args[:-1], args[-1], scope.shapes.get(buffer))
         case "qdot":
             return _query_times(scope, scope.inputs[str(e.attr)], args, scope.shapes.get(str(e.attr)))
         case "cast":
@@ -186,13 +187,13 @@ def _query_times(scope: Scope, x: Tensor, index: list[Tensor], declared: tuple[i
     return torch.einsum("...d,...d->...", query.to(scope.dtype), rows.to(scope.dtype))
 
 
-def count_up_to(x: Tensor, row: list[Tensor], value: Tensor) -> Tensor:
-    """How many entries of the sorted row x[row…] are <= value, by bisection."""
+def count_up_to(x: Tensor, row: list[Tensor], value: Tensor, declared: tuple[int | str, ...] | None = None) -> Tensor:
+    """How many entries of the sorted row x[row…] are <= value, by bisection; axes as `read` has them."""
     shape = torch.broadcast_shapes(value.shape, *(r.shape for r in row))
     low = torch.zeros(shape, dtype=torch.int64, device=x.device)
     high = torch.full_like(low, x.shape[-1])
     for _ in range(x.shape[-1].bit_length()):
         middle = (low + high) // 2
-        after = (read(x, [*row, middle]) <= value) & (low < high)
+        after = (read(x, [*row, middle], declared) <= value) & (low < high)
         low, high = torch.where(after, middle + 1, low), torch.where(after, high, middle)
     return low
