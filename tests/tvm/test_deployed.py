@@ -18,6 +18,7 @@ from codegen.emitted import Package, normal
 from codegen.test_packages import PLAIN
 
 from attncc import driver, spec
+from attncc.codegen.tvm.operators import OPERATORS
 from attncc.errors import Unsupported
 
 CAUSAL = f"{PLAIN}mask: causal"
@@ -218,7 +219,7 @@ def test_without_tvm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for module in [m for m in sys.modules if m.startswith("attncc.codegen.tvm")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "tvm", None)
-    with pytest.raises(Unsupported, match="CPU libraries are built by TVM, which is not installed") as raised:
+    with pytest.raises(Unsupported, match="built by TVM, which is not installed") as raised:
         driver.compile(spec.loads(f"attncc: 1\nname: without\n{CAUSAL}\n"), tmp_path, ["cpu"])
     assert raised.value.hint == "pip install apache-tvm, or choose a GPU with --target"
     assert driver.compile(spec.loads(f"attncc: 1\nname: without\n{CAUSAL}\n"), tmp_path, ["sm_90"]).is_dir()
@@ -230,9 +231,10 @@ def test_tvm_is_imported_only_where_it_builds() -> None:
     assert done.stdout == "False\n", done.stderr
 
 
-def test_what_cpu_kernels_do_not_search_is_refused_with_its_line(tmp_path: Path) -> None:
-    text = f"attncc: 1\nname: rows\n{PLAIN}inputs: {{c: {{shape: [Sq, n], dtype: int32, sorted: true}}}}\n"
-    with pytest.raises(Unsupported, match="search no sorted input whose row differs") as raised:
-        driver.compile(spec.loads(f"{text}score: qk * scale + bucket(c[row], j)\n"), tmp_path, ["cpu"])
-    assert raised.value.key == "inputs"
+def test_what_cpu_kernels_do_not_have_is_refused_with_its_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delitem(OPERATORS, "erf")
+    text = f"attncc: 1\nname: without_erf\n{PLAIN}score: qk * scale + erf(h)\n"
+    with pytest.raises(Unsupported, match="CPU kernels have no 'erf'") as raised:
+        driver.compile(spec.loads(text), tmp_path, ["cpu"])
+    assert raised.value.key == "score"
     assert raised.value.location is not None

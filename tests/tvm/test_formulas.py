@@ -60,6 +60,10 @@ MORE = {
     + "score: qk * scale + w[bucket(c, j), hk] + bucket(c, i - 3) * 0.1",
     "buckets by batch": inputs(c="shape: [B, m], dtype: int64, sorted: true")
     + "score: qk * scale + bucket(c[b], abs(i - j)) * 0.2",
+    "buckets by row": inputs(c="shape: [Sq, m], dtype: int32, sorted: true", w="shape: [Hq, 9]")
+    + "score: qk * scale + bucket(c[row], j) * 0.1 + w[h, bucket(c[row], 7)] + bucket(c[row - 9], j - 2) * 0.1",
+    "buckets by key": inputs(c="shape: [B, Sk, m], dtype: int32, sorted: true")
+    + "score: qk * scale + bucket(c[b, j], 9) * 0.1 + bucket(c[b, j - 9], row) * 0.1",
     "no buckets": inputs(c="shape: [m], dtype: int32, sorted: true") + "score: qk * scale + bucket(c, j) * 0.2",
     "segments": inputs(c="shape: [B, m], dtype: int32, sorted: true") + "mask: segments(c) & causal",
     "sink": f"{PLAIN}mask: causal & (sink(3) | window(5))",
@@ -79,9 +83,7 @@ MORE = {
     "sigmoid of a bias": inputs(x="shape: [Hq, Sk]") + "score: sigmoid(x[h, j]) * qk + tanh(x[h, j])\nmask: causal",
     "selected by data": inputs(x="shape: [Sk]") + "mask: (x[j] > 0.2) | (j == i)",
 }
-REFUSED = "a sorted row a query"
-"""What CPU kernels say they do not do (test_deployed)."""
-TABLE = {name: body for name, body in FEATURES.items() if name != REFUSED}
+TABLE = dict(FEATURES)
 TABLE |= {f"{name}, again" if name in FEATURES else name: body for name, body in MORE.items()}
 
 

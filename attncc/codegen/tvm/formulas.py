@@ -31,7 +31,6 @@ from attncc.codegen.tvm.vector import (
     whole,
     widened,
 )
-from attncc.errors import Unsupported
 from attncc.ir.expr import FLOATS, Expr
 from attncc.ir.rewrite import names, walk
 
@@ -191,27 +190,30 @@ class Formulas:
     def _bucket(self, x: Array, args: list[Value]) -> Value:
         """How many entries of a sorted row are <= the value: by bisection, lane by lane."""
         *row, value = args
-        flat, _ = self.place(first_axes(x), row) if row else (whole(0, "int64"), None)
-        if lanes(flat) > 1:
-            raise Unsupported("CPU kernels search no sorted input whose row differs from query to query", "inputs")
+        flat, outside = self.place(first_axes(x), row)
+        flat, outside, value = joined(flat, whole(0, "int64") if outside is None else outside, cast(value, "int32"))
         count = lanes(value)
-        given = registers(count, "int32")
-        found = registers(count, "int32")
+        starts, hidden = registers(count, "int64"), registers(count, "int64")
+        given, found = registers(count, "int32"), registers(count, "int32")
         ends = registers(2, "int32")
-        T.buffer_store(given, cast(value, "int32"), [T.ramp(whole(0), 1, count) if count > 1 else whole(0)])
+        every = T.ramp(whole(0), 1, count) if count > 1 else whole(0)
+        T.buffer_store(starts, flat, [every])
+        T.buffer_store(hidden, outside, [every])
+        T.buffer_store(given, value, [every])
         with T.serial(0, count) as lane:
             T.buffer_store(ends, whole(0), [0])
             T.buffer_store(ends, cast(x.shape[-1], "int32"), [1])
             with T.While(ends[0] < ends[1]):
                 middle = let((ends[0] + ends[1]) >> whole(1))
-                entry = widen(x.flat[flat + cast(middle, "int64") * x.strides[-1]], x.dtype)
-                with T.If(cast(entry, "int64") <= cast(given[lane], "int64")):
+                entry = widen(x.flat[starts[lane] + cast(middle, "int64") * x.strides[-1]], x.dtype)
+                entry = kept(cast(entry, "int64"), hidden[lane])
+                with T.If(entry <= cast(given[lane], "int64")):
                     with T.Then():
                         T.buffer_store(ends, middle + 1, [0])
                     with T.Else():
                         T.buffer_store(ends, middle, [1])
             T.buffer_store(found, ends[0], [lane])
-        return found[T.ramp(whole(0), 1, count)] if count > 1 else found[0]
+        return found[every]
 
     def _over_rows(self, e: Expr) -> Value:
         """The least or greatest value over all rows of the tile."""
