@@ -130,7 +130,7 @@ class Frame(Generic[M]):
         self.sizes: dict[str, Value] = {n: T.arg(n, T.int32()) for n in own_sizes(attn)}
         self.shares = T.arg("shares", T.int32()) if shared else whole(1)
         views = made()
-        self.q, self.k, self.v, self.o = (self._operand(views[n]) for n in "qkvo")
+        self.q, self.k, self.v, self.o = (self._operand(n, views[n]) for n in "qkvo")
         self.lse, self.lse_strides = views["lse"].flat, views["lse"].strides
         self.work: Any = views["work"].flat if shared else None
         self.starts = {n: views[n].flat for n in cuts}
@@ -143,13 +143,15 @@ class Frame(Generic[M]):
         batch = views["cu_seqlens_q"].shape[0] - 1 if self.packed else views["q"].shape[0]
         self.batch = let(cast(batch, "int32"))
 
-    def _operand(self, view: View) -> Operand:
+    def _operand(self, name: str, view: View) -> Operand:
         flat, shape, strides = view.flat, view.shape, view.strides
+        fixed = self.attn.size("Sq" if name in "qo" else "Sk").fixed
+        length = shape[2 if self.attn.layout == "bhsd" else 1] if fixed is None else whole(fixed, "int64")
         match self.attn.layout:
             case "bhsd":
-                return Operand(flat, shape[2], strides[0], strides[1], strides[2])
+                return Operand(flat, length, strides[0], strides[1], strides[2])
             case "bshd":
-                return Operand(flat, shape[1], strides[0], strides[2], strides[1])
+                return Operand(flat, length, strides[0], strides[2], strides[1])
             case "varlen":
                 return Operand(flat, shape[0], None, strides[1], strides[0])
 
