@@ -15,6 +15,8 @@ BODIES: Final[Mapping[str, str]] = {
     "alibi": "inputs: {slopes: {shape: [Hq]}}\nscore: qk * scale + slopes[h] * (j - i)\nmask: causal",
     "relative_bias": "inputs: {bias: {shape: [Hq, N], dtype: bf16}}\n"
     "score: qk * scale + bias[h, i - j + N // 2]\nmask: causal",
+    "bias": "inputs: {bias: {shape: [Hq, Sq, Sk]}}\nscore: qk * scale + bias[h, row, j]",
+    "mask_tensor": "inputs: {keep: {shape: [Sq, Sk], dtype: bool}}\nmask: keep[row, j]",
     "window": "mask: causal & window(WINDOW)",
     "documents": "inputs: {starts: {shape: [N], dtype: int32, sorted: true}}\nmask: causal & segments(starts)",
     "blocks": "inputs: {blocks: {shape: [M, N], dtype: bool}}\nmask: blocks[i // BLOCK, j // BLOCK]",
@@ -22,7 +24,7 @@ BODIES: Final[Mapping[str, str]] = {
 """WINDOW and BLOCK stand for a pattern's numbers."""
 PLAIN_MASKS: Final = ("none", "causal")
 """What every peer can do."""
-SAME_MASK: Final = {"softcap": "causal", "alibi": "causal", "relative_bias": "causal"}
+SAME_MASK: Final = {"softcap": "causal", "alibi": "causal", "relative_bias": "causal", "bias": "none"}
 
 
 @dataclass(frozen=True, slots=True)

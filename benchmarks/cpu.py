@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import report
-from benchmarks.cpu_cases import CASES
-from benchmarks.cpu_measure import Bench, Row, attention, build, cold, host
+from benchmarks.cpu_cases import CASES, FIXED
+from benchmarks.cpu_measure import Bench, Row, attention, build, cold, fixed, host
 
 Step = Callable[[Bench], list[Row]]
 
@@ -70,6 +70,7 @@ def steps() -> dict[str, Step]:
             out[f"{work}: {case.name}"] = lambda bench, work=work, case=case: [
                 row | {"work": work} for row in attention(bench, case)
             ]
+    out |= {f"fixed: {case.name}": lambda bench, case=case: fixed(bench, case) for case in FIXED}
     return out | {"host": host, "build": build, "cold": cold}
 
 

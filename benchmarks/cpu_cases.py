@@ -12,6 +12,8 @@ QUARTER: Final = Pattern(window=256, block=64, density=0.2)
 DENSE: Final = tuple((1, 8, 8, s, d, d) for d in (64, 128) for s in (64, 256, 1024, 4096))
 LOW: Final = ((1, 8, 8, 1024, 64, 64), (1, 8, 8, 2048, 128, 128))
 MASKED: Final = ((1, 8, 8, 1024, 64, 64), (1, 8, 2, 2048, 128, 128))
+TENSORS: Final = tuple((1, 8, 8, s, d, d) for d in (64, 128) for s in (1024, 2048))
+"""With a score or a mask a pair, that is read from memory."""
 DECODE: Final = (
     (1, 8, 8, 4096, 128, 128),
     (1, 8, 2, 8192, 128, 128),
@@ -26,8 +28,14 @@ CASES: Final[Mapping[str, tuple[Case, ...]]] = {
     "masks": tuple(
         Case(v, *shape, "fp32", pattern=QUARTER) for shape in MASKED for v in ("window", "alibi", "documents", "blocks")
     ),
+    "tensors": tuple(Case(v, *shape, "fp32") for shape in TENSORS for v in ("bias", "mask_tensor")),
     "decode": tuple(Case("none", *shape, "fp32", queries=1) for shape in DECODE),
 }
+FIXED: Final = tuple(
+    Case(v, 1, 8, 8, s, d, d, "fp32")
+    for v, s, d in (("none", 64, 64), ("none", 1024, 64), ("causal", 1024, 64), ("none", 1024, 128))
+)
+"""Also as packages that are for this very size."""
 MM_LENGTH: Final = 1024
 """From here up, fp32 products should run at the rate of torch.mm."""
 TINY: Final = Case("none", 1, 1, 1, 64, 64, 64, "fp32")

@@ -58,10 +58,13 @@ class Bench:
 
     def package(self, case: Case) -> Any:
         """The case's package, compiled at its first use."""
-        if not (self.folder / case.package).exists():
-            driver.compile(spec.loads(case.spec), self.folder, ["cpu"])
+        return self.compiled(case.package, case.spec)
+
+    def compiled(self, name: str, text: str) -> Any:
+        if not (self.folder / name).exists():
+            driver.compile(spec.loads(text), self.folder, ["cpu"])
             importlib.invalidate_caches()
-        return importlib.import_module(case.package)
+        return importlib.import_module(name)
 
     def alternating(self, calls: dict[str, Callable[[], Any]], between: Callable[[], Any] | None = None) -> Any:
         return alternating(calls, self.rounds, self.seconds, between)
@@ -110,6 +113,21 @@ def attention(bench: Bench, case: Case) -> list[Row]:
 def _accept(name: str, found: Errors) -> None:
     if not found.ok:
         raise Rejected(f"{name}: {found}")
+
+
+def fixed(bench: Bench, case: Case) -> list[Row]:
+    """A package whose spec fixes the sizes against the one for any sizes, which must give the same bits."""
+    qkv, name = operands(case, "cpu"), f"{case.package}_at_{case.s}"
+    text = case.spec.replace(f"name: {case.package}\n", f"name: {name}\n")
+    text += f"sizes: {{B: {case.b}, Sq: {case.sq}, Sk: {case.s}}}\n"
+    packages = {"attncc": bench.compiled(name, text), "attncc dynamic": bench.package(case)}
+    o, lse = packages["attncc"].attention(*qkv, return_lse=True)
+    _accept("attncc", errors(case, qkv, {}, o, lse))
+    if not torch.equal(o, packages["attncc dynamic"].attention(*qkv)):
+        raise Rejected("results differ")
+    times = bench.alternating({n: lambda p=p: p.attention(*qkv) for n, p in packages.items()})
+    rows = report.compared(f"fwd/fixed/{case.shape}", times, case.flops(visible_pairs(case, {})))
+    return [row | {"work": "fixed"} for row in rows]
 
 
 def host(bench: Bench) -> list[Row]:

@@ -34,6 +34,12 @@ def inputs(case: Case, device: str = "cuda") -> dict[str, Tensor]:
             return {"slopes": torch.exp2(-8.0 * heads / case.hq).float()}
         case "relative_bias":
             return {"bias": torch.randn(case.hq, 2 * case.s, device=device, generator=g).bfloat16()}
+        case "bias":
+            return {"bias": torch.randn(case.hq, case.sq, case.s, device=device, generator=g)}
+        case "mask_tensor":
+            keep = torch.rand(case.sq, case.s, device=device, generator=g) < 0.5
+            keep[:, 0] = True
+            return {"keep": keep}
         case "documents":
             cuts = torch.randperm(case.s - 1, generator=torch.Generator().manual_seed(3))[:11] + 1
             return {"starts": torch.cat([torch.zeros(1), cuts.sort().values]).int().to(device)}
@@ -61,14 +67,20 @@ def score_mod(case: Case, given: Given) -> Mod:
         case "relative_bias":
             bias, middle = given["bias"], case.s
             return lambda s, b, h, i, j: s + bias[h, i - j + middle]
+        case "bias":
+            bias = given["bias"]
+            return lambda s, b, h, i, j: s + bias[h, i, j]
         case _:
             return None
 
 
 def mask_mod(case: Case, given: Given) -> Mod:
     match case.variant:
-        case "none":
+        case "none" | "bias":
             return None
+        case "mask_tensor":
+            keep = given["keep"]
+            return lambda b, h, i, j: keep[i, j]
         case "window":
             width = case.pattern.window
             return lambda b, h, i, j: (i >= j) & (i - j < width)
@@ -88,8 +100,10 @@ def visible_pairs(case: Case, given: Given) -> int:
     """(query, key) pairs that count in a head; a causal triangle as half of its square, as everyone counts it."""
     s = case.s
     match case.variant:
-        case "none":
+        case "none" | "bias":
             return case.sq * s
+        case "mask_tensor":
+            return int(given["keep"].sum())
         case "window":
             width = min(case.pattern.window, s)
             return width * s - width * (width - 1) // 2
