@@ -25,6 +25,8 @@ PLANS_KEPT = 1024
 FEW_ROWS = 16
 """Up to so many queries of a group, a kernel for few of them is called."""
 TASKS_A_THREAD, MOST_SHARES, LEAST_KEYS = 2, 32, 512
+WIDEST = 16
+"""Lanes of the widest vectors, to whole ones of which those kernels fill up rows."""
 FOLDER = Path(__file__).resolve().parent / "cpu"
 CHOICES = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}
 """What torch says of an x86 processor: the libraries that run on it, the widest first."""
@@ -121,7 +123,7 @@ class Runner:
         wanted = -(-TASKS_A_THREAD * torch.get_num_threads() // tasks)
         shares = max(1, min(wanted, MOST_SHARES, sizes["Sk"] // LEAST_KEYS))
         assert isinstance(width, int)
-        return shares, tasks * shares * rows * (-(-width // 16) * 16 + 2)
+        return shares, tasks * shares * rows * (-(-width // WIDEST) * WIDEST + 2)
 
     def choose(self, device: torch.device, sizes: Sizes) -> tuple[Config, str]:
         """The library for this processor; the same for every shape."""

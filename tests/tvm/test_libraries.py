@@ -17,6 +17,9 @@ from jitted import RUNNABLE
 from attncc import driver, spec
 from attncc.check.cases import SMALL, TRAITS, Case
 from attncc.check.run import check_package
+from attncc.codegen import _cpu
+from attncc.codegen.tvm import decode
+from attncc.codegen.tvm.isa import ISAS
 
 ALL = [Case(*shape) for shape in SMALL] + [Case(b, n, 130, t) for b, n in ((2, 35), (16, 3)) for t in TRAITS]
 """What `attncc check` runs, and its traits on the kernel for few queries too."""
@@ -145,6 +148,22 @@ def test_rows_behind_the_last_sequence() -> None:
     k[21:] = torch.nan
     again = p(q, k, k, cu_seqlens_q=cuts_q, cu_seqlens_k=cuts_k)
     assert torch.equal(o, again)
+
+
+def test_both_sides_of_a_call_for_few_queries_agree() -> None:
+    """What a package says of its kernel, and makes room for, is what the kernel was built for."""
+    assert _cpu.FEW_ROWS == decode.ROWS
+    assert _cpu.MOST_SHARES == decode.SHARES
+    assert max(isa.lanes for isa in ISAS) == _cpu.WIDEST
+    p = built(f"{HEADS}dims: {{qk: 16, v: 40}}\ndtype: fp32")
+    runner = p.module._RUNNER
+    for rows, keys in ((1, 70), (8, 100_000), (9, 70)):
+        shares, work = runner.split({"B": 3, "Sq": rows, "Sk": keys})
+        assert (shares > 0) == (runner.group * rows <= decode.ROWS)
+        assert shares <= decode.SHARES
+        for isa in ISAS:
+            state = -(-40 // isa.lanes) * isa.lanes + 2  # as `Decode.state` counts: m, l and whole vectors of o
+            assert work >= 3 * 2 * shares * runner.group * rows * state
 
 
 # -- calls ---------------------------------------------------------------------------------------

@@ -173,6 +173,17 @@ def test_registers_stay_on_the_stack(feature: str) -> None:
         assert sizes == tiles.get(name, [4 * decode.ROWS * columns])
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bool"])
+def test_squares_move_in_registers(dtype: str) -> None:
+    """TVM reads vectors of unaligned tensors by their elements, and LLVM may leave it at that; of squares it made 256
+    scalar moves, or longer chains of integers."""
+    use = "mask: x[row, j]" if dtype == "bool" else "score: qk * scale + x[row, j]"
+    body = f"{PLAIN}inputs: {{x: {{shape: [Sq, Sk], dtype: {dtype}}}}}\n{use}"
+    text = assembly({"f": forward.forward(attention(body), BEST)}, BEST)
+    lanes = BEST.lanes
+    assert len(re.findall(r"\bvp?unpck[lh]\w+", text)) >= 2 * 2 * lanes  # two squares, two steps each inside of groups
+
+
 # -- errors --------------------------------------------------------------------------------------
 
 

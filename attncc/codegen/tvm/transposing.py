@@ -59,7 +59,7 @@ def _sorting(count: int) -> tuple[list[int], list[int]]:
 def unaligned(flat: Any, at: Value, lanes: int, dtype: str) -> Value:
     """A vector that begins at any element.
 
-    TVM would read it element by element, of which LLVM makes a vector again only where none of them is moved.
+    TVM would read it element by element, and LLVM does not make a vector of that wherever its elements move on.
     """
     every = T.broadcast(tirx.const(True, "bool"), lanes)
     none = T.broadcast(tirx.const(0, dtype), lanes)
