@@ -26,10 +26,13 @@ from attncc.codegen.tvm.vector import (
     Value,
     cast,
     exp2,
+    full,
     let,
+    over_lanes,
     quotient,
     real,
     registers,
+    run,
     select,
     whole,
     widened,
@@ -95,12 +98,6 @@ class Decode:
     def _whole(self, width: int) -> int:
         """Columns as whole vectors."""
         return -(-width // self.isa.lanes) * self.isa.lanes
-
-    def full(self, x: float) -> Value:
-        return widened(real(x), self.isa.lanes)
-
-    def ramp(self, start: Value) -> Value:
-        return T.ramp(start, whole(1, vector.kind(start)), self.isa.lanes)
 
     # -- a share of the keys -------------------------------------------------------------------------
 
@@ -204,31 +201,31 @@ class Decode:
             if isinstance(column, int) and column + self.isa.lanes > width:
                 return self.last_vector(x, start, column, width)
             at = start + (whole(column, "int64") if isinstance(column, int) else cast(column, "int64"))
-            return widen(let(x.flat[self.ramp(at)]), self.attn.dtype)
+            return widen(let(x.flat[run(at, self.isa)]), self.attn.dtype)
 
         return read
 
     def last_vector(self, x: Operand, start: Value, column: int, width: int) -> Value:
         """The vector that the row's end cuts, an element at a time: what lies behind may be nobody's memory."""
         lanes = registers(self.isa.lanes, "float32")
-        T.buffer_store(lanes, self.full(0.0), [self.ramp(whole(0))])
+        T.buffer_store(lanes, full(0.0, self.isa), [run(whole(0), self.isa)])
         for lane in range(width - column):
             value = widen(x.flat[start + whole(column + lane, "int64")], self.attn.dtype)
             T.buffer_store(lanes, value, [whole(lane)])
-        return lanes[self.ramp(whole(0))]
+        return lanes[run(whole(0), self.isa)]
 
     def products(self, at: Share, row: Value, n0: Value, end: Value, cut: bool) -> None:
         """The row times each key, into p."""
         width, lanes = self.widths["k"], self.isa.lanes
         acc = registers(TOGETHER * lanes, "float32")
-        sums = [self.ramp(whole(u * lanes)) for u in range(TOGETHER)]
+        sums = [run(whole(u * lanes), self.isa) for u in range(TOGETHER)]
         with T.serial(0, KEYS // TOGETHER) as turn:
             reads = [self.reader(at, "k", n0, turn * TOGETHER + u, end, cut) for u in range(TOGETHER)]
             for u in range(TOGETHER):
-                T.buffer_store(acc, self.full(0.0), [sums[u]])
+                T.buffer_store(acc, full(0.0, self.isa), [sums[u]])
 
             def add(column: Value) -> None:
-                q = let(at.q[self.ramp(row * width + column)])
+                q = let(at.q[run(row * width + column, self.isa)])
                 for place, read in zip(sums, reads, strict=True):
                     T.buffer_store(acc, acc[place] + read(column) * q, [place])
 
@@ -254,10 +251,10 @@ class Decode:
         """Products in p become weights; the factor by which the row's state shrinks comes back."""
         lanes, work = self.isa.lanes, self.frame.work
         top = registers(lanes, "float32")
-        all_lanes = self.ramp(whole(0))
+        all_lanes = run(whole(0), self.isa)
         T.buffer_store(top, widened(work[state], lanes), [all_lanes])
         with T.serial(0, KEYS // lanes) as c:
-            place = self.ramp(let(c * lanes))
+            place = run(let(c * lanes), self.isa)
             j = let(T.min(T.ramp(n0 + c * lanes, 1, lanes), widened(end - 1, lanes)))
             f.at_key(j)
             s = at.p[place]
@@ -268,18 +265,16 @@ class Decode:
                 if self.part.mask != TRUE:
                     counts = tirx.And(counts, widened(f.value(self.part.mask, 0), lanes))
                 counts = let(counts)
-                s = select(counts, s, self.full(float("-inf")))
-                T.buffer_store(at.seen, select(counts, self.full(1.0), self.full(0.0)), [place])
+                s = select(counts, s, full(float("-inf"), self.isa))
+                T.buffer_store(at.seen, select(counts, full(1.0, self.isa), full(0.0, self.isa)), [place])
             s = let(s)
             T.buffer_store(at.p, s, [place])
             T.buffer_store(top, vector.largest(top[all_lanes], s), [all_lanes])
-        with T.serial(1, lanes) as lane:
-            T.buffer_store(top, vector.largest(top[0], top[lane]), [0])
-        greatest = let(top[0])
+        greatest = let(over_lanes(vector.largest, top[all_lanes]))
         total = registers(lanes, "float32")
-        T.buffer_store(total, self.full(0.0), [all_lanes])
+        T.buffer_store(total, full(0.0, self.isa), [all_lanes])
         with T.serial(0, KEYS // lanes) as c:
-            place = self.ramp(let(c * lanes))
+            place = run(let(c * lanes), self.isa)
             weight = exp2(at.p[place] - widened(greatest, lanes), self.isa, falls=True)
             T.buffer_store(at.p, weight, [place])
             T.buffer_store(total, total[all_lanes] + weight, [all_lanes])
@@ -291,7 +286,7 @@ class Decode:
     def scalar_exp2(self, x: Value) -> Value:
         """2**x for x not above 0."""
         kept = registers(self.isa.lanes, "float32")
-        T.buffer_store(kept, exp2(widened(let(x), self.isa.lanes), self.isa, falls=True), [self.ramp(whole(0))])
+        T.buffer_store(kept, exp2(widened(let(x), self.isa.lanes), self.isa, falls=True), [run(whole(0), self.isa)])
         return kept[0]
 
     def values(self, at: Share, state: Value, shrinks: Value, n0: Value, end: Value, cut: bool) -> None:
@@ -301,8 +296,8 @@ class Decode:
         for first in range(0, vectors, TOGETHER):
             count = min(TOGETHER, vectors - first)
             acc = registers(count * lanes, "float32")
-            places = [self.ramp(whole(u * lanes)) for u in range(count)]
-            outputs = [self.ramp(state + whole(2 + (first + u) * lanes, "int64")) for u in range(count)]
+            places = [run(whole(u * lanes), self.isa) for u in range(count)]
+            outputs = [run(state + whole(2 + (first + u) * lanes, "int64"), self.isa) for u in range(count)]
             for place, output in zip(places, outputs, strict=True):
                 T.buffer_store(acc, work[output] * widened(shrinks, lanes), [place])
             with T.serial(0, KEYS) as n:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from tvm.script.ir_builder import tirx as T
 
 from attncc.codegen.tvm.isa import KEYS, Isa, Machine
-from attncc.codegen.tvm.vector import Value
+from attncc.codegen.tvm.vector import Value, line
 
 
 class Layout(Protocol):
@@ -47,7 +47,7 @@ class Transposed:
         self.isa, self.columns, self.p, self.o = isa, columns, p, o
 
     def at(self, n: Value, v: int) -> Value:
-        return T.ramp(n * self.isa.rows + v * self.isa.lanes, 1, self.isa.lanes)
+        return line(n, v, self.isa)
 
     def each_key(self, what: Callable[[Value], None]) -> None:
         with T.serial(0, KEYS) as n:

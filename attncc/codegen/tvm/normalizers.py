@@ -12,7 +12,7 @@ from attncc.codegen.tvm import vector
 from attncc.codegen.tvm.frame import Task
 from attncc.codegen.tvm.isa import Machine
 from attncc.codegen.tvm.layout import Layout
-from attncc.codegen.tvm.vector import LN2, LOG2E, Value, exp2, lanes, let, real, registers, select, whole, widened
+from attncc.codegen.tvm.vector import LN2, LOG2E, Value, exp2, full, lanes, let, real, registers, select, whole, widened
 from attncc.ir.attention import Attention, Normalizer
 from attncc.ir.expr import Expr, name
 from attncc.ir.factors import split_multiplier
@@ -66,9 +66,6 @@ class _Rows:
         self.attn, self.task, self.layout, self.isa = attn, task, layout, layout.isa
         self.part = attn.part
 
-    def full(self, x: float) -> Value:
-        return widened(real(x), self.isa.lanes)
-
     def vectors(self) -> Any:
         """A value a row."""
         return registers(self.isa.vectors, "float32" if self.isa.lanes == 1 else f"float32x{self.isa.lanes}")
@@ -99,7 +96,7 @@ class _Rows:
         def one(d: Value) -> None:
             for v, f in enumerate(factors):
                 at = self.layout.at(d, v)
-                T.buffer_store(o, select(tirx.EQ(f, self.full(0.0)), self.full(0.0), o[at] * f), [at])
+                T.buffer_store(o, select(tirx.EQ(f, full(0.0, self.isa)), full(0.0, self.isa), o[at] * f), [at])
 
         self.layout.each_column(one)
 
@@ -130,8 +127,8 @@ class Softmax(_Rows):
         self.factor = None if self.is_plain else self._factor()
 
         def one(v: int) -> None:
-            T.buffer_store(self.m, self.full(LEAST), [v])
-            T.buffer_store(self.l, self.full(0.0), [v])
+            T.buffer_store(self.m, full(LEAST, self.isa), [v])
+            T.buffer_store(self.l, full(0.0, self.isa), [v])
 
         self.each(one)
 
@@ -163,7 +160,7 @@ class Softmax(_Rows):
 
     def finish(self) -> Any:
         self.layout.across(_add, self.l)
-        one, zero = self.full(1.0), self.full(0.0)
+        one, zero = full(1.0, self.isa), full(0.0, self.isa)
         kept = self._lse() if self.attn.wants("lse") else None
         sink = self.part.normalizer.sink
 
@@ -184,9 +181,9 @@ class Softmax(_Rows):
         kept = registers(self.isa.vectors * self.isa.lanes, "float32")
 
         def one(v: int) -> None:
-            lse = let((self.m[v] + vector.called("log2")(self.l[v], self.isa)) * self.full(LN2))
-            empty = tirx.EQ(self.l[v], self.full(0.0))
-            T.buffer_store(kept, select(empty, self.full(self.hidden), lse), [self.layout.at(whole(0), v)])
+            lse = let((self.m[v] + vector.called("log2")(self.l[v], self.isa)) * full(LN2, self.isa))
+            empty = tirx.EQ(self.l[v], full(0.0, self.isa))
+            T.buffer_store(kept, select(empty, full(self.hidden, self.isa), lse), [self.layout.at(whole(0), v)])
 
         self.each(one)
         return kept
@@ -215,7 +212,7 @@ class Pointwise(_Rows):
 
     def start(self) -> None:
         if self.sum is not None:
-            self.each(lambda v: T.buffer_store(self.sum, self.full(0.0), [v]))
+            self.each(lambda v: T.buffer_store(self.sum, full(0.0, self.isa), [v]))
 
     def begin_tile(self) -> None:
         """Nothing runs along."""
@@ -239,9 +236,11 @@ class Pointwise(_Rows):
         self.layout.across(_add, total)
 
         def factor(v: int) -> Value:
-            whole_sum = let(total[v] + self.full(self.part.normalizer.eps))
-            empty = let(tirx.EQ(whole_sum, self.full(0.0)))
-            return select(empty, self.full(0.0), self.full(1.0) / select(empty, self.full(1.0), whole_sum))
+            whole_sum = let(total[v] + full(self.part.normalizer.eps, self.isa))
+            empty = let(tirx.EQ(whole_sum, full(0.0, self.isa)))
+            return select(
+                empty, full(0.0, self.isa), full(1.0, self.isa) / select(empty, full(1.0, self.isa), whole_sum)
+            )
 
         self.scale_output(factor)
         return None

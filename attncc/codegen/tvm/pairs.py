@@ -18,7 +18,7 @@ from attncc.codegen.tvm import vector
 from attncc.codegen.tvm.formulas import KEY_NAMES, ROW_NAMES, Array, Formulas, first_axes, kept, stored, widen
 from attncc.codegen.tvm.isa import KEYS, Isa
 from attncc.codegen.tvm.transposing import transposed, unaligned
-from attncc.codegen.tvm.vector import Value, cast, elementwise, let, over_lanes, registers, whole, widened
+from attncc.codegen.tvm.vector import Value, cast, elementwise, let, line, over_lanes, registers, whole, widened
 from attncc.ir.expr import Expr
 from attncc.ir.rewrite import names, walk
 
@@ -107,10 +107,7 @@ class Pairs:
 
     def read(self, j: Value, v: int) -> Value:
         """What vector `v` of rows read for key j of the tile."""
-        return self.tile[self._at(j - self.n0, v)]
-
-    def _at(self, n: Value, v: Value | int) -> Value:
-        return T.ramp(n * self.isa.rows + v * self.isa.lanes, 1, self.isa.lanes)
+        return self.tile[line(j - self.n0, v, self.isa)]
 
     def fill(self, n0: Value) -> None:
         """Reads the tile of keys that begins at `n0`."""
@@ -160,7 +157,7 @@ class Pairs:
         outside = self.outside[T.ramp(v * lanes, 1, lanes)] if self.may_be_outside else None
         for c, column in enumerate(reversed(columns) if self.line.falls else columns):
             column = column if outside is None else kept(column, outside)
-            T.buffer_store(self.tile, column, [self._at(n + c, v)])
+            T.buffer_store(self.tile, column, [line(n + c, v, self.isa)])
 
     def _gather(self, n0: Value, n: Value) -> None:
         """The same where the tensor ends, or a row of it is no run of memory."""
@@ -169,4 +166,4 @@ class Pairs:
             f.at_key(let(n0 + n + c))
             for v in range(self.isa.vectors):
                 value = f.stored_value(self.array, [f.value(a, v) for a in self.load.args])
-                T.buffer_store(self.tile, widened(value, self.isa.lanes), [self._at(n + c, v)])
+                T.buffer_store(self.tile, widened(value, self.isa.lanes), [line(n + c, v, self.isa)])

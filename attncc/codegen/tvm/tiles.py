@@ -13,7 +13,19 @@ from attncc.codegen.tvm.isa import KEYS, UNROLL, Isa
 from attncc.codegen.tvm.normalizers import Lines
 from attncc.codegen.tvm.pairs import Pairs, pair_loads
 from attncc.codegen.tvm.transposing import unaligned
-from attncc.codegen.tvm.vector import Value, cast, lanes, let, over_lanes, real, registers, select, whole, widened
+from attncc.codegen.tvm.vector import (
+    Value,
+    cast,
+    full,
+    lanes,
+    let,
+    line,
+    over_lanes,
+    registers,
+    select,
+    whole,
+    widened,
+)
 from attncc.ir.expr import Expr
 from attncc.ir.rewrite import names
 
@@ -55,13 +67,6 @@ class Tiles:
 
     # -- rows ----------------------------------------------------------------------------------------
 
-    def line(self, n: Value, v: int) -> Value:
-        """Vector `v` of row n of a transposed buffer."""
-        return T.ramp(n * self.isa.rows + v * self.isa.lanes, 1, self.isa.lanes)
-
-    def full(self, x: float) -> Value:
-        return widened(real(x), self.isa.lanes)
-
     def load_queries(self, factor: Value | None) -> None:
         """Q transposed, times the factor; rows behind the last query repeat it."""
         t, x, rows = self.task, self.frame.q, self.isa.rows
@@ -75,7 +80,7 @@ class Tiles:
     def zero_output(self) -> None:
         with T.serial(0, self.attn.dims.v) as d:
             for v in range(self.isa.vectors):
-                T.buffer_store(self.task.buffers["o"], self.full(0.0), [self.line(d, v)])
+                T.buffer_store(self.task.buffers["o"], full(0.0, self.isa), [line(d, v, self.isa)])
 
     def store_output(self) -> None:
         t, x, rows = self.task, self.frame.o, self.isa.rows
@@ -121,10 +126,10 @@ class Tiles:
             first = let(tile * isa.keys)
             reads = [self._row("k", n0, let(first + r), counts is not None) for r in range(isa.keys)]
             for n in range(isa.keys * isa.vectors):
-                T.buffer_store(self.acc, self.full(0.0), [n])
+                T.buffer_store(self.acc, full(0.0, self.isa), [n])
 
             def step(d: Value) -> None:
-                q = [let(t.buffers["q"][self.line(d, v)]) for v in range(isa.vectors)]
+                q = [let(t.buffers["q"][line(d, v, self.isa)]) for v in range(isa.vectors)]
                 for r, read in enumerate(reads):
                     self._add(r, let(widened(read(d), isa.lanes)), q)
 
@@ -144,7 +149,7 @@ class Tiles:
         for v, product in enumerate(products):
             if plain:
                 self.lines.look(product, v)
-            T.buffer_store(self.task.buffers["p"], product, [self.line(n, v)])
+            T.buffer_store(self.task.buffers["p"], product, [line(n, v, self.isa)])
 
     def _score(self, n0: Value, n: Value, products: list[Value], counts: Counts | None) -> None:
         """Stores the scores of key n."""
@@ -152,15 +157,15 @@ class Tiles:
         t.formulas.at_key(let(T.min(n0 + n, t.keys - 1)))
         for v, product in enumerate(products):
             s = self.lines.score(product, v)
-            s = let(s if counts is None else select(counts(n, v), s, self.full(self.lines.hidden)))
+            s = let(s if counts is None else select(counts(n, v), s, full(self.lines.hidden, self.isa)))
             self.lines.look(s, v)
-            T.buffer_store(t.buffers["p"], s, [self.line(n, v)])
+            T.buffer_store(t.buffers["p"], s, [line(n, v, self.isa)])
 
     def _shape(self, n0: Value, counts: Counts | None) -> None:
         """Products in p become scores; in a loop of their own, for formulas are long and registers few."""
         p = self.task.buffers["p"]
         with T.serial(0, KEYS) as n:
-            self._score(n0, n, [p[self.line(n, v)] for v in range(self.isa.vectors)], counts)
+            self._score(n0, n, [p[line(n, v, self.isa)] for v in range(self.isa.vectors)], counts)
 
     def values(self, n0: Value, clamped: bool, counts: Counts | None = None) -> None:
         """O = O a + V^T P. `counts`: pairs whose value may be NaN and must not even be multiplied."""
@@ -175,11 +180,11 @@ class Tiles:
         o, p = t.buffers["o"], t.buffers["p"]
         for c in range(columns):
             for v in range(isa.vectors):
-                T.buffer_store(self.acc, self.lines.rescaled(o[self.line(d0 + c, v)], v), [c * isa.vectors + v])
+                T.buffer_store(self.acc, self.lines.rescaled(o[line(d0 + c, v, self.isa)], v), [c * isa.vectors + v])
 
         def step(n: Value) -> None:
             read = self._row("v", n0, n, clamped)
-            weights = [let(p[self.line(n, v)]) for v in range(isa.vectors)]
+            weights = [let(p[line(n, v, self.isa)]) for v in range(isa.vectors)]
             seen = [let(counts(n, v)) for v in range(isa.vectors)] if counts else []
             for c in range(columns):
                 self._add(c, let(widened(read(d0 + c), isa.lanes)), weights, seen)
@@ -187,12 +192,12 @@ class Tiles:
         _each(KEYS, 1 if clamped else UNROLL, step)
         for c in range(columns):
             for v in range(isa.vectors):
-                T.buffer_store(o, self.acc[c * isa.vectors + v], [self.line(d0 + c, v)])
+                T.buffer_store(o, self.acc[c * isa.vectors + v], [line(d0 + c, v, self.isa)])
 
     def _add(self, line: int, x: Value, by: list[Value], seen: list[Value] | None = None) -> None:
         """Accumulators of a line += x times a vector of rows, where they are seen."""
         for v, y in enumerate(by):
-            term = select(seen[v], x * y, self.full(0.0)) if seen else x * y
+            term = select(seen[v], x * y, full(0.0, self.isa)) if seen else x * y
             at = line * self.isa.vectors + v
             T.buffer_store(self.acc, self.acc[at] + term, [at])
 

@@ -91,6 +91,21 @@ def widened(x: Value, to: int) -> Value:
     return T.broadcast(x, to) if lanes(x) == 1 and to > 1 else x
 
 
+def full(x: float, isa: Machine) -> Value:
+    """A vector of a number."""
+    return widened(real(x), isa.lanes)
+
+
+def run(start: Value, isa: Machine) -> Value:
+    """Where a vector is that begins at an element."""
+    return T.ramp(start, whole(1, kind(start)), isa.lanes)
+
+
+def line(n: Value, v: Value | int, isa: Machine) -> Value:
+    """Where vector `v` of rows is in line n of a buffer [lines, rows]."""
+    return run(n * isa.rows + v * isa.lanes, isa)
+
+
 def joined(*xs: Value) -> list[Value]:
     """The values with as many lanes as the widest of them."""
     most = max(map(lanes, xs))
