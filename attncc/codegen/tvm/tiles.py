@@ -7,12 +7,12 @@ from typing import Any, Final
 
 from tvm.script.ir_builder import tirx as T
 
-from attncc.codegen.tvm.formulas import KEY_NAMES, ROW_NAMES, narrow, widen
+from attncc.codegen.tvm.formulas import KEY_NAMES, ROW_NAMES, narrow, stored, widen
 from attncc.codegen.tvm.frame import Frame, Operand, Task
 from attncc.codegen.tvm.isa import KEYS, UNROLL, Isa
 from attncc.codegen.tvm.normalizers import Lines
 from attncc.codegen.tvm.pairs import Pairs, pair_loads
-from attncc.codegen.tvm.transposing import unaligned
+from attncc.codegen.tvm.transposing import store_unaligned, transposed, unaligned
 from attncc.codegen.tvm.vector import (
     Value,
     cast,
@@ -69,13 +69,36 @@ class Tiles:
 
     def load_queries(self, factor: Value | None) -> None:
         """Q transposed, times the factor; rows behind the last query repeat it."""
-        t, x, rows = self.task, self.frame.q, self.isa.rows
-        start = let(x.start(t.b, t.h, t.q0))
+        t, x, q, rows, width = self.task, self.frame.q, self.task.buffers["q"], self.isa.rows, self.attn.dims.qk
+        first, starts = let(x.start(t.b, t.h, t.q0)), registers(rows, "int64")
         with T.serial(0, rows) as m:
-            row = let(start + cast(T.min(t.row0 + m, t.queries - 1), "int64") * x.row)
-            with T.serial(0, self.attn.dims.qk) as d:
-                q = widen(x.flat[row + cast(d, "int64")], self.attn.dtype)
-                T.buffer_store(t.buffers["q"], q if factor is None else q * factor, [d * rows + m])
+            row = let(first + cast(T.min(t.row0 + m, t.queries - 1), "int64") * x.row)
+            T.buffer_store(starts, row, [m])
+            with T.serial(self._whole(width), width) as d:
+                one = widen(x.flat[row + cast(d, "int64")], self.attn.dtype)
+                T.buffer_store(q, one if factor is None else one * factor, [d * rows + m])
+        for_all = None if factor is None else let(widened(factor, self.isa.lanes))
+
+        def square(v: Value, d0: Value) -> None:
+            found: list[Value] = []
+            for r in range(self.isa.lanes):
+                at = let(starts[v * self.isa.lanes + r] + cast(d0, "int64"))
+                some = unaligned(x.flat, at, self.isa.lanes, stored(self.attn.dtype))
+                found.append(widen(let(some), self.attn.dtype))
+            for c, column in enumerate(transposed(found)):
+                T.buffer_store(q, column if for_all is None else column * for_all, [line(d0 + c, v, self.isa)])
+
+        self._squares(width, square)
+
+    def _whole(self, width: int) -> int:
+        """Columns that fill vectors."""
+        return width // self.isa.lanes * self.isa.lanes
+
+    def _squares(self, width: int, what: Callable[[Value, Value], None]) -> None:
+        """Does `what` with each vector of rows and each whole vector of columns."""
+        if self._whole(width):
+            with T.serial(0, self.isa.vectors) as v, T.serial(0, width // self.isa.lanes) as c:
+                what(v, let(c * self.isa.lanes))
 
     def zero_output(self) -> None:
         with T.serial(0, self.attn.dims.v) as d:
@@ -83,13 +106,25 @@ class Tiles:
                 T.buffer_store(self.task.buffers["o"], full(0.0, self.isa), [line(d, v, self.isa)])
 
     def store_output(self) -> None:
-        t, x, rows = self.task, self.frame.o, self.isa.rows
-        start = let(x.start(t.b, t.h, t.q0))
-        with T.serial(0, T.min(t.queries - t.row0, whole(rows))) as m:
-            row = let(start + cast(t.row0 + m, "int64") * x.row)
-            with T.serial(0, self.attn.dims.v) as d:
-                o = narrow(t.buffers["o"][d * rows + m], self.attn.dtype)
-                T.buffer_store(x.flat, o, [row + cast(d, "int64")])
+        t, x, o, lanes, width = self.task, self.frame.o, self.task.buffers["o"], self.isa.lanes, self.attn.dims.v
+        first = let(x.start(t.b, t.h, t.q0))
+
+        def square(v: Value, d0: Value) -> None:
+            found = transposed([o[line(d0 + c, v, self.isa)] for c in range(lanes)])
+            for r, some in enumerate(found):
+                row = let(t.row0 + v * lanes + r)
+                with T.If(row < t.queries), T.Then():
+                    at = let(first + cast(row, "int64") * x.row + cast(d0, "int64"))
+                    store_unaligned(x.flat, at, let(narrow(some, self.attn.dtype)))
+
+        self._squares(width, square)
+        if self._whole(width) == width:
+            return
+        with T.serial(0, T.min(t.queries - t.row0, whole(self.isa.rows))) as m:
+            row = let(first + cast(t.row0 + m, "int64") * x.row)
+            with T.serial(self._whole(width), width) as d:
+                one = narrow(o[d * self.isa.rows + m], self.attn.dtype)
+                T.buffer_store(x.flat, one, [row + cast(d, "int64")])
 
     def store_lse(self, kept: Any) -> None:
         """The rows' log-sum-exp, from a buffer of them."""

@@ -8,7 +8,7 @@ from typing import Any, Final
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from attncc.codegen.tvm.vector import Value, let
+from attncc.codegen.tvm.vector import Value, lanes, let
 
 GROUP: Final = 4
 """Lanes of 32 bits in the 128 that shuffles of x86 stay in where they are cheap; no vector has fewer."""
@@ -56,11 +56,19 @@ def _sorting(count: int) -> tuple[list[int], list[int]]:
     return [n for g in groups[::2] for n in g], [n for g in groups[1::2] for n in g]
 
 
-def unaligned(flat: Any, at: Value, lanes: int, dtype: str) -> Value:
+def unaligned(flat: Any, at: Value, count: int, dtype: str) -> Value:
     """A vector that begins at any element.
 
     TVM would read it element by element, and LLVM does not make a vector of that wherever its elements move on.
     """
-    every = T.broadcast(tirx.const(True, "bool"), lanes)
-    none = T.broadcast(tirx.const(0, dtype), lanes)
-    return T.call_llvm_intrin(f"{dtype}x{lanes}", "llvm.masked.load", T.address_of(flat[at]), every, none)
+    none = T.broadcast(tirx.const(0, dtype), count)
+    return T.call_llvm_intrin(f"{dtype}x{count}", "llvm.masked.load", T.address_of(flat[at]), _every(count), none)
+
+
+def store_unaligned(flat: Any, at: Value, x: Value) -> None:
+    """A vector to where any element begins."""
+    T.evaluate(T.call_llvm_intrin("void", "llvm.masked.store", x, T.address_of(flat[at]), _every(lanes(x))))
+
+
+def _every(count: int) -> Value:
+    return T.broadcast(tirx.const(True, "bool"), count)
