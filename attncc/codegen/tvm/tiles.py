@@ -88,17 +88,13 @@ class Tiles:
             for c, column in enumerate(transposed(found)):
                 T.buffer_store(q, column if for_all is None else column * for_all, [line(d0 + c, v, self.isa)])
 
-        self._squares(width, square)
+        if self._whole(width):
+            with T.serial(0, self.isa.vectors) as v, T.serial(0, width // self.isa.lanes) as c:
+                square(v, let(c * self.isa.lanes))
 
     def _whole(self, width: int) -> int:
         """Columns that fill vectors."""
         return width // self.isa.lanes * self.isa.lanes
-
-    def _squares(self, width: int, what: Callable[[Value, Value], None]) -> None:
-        """Does `what` with each vector of rows and each whole vector of columns."""
-        if self._whole(width):
-            with T.serial(0, self.isa.vectors) as v, T.serial(0, width // self.isa.lanes) as c:
-                what(v, let(c * self.isa.lanes))
 
     def zero_output(self) -> None:
         with T.serial(0, self.attn.dims.v) as d:
@@ -107,24 +103,29 @@ class Tiles:
 
     def store_output(self) -> None:
         t, x, o, lanes, width = self.task, self.frame.o, self.task.buffers["o"], self.isa.lanes, self.attn.dims.v
-        first = let(x.start(t.b, t.h, t.q0))
+        first, count = let(x.start(t.b, t.h, t.q0)), let(T.min(t.queries - t.row0, whole(self.isa.rows)))
+
+        def by_element(m0: Value, m1: Value, d0: int, d1: int) -> None:
+            with T.serial(m0, m1) as m:
+                row = let(first + cast(t.row0 + m, "int64") * x.row)
+                with T.serial(d0, d1) as d:
+                    one = narrow(o[d * self.isa.rows + m], self.attn.dtype)
+                    T.buffer_store(x.flat, one, [row + cast(d, "int64")])
 
         def square(v: Value, d0: Value) -> None:
-            found = transposed([o[line(d0 + c, v, self.isa)] for c in range(lanes)])
-            for r, some in enumerate(found):
-                row = let(t.row0 + v * lanes + r)
-                with T.If(row < t.queries), T.Then():
-                    at = let(first + cast(row, "int64") * x.row + cast(d0, "int64"))
-                    store_unaligned(x.flat, at, let(narrow(some, self.attn.dtype)))
+            rows = transposed([o[line(d0 + c, v, self.isa)] for c in range(lanes)])
+            for r, some in enumerate(rows):
+                at = let(first + cast(t.row0 + (v * lanes + r), "int64") * x.row + cast(d0, "int64"))
+                store_unaligned(x.flat, at, let(narrow(some, self.attn.dtype)))
 
-        self._squares(width, square)
-        if self._whole(width) == width:
-            return
-        with T.serial(0, T.min(t.queries - t.row0, whole(self.isa.rows))) as m:
-            row = let(first + cast(t.row0 + m, "int64") * x.row)
-            with T.serial(self._whole(width), width) as d:
-                one = narrow(o[d * self.isa.rows + m], self.attn.dtype)
-                T.buffer_store(x.flat, one, [row + cast(d, "int64")])
+        if self._whole(width):
+            with T.serial(0, self.isa.vectors) as v, T.If(v * lanes + lanes <= count):
+                with T.Then(), T.serial(0, width // lanes) as c:
+                    square(v, let(c * lanes))
+                with T.Else():
+                    by_element(let(v * lanes), let(T.max(count, v * lanes)), 0, self._whole(width))
+        if self._whole(width) < width:
+            by_element(whole(0), count, self._whole(width), width)
 
     def store_lse(self, kept: Any) -> None:
         """The rows' log-sum-exp, from a buffer of them."""
