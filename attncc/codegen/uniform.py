@@ -1,0 +1,146 @@
+"""Uniform registers that disassembled GPU code may read before anything wrote them.
+
+ptxas 12.8, which Triton 3.6 ships, computes what two pieces of code share (parts of wgmma's matrix descriptors) at the
+entry of the first, even where that may be skipped: the second then multiplies whatever lies at some address. No
+message says so. This finds it, by the rule that no path from a kernel's entry may reach a read without a write.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+INSTRUCTION: Final = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(@!?\w+)?\s*([A-Z0-9_.]+)\s*(.*?)\s*;")
+LABEL: Final = re.compile(r"^(\.L_x_\d+):")
+TARGET: Final = re.compile(r"`\((\.L_x_\d+)\)")
+REGISTER: Final = re.compile(r"\bUR(\d+)\b")
+DESCRIPTOR: Final = re.compile(r"gdesc\[UR(\d+)\]")
+WRITERS: Final = re.compile(r"^(?:U(?!TMA|BLK|CGA|SETMAX|ISETP|PLOP|FSETP)|R2UR|S2UR|VOTEU|REDUX)")
+"""Opcodes whose first operand is a uniform register that they write."""
+ZERO: Final = 63
+"""URZ, which is printed by name; and how many there are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    predicate: str
+    opcode: str
+    operands: tuple[str, ...]
+    text: str
+    writes: frozenset[int]
+    reads: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Undefined:
+    """A read that some path reaches first."""
+
+    register: int
+    instruction: str
+
+
+def undefined(text: str) -> tuple[Undefined, ...]:
+    """Every such read of a kernel's SASS, as nvdisasm -c prints it."""
+    code, labels = _parse(text)
+    if not code:
+        return ()
+    before = _written_before(code, _edges(code, labels), frozenset(labels.values()))
+    certain = ((at, x) for at, x in enumerate(code) if not x.predicate)  # predicates of one meaning have many names
+    return tuple(Undefined(r, x.text) for at, x in certain for r in sorted(x.reads) if not before[at] >> r & 1)
+
+
+def _parse(text: str) -> tuple[list[Instruction], dict[str, int]]:
+    code: list[Instruction] = []
+    labels: dict[str, int] = {}
+    for line in text.splitlines():
+        if label := LABEL.match(line):
+            labels[label[1]] = len(code)
+        elif found := INSTRUCTION.match(line):
+            code.append(_instruction(*found.groups(default="")))
+    return code, labels
+
+
+def _instruction(predicate: str, opcode: str, rest: str) -> Instruction:
+    operands = tuple(part.strip() for part in rest.split(",")) if rest else ()
+    writes: set[int] = set()
+    if operands and WRITERS.match(opcode) and (found := re.fullmatch(r"UR(\d+)", operands[0])):
+        first = int(found[1])
+        writes = {first, first + 1} if ".64" in opcode or "WIDE" in opcode else {first}
+    reads: set[int] = set()
+    elected = opcode.startswith("UTMA")  # one lane runs it, and wrote its operands under a predicate
+    for operand in () if elected else operands[1:] if writes else operands:
+        for found in DESCRIPTOR.finditer(operand):  # both operands' descriptors; A's is unused where registers hold it
+            first = int(found[1])
+            a = "".join(operands[1:2])
+            held = re.fullmatch(r"R\d+", a) is not None
+            reads |= set(range(first + 2 if held else first, first + 4))
+        reads |= {int(n) for n in REGISTER.findall(DESCRIPTOR.sub("", operand))}
+    text = f"{predicate} {opcode} {rest}".strip()
+    return Instruction(predicate, opcode, operands, text, frozenset(writes), frozenset(reads))
+
+
+def _edges(code: list[Instruction], labels: Mapping[str, int]) -> list[list[int]]:
+    """What may follow each instruction. An indirect branch leads to every label that nothing before it leads to."""
+    follows: list[list[int]] = []
+    indirect: list[int] = []
+    for at, x in enumerate(code):
+        kind = x.opcode.partition(".")[0]
+        target = TARGET.search(", ".join(x.operands))
+        if kind == "BRA" and target:
+            may_pass = bool(x.predicate) or any("UP" in operand and "`" not in operand for operand in x.operands)
+            follows.append([labels[target[1]], *([at + 1] if may_pass else [])])
+        elif kind == "BRX":
+            indirect.append(at)
+            follows.append([])
+        else:
+            follows.append([] if kind in ("EXIT", "RET") and not x.predicate else [at + 1])
+    led_to = {to for at, targets in enumerate(follows) for to in targets if at < to}
+    for at in indirect:
+        follows[at] += [to for to in labels.values() if to not in led_to]
+    return [[to for to in targets if to < len(code)] for targets in follows]
+
+
+def _written_before(code: list[Instruction], follows: list[list[int]], heads: frozenset[int]) -> list[int]:
+    """For each instruction the set, as bits, of registers that every path to it has written."""
+    comes_from: list[list[int]] = [[] for _ in code]
+    for at, targets in enumerate(follows):
+        for to in targets:
+            comes_from[to].append(at)
+    whole = [sum(1 << r for r in writes) for writes in _whole_writes(code, heads)]
+    every = (1 << ZERO) - 1
+    before, after = [every] * len(code), [every] * len(code)
+    changed = True
+    while changed:
+        changed = False
+        for at in range(len(code)):
+            known = 0 if at == 0 else every
+            for source in comes_from[at]:
+                known &= after[source]
+            before[at] = known
+            if after[at] != known | whole[at]:
+                after[at], changed = known | whole[at], True
+    return before
+
+
+def _whole_writes(code: list[Instruction], heads: frozenset[int]) -> Iterator[frozenset[int]]:
+    """What each instruction writes for certain: under a predicate, if another has written under its opposite."""
+    half: dict[int, set[str]] = {}
+    for at, x in enumerate(code):
+        half = {} if at in heads else half
+        opposite = x.predicate.replace("@!", "@") if "!" in x.predicate else x.predicate.replace("@", "@!")
+        yield frozenset(r for r in x.writes if not x.predicate or opposite in half.get(r, ()))
+        _note_half(half, x)
+
+
+def _note_half(half: dict[int, set[str]], x: Instruction) -> None:
+    """Keeps, for each register, the predicates under which it was written since they were last set."""
+    for operand in x.operands[:2]:
+        sets = "SETP" in x.opcode or "PLOP" in x.opcode or operand.startswith("UP")  # carries are predicates too
+        if sets and re.fullmatch(r"U?P\d", operand):
+            for under in half.values():
+                under -= {f"@{operand}", f"@!{operand}"}
+    if x.predicate:
+        for r in x.writes:
+            half.setdefault(r, set()).add(x.predicate)

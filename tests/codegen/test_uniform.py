@@ -1,0 +1,81 @@
+"""Reads of uniform registers that some path reaches before a write, in machine code of a few lines."""
+
+from __future__ import annotations
+
+import pytest
+
+from attncc.codegen.uniform import undefined
+
+
+def sass(*lines: str) -> str:
+    """Lines as nvdisasm prints them; a label ends in a colon."""
+    return "\n".join(
+        x if x.endswith(":") else f"        /*{n:04x}*/                   {x} ;" for n, x in enumerate(lines)
+    )
+
+
+def found(*lines: str) -> list[int]:
+    return [u.register for u in undefined(sass(*lines))]
+
+
+def test_a_write_before_a_read() -> None:
+    assert found("UMOV UR4, URZ", "UIADD3 UR5, UR4, 0x1, URZ", "EXIT") == []
+
+
+def test_a_read_before_any_write() -> None:
+    assert found("UIADD3 UR5, UR4, 0x1, URZ", "UMOV UR4, URZ", "EXIT") == [4]
+
+
+def test_a_write_that_a_branch_goes_past() -> None:
+    """What ptxas does with a descriptor that a loop and the code behind it share."""
+    skipped = ("@!P2 BRA `(.L_x_1)", "UIADD3 UR40, UP0, UR12, 0x2, URZ", ".L_x_1:", "UMOV UR36, UR40", "EXIT")
+    assert found("UMOV UR12, URZ", *skipped) == [40]
+    assert found("UMOV UR12, URZ", "UMOV UR40, URZ", *skipped) == []
+
+
+def test_both_ways_write() -> None:
+    ways = ("@P0 BRA `(.L_x_1)", "UMOV UR4, 0x1", "BRA `(.L_x_2)", ".L_x_1:", "UMOV UR4, 0x2", ".L_x_2:")
+    assert found(*ways, "UMOV UR5, UR4", "EXIT") == []
+
+
+def test_a_loop_reads_what_its_turn_before_wrote() -> None:
+    loop = (".L_x_1:", "UMOV UR5, UR4", "UMOV UR4, UR5", "@P0 BRA `(.L_x_1)", "EXIT")
+    assert found("UMOV UR4, URZ", *loop) == []
+    assert found("NOP", *loop) == [4]
+
+
+def test_opposite_predicates_write_whole() -> None:
+    both = ("@UP0 USEL UR7, UR1, UR2, !UP1", "@!UP0 UMOV UR7, UR1", "UMOV UR8, UR7", "EXIT")
+    assert found("UMOV UR1, URZ", "UMOV UR2, URZ", *both) == []
+    between = (both[0], "UISETP.LT.AND UP0, UPT, UR1, UR2, UPT", *both[1:])
+    assert found("UMOV UR1, URZ", "UMOV UR2, URZ", *between) == [7]
+    assert found("UMOV UR1, URZ", "@!UP0 UMOV UR7, UR1", "UMOV UR8, UR7", "EXIT") == [7]
+
+
+def test_pairs() -> None:
+    assert found("ULDC.64 UR4, c[0x0][0x208]", "UMOV UR6, UR5", "EXIT") == []
+    assert found("UMOV UR4, URZ", "UMOV UR6, UR5", "EXIT") == [5]
+
+
+@pytest.mark.parametrize(
+    ("instruction", "reads"),
+    [
+        ("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR16], R24", [16, 17, 18, 19]),
+        ("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR16], RZ, !UPT", [16, 17, 18, 19]),
+        ("HGMMA.64x128x16.F32.BF16 R88, R152, gdesc[UR16].tnspB, R88, gsb0", [18, 19]),
+        ("UTMALDG.4D [UR40], [UR4]", []),
+        ("@!UP1 SYNCS.EXCH.64 URZ, [UR4+0x30140], UR8", []),
+        ("R2UR UR6, R0", []),
+    ],
+)
+def test_what_instructions_read(instruction: str, reads: list[int]) -> None:
+    assert found(instruction, "EXIT") == reads
+
+
+def test_an_indirect_branch_leads_to_what_nothing_else_leads_to() -> None:
+    table = ("UMOV UR4, URZ", "BRX R10 -0x2e0", ".L_x_1:", "UMOV UR5, UR4", "EXIT", ".L_x_2:", "UMOV UR6, UR5", "EXIT")
+    assert found(*table) == [5]
+
+
+def test_no_code() -> None:
+    assert undefined("") == ()
