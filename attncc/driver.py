@@ -17,7 +17,8 @@ from attncc.check.stand_in import stand_in
 from attncc.codegen.backends import share_out
 from attncc.codegen.cpu import decodes
 from attncc.codegen.cuda import Cubin
-from attncc.codegen.package import TargetConfigs, emit
+from attncc.codegen.gate import examine
+from attncc.codegen.package import TargetConfigs, emit, uses_engine
 from attncc.device import DEVICES, Device, find, here
 from attncc.errors import CompilerBug, SpecError, Unsupported, nearest
 from attncc.ir.attention import Attention
@@ -107,18 +108,23 @@ def compile(
     goal = Path(out) / loaded.attention.name
     if goal.exists() and not _is_package(goal):
         raise SpecError(f"{goal} exists and is no attncc package", hint="choose another -o, or remove it")
-    report("passes", 0, 3)
+    report("passes", 0, 4)
     with _place(loaded):
         attn, program = lower(loaded.attention)
-        report("printing", 1, 3)
+        report("printing", 1, 4)
         configs = [default_config(attn, device) for device in shares.kernels]
         libraries = cpu_libraries(attn) if shares.libraries else {}
         binaries = cubins(attn, shares.cubins) if shares.cubins else {}
         made_by, name = f"attncc {VERSION}", digest(loaded.attention)
         files = emit(attn, program, loaded.text, configs, made_by, name, libraries, binaries)
-    report("writing", 2, 3)
+        if any(uses_engine(c) for c in configs):
+            report("examining the engine", 2, 4)
+            if reasons := _faults(files, loaded.attention.name):
+                configs = [default_config(attn, device, reasons[0]) for device in shares.kernels]
+                files = emit(attn, program, loaded.text, configs, made_by, name, libraries, binaries)
+    report("writing", 3, 4)
     _replace_tree(goal, files)
-    report("done", 3, 3)
+    report("done", 4, 4)
     return goal
 
 
@@ -127,6 +133,14 @@ def resolve(targets: Sequence[str | Device] | None) -> tuple[Device, ...]:
     if not targets:
         return here()
     return tuple(dict.fromkeys(t if isinstance(t, Device) else find(t) for t in targets))
+
+
+def _faults(files: Mapping[str, str | bytes], name: str) -> tuple[str, ...]:
+    """Why the engine of a package must not run, by its machine code."""
+    with tempfile.TemporaryDirectory(prefix="attncc-") as folder:
+        package = Path(folder) / name
+        _replace_tree(package, files)
+        return examine(package).reasons
 
 
 def lower(attn: Attention) -> tuple[Attention, Program]:
@@ -158,10 +172,11 @@ def _tvm(module: str, instead: str) -> Any:
         raise Unsupported("these kernels are built by TVM, which is not installed", hint=hint) from None
 
 
-def default_config(attn: Attention, device: Device) -> TargetConfigs:
-    """What a device gets while nothing is tuned for it."""
-    rows, why = default_configs(attn, device)
-    return TargetConfigs(device.name, rows, f"Not tuned here; a default rule for {device.arch}: {why}.")
+def default_config(attn: Attention, device: Device, fault: str = "") -> TargetConfigs:
+    """What a device gets while nothing is tuned for it; `fault` is what keeps an engine out, if anything does."""
+    rows, why = default_configs(attn, device, with_engine=not fault)
+    left_out = f" The engine is left out: {fault}." if fault else ""
+    return TargetConfigs(device.name, rows, f"Not tuned here; a default rule for {device.arch}: {why}.{left_out}")
 
 
 def explain(source: Spec | str | os.PathLike[str], pass_name: str | None = None) -> tuple[Stage, ...]:
@@ -193,6 +208,7 @@ def _lowered(attn: Attention) -> Stage:
         )
     verify_program(program)
     why = f"# skeleton: {program.skeleton}\n# because: {program.why}\n"
+    why += f"# on sm_90: {program.engine_gap or 'the Hopper engine serves large calls'}\n"
     return Stage(PROGRAM_STAGE, why + text(program))
 
 

@@ -89,6 +89,7 @@ class Runner:
         flags = {
             "TMA": bool(numbers.pop("TMA", 0)) and not INTERPRETED and self.maps_fit(tensors),
         }
+        numbers["ENGINE"] = int(bool(config.get("ENGINE")) and flags["TMA"])  # it reads operands by tensor maps alone
         shapes = self.shapes(tensors, plan, numbers)
         plan.scratch = [(tuple(shapes[s.name].shape), s.dtype) for s in v.scratch]
         options = {} if INTERPRETED else {k: config[k] for k in OPTIONS if config.get(k)}
@@ -119,17 +120,20 @@ class Runner:
         options: dict[str, int],
     ) -> Launch:
         """A launch with every argument in place that does not change from call to call."""
-        launch = Launch(kernel.function, kernel.programs(numbers), options)
-        if launch.programs >= 2**31:
+        programs = kernel.programs(numbers)
+        launch = (kernel.launcher or Launch)(kernel.function, programs, options)
+        if programs >= 2**31:
             raise ValueError(
-                f"{self.variant.name}: {launch.programs} programs are more than a GPU launches at once (2**31 - 1)"
+                f"{self.variant.name}: {programs} programs are more than a GPU launches at once (2**31 - 1)"
             )
         numbers = {**numbers, **kernel.constants}
         order = {name: n for n, name in enumerate(shapes)}
         axes = self.variant.axes
-        for at, parameter in enumerate(kernel.parameters):
+        for at, parameter in enumerate(launch.flat(kernel.parameters)):
             value: Any = None
             match parameter:
+                case ("args", *_) | ("counter",) | ("programs",):
+                    value = launch.own(at, parameter[0])
                 case ("tile", name, rows, columns) if flags["TMA"]:
                     block = [1, 1, *(numbers.get(d, d) for d in (rows, columns))]
                     launch.tiles.append((at, order[name], axes[name], block))

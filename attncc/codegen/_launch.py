@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,13 +52,7 @@ class Launch:
 
     def __call__(self, tensors: list[Any], scale: float) -> None:
         """Starts the kernel on the current stream: the first time through Triton's front door, then directly."""
-        arguments = self.arguments.copy()
-        for at, number in self.tensors:
-            arguments[at] = tensors[number]
-        if self.scale_at >= 0:
-            arguments[self.scale_at] = scale
-        for at, number, axes, block in self.tiles:
-            arguments[at] = self.descriptor(at, tensors[number], axes, block)
+        arguments = self.prepared(tensors, scale)
         compiled = self.compiled
         if compiled is None or INTERPRETED or observed():
             self.compiled = self.function[(self.programs,)](*arguments, **self.options)
@@ -67,13 +62,28 @@ class Launch:
         packed = compiled.packed_metadata
         compiled.run(self.programs, 1, 1, stream, compiled.function, packed, None, None, None, *arguments)
 
+    def flat(self, parameters: Sequence[tuple[Any, ...]]) -> Sequence[tuple[Any, ...]]:
+        """The parameters as they are bound; an engine's tuples are taken apart."""
+        return parameters
+
+    def prepared(self, tensors: list[Any], scale: float) -> list[Any]:
+        """The arguments of one call."""
+        arguments = self.arguments.copy()
+        for at, number in self.tensors:
+            arguments[at] = tensors[number]
+        if self.scale_at >= 0:
+            arguments[self.scale_at] = scale
+        for at, number, axes, block in self.tiles:
+            arguments[at] = self.descriptor(at, tensors[number], axes, block)
+        return arguments
+
     def descriptor(self, at: int, t: torch.Tensor, axes: str, block: list[int]) -> Any:
         """A tensor map of [b, h, row, column], kept by address: shape and strides are the plan's."""
         address = t.data_ptr()
         found = self.descriptors.get((at, address))
         if found is None:
             view = operand_view(t, axes)
-            made = TensorDescriptor(view, list(view.shape), map_strides(view), block)
+            made = self.make_map(view, map_strides(view), block)
             if self.compiled is None:  # Triton compiles from the tensor itself
                 return made
             made.base = Address(address, t.dtype)
@@ -81,6 +91,9 @@ class Launch:
                 self.descriptors.clear()
             self.descriptors[at, address] = found = made
         return found
+
+    def make_map(self, view: torch.Tensor, strides: list[int], block: list[int]) -> Any:
+        return TensorDescriptor(view, list(view.shape), strides, block)
 
 
 def observed() -> bool:

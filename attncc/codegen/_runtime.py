@@ -28,7 +28,8 @@ class Kernel:
     """One launch: the kernel, how many programs, what its parameters are, and when it is due.
 
     A parameter is ("tile", tensor, rows, columns), ("tensor", name), ("stride", tensor, axis), ("size", name),
-    ("scale",), ("knob", name) or ("flag", name).
+    ("scale",), ("knob", name) or ("flag", name); an engine's may be ("counter",), ("programs",) and
+    ("args", *parameters), which travel as a tuple.
     """
 
     function: Any
@@ -37,6 +38,8 @@ class Kernel:
     constants: Mapping[str, int] = field(default_factory=dict[str, int])
     """Knobs that this launch alone fixes."""
     when: Callable[[Sizes], bool] = lambda n: True
+    launcher: Any = None
+    """An engine's class of launches; None for plain kernels."""
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from attncc.codegen.call import PACKED, axes_text, has_lse, opening, sentence, tuple_text, write_attention
 from attncc.codegen.cpu import decodes
 from attncc.codegen.cuda import Cubin
+from attncc.codegen.engine import print_engine
 from attncc.codegen.host import host_expr, host_function
+from attncc.codegen.parameters import engine_launch, engine_parameters, kernel_parameters, mapping, parameters_name
 from attncc.codegen.source import Writer, filled, module_text
-from attncc.codegen.triton import handles, print_kernels, strides
+from attncc.codegen.triton import print_kernels
 from attncc.ir.attention import SIZE_NAMES, Attention, Size
-from attncc.ir.expr import Dim, Dtype
-from attncc.ir.tile import Kernel, Launch, Param, Program
+from attncc.ir.expr import Dtype, const, eq, name
+from attncc.ir.tile import Kernel, Launch, Program
 
 TORCH_DTYPE: Final[Mapping[str, str]] = {
     "bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "int32": "int32", "int64": "int64", "int8": "int8",
@@ -35,6 +37,10 @@ class TargetConfigs:
     rows: tuple[tuple[Mapping[str, int], Mapping[str, int]], ...]
     origin: str
     """How the configs were found: a default rule, or a measurement and its certificate."""
+
+
+def uses_engine(configs: TargetConfigs) -> bool:
+    return any(config.get("ENGINE") for _, config in configs.rows)
 
 
 def emit(
@@ -59,6 +65,17 @@ def emit(
     """
     texts, flags = print_kernels(program)
     header = _header(attn, program, made_by, digest)
+    engine = program.engine if any(map(uses_engine, targets)) else None
+    hopper: dict[str, str | bytes] = (
+        {}
+        if engine is None
+        else {
+            "hopper.py": _hopper(attn, print_engine(engine), header),
+            "_hopper.py": module_text("_hopper"),
+            "_consumer.py": module_text("_consumer"),
+            "_engine.py": module_text("_engine"),
+        }
+    )
     gpu: dict[str, str | bytes] = {
         "kernels.py": _kernels(attn, texts, header),
         "_gpu.py": module_text("_gpu"),
@@ -71,10 +88,10 @@ def emit(
     cuda: dict[str, str | bytes] = {"_cuda.py": module_text("_cuda")}
     cuda |= {f"cuda/{arch}.cubin": built.code for arch, built in cubins.items()}
     return {
-        "__init__.py": _init(attn, program, flags, targets, header, bool(libraries), cubins),
+        "__init__.py": _init(attn, replace(program, engine=engine), flags, targets, header, bool(libraries), cubins),
         "_runtime.py": module_text("_runtime"),
         "_checks.py": module_text("_checks"),
-        **(gpu if targets else {}),
+        **(gpu | hopper if targets else {}),
         **(cpu if libraries else {}),
         **(cuda if cubins else {}),
         "spec.yaml": spec_text,
@@ -88,6 +105,29 @@ def _header(attn: Attention, program: Program, made_by: str, digest: str) -> lis
         "",
         f"Skeleton: {program.skeleton}, for {program.why}.",
     ]
+
+
+def _hopper(attn: Attention, texts: Sequence[str], header: Iterable[str]) -> str:
+    """The functions that the engine calls."""
+    w = Writer()
+    w.line(f'"""What the Hopper engine in `_hopper.py` asks of {attn.name}.')
+    w.line()
+    w.block(header)
+    w.line()
+    w.block(SHARED)
+    w.line('"""')
+    w.line()
+    w.block(["from triton.experimental import gluon", "from triton.experimental.gluon import language as gl"])
+    for text in texts:
+        w.block(["", ""])
+        w.block(text.splitlines())
+    return w.text()
+
+
+SHARED: Final = (
+    "args is what a launch has: tensors, their strides, sizes and the scale; s what is known of a query tile, r of its",
+    "rows. BM rows and BN keys make a tile; i and j are positions in the sequence.",
+)
 
 
 def _kernels(attn: Attention, texts: Sequence[str], header: Iterable[str]) -> str:
@@ -131,14 +171,12 @@ def _configs(attn: Attention, t: TargetConfigs) -> str:
     w.line("TABLE = (")
     with w.indented():
         for bounds, config in t.rows:
-            w.line(f"({_mapping(bounds)},")
-            w.line(f" {_mapping(config)}),")
+            w.line(f"({mapping(bounds)},")
+            first, *others = filled(f'"{k}": {v}' for k, v in config.items())
+            lines = [f" {{{first}", *(f"  {line}" for line in others)]
+            w.block([*lines[:-1], f"{lines[-1].removesuffix(',')}}}),"])
     w.line(")")
     return w.text()
-
-
-def _mapping(m: Mapping[str, int]) -> str:
-    return "{" + ", ".join(f'"{k}": {v}' for k, v in m.items()) + "}"
 
 
 def _init(
@@ -163,7 +201,9 @@ def _init(
     sides = {
         "_cpu": has_library,
         "_cuda": bool(cubins),
+        "_engine": program.engine is not None,
         "_gpu": bool(targets),
+        "_hopper": program.engine is not None,
         "_runtime": True,
         "kernels": bool(targets),
     }
@@ -174,7 +214,10 @@ def _init(
     w.line(f"from ._runtime import {', '.join([*kinds, 'Variant'])}")
     w.line()
     for kernel in program.kernels if targets else ():
-        _parameters(w, kernel, flags[kernel.name], _parameters_name(attn, kernel))
+        kernel_parameters(w, kernel, flags[kernel.name], parameters_name(attn, kernel))
+        w.line()
+    if program.engine is not None:
+        engine_parameters(w, attn, program, program.engine)
         w.line()
     w.block(body.text().splitlines())
     w.line()
@@ -241,8 +284,12 @@ def _gpu_fields(w: Writer, attn: Attention, program: Program, targets: Sequence[
     w.line(f"axes={_strings(_operand_axes(attn, program))},")
     w.line("kernels=(")
     with w.indented():
-        for launch in program.launches:
+        for launch in _launches(program):
             _launch(w, attn, program.kernel(launch.kernel), launch)
+        if program.engine is not None:
+            engine_launch(w, attn, program.engine)
+            for launch in program.engine.after:
+                _launch(w, attn, program.kernel(launch.kernel), replace(launch, when=name("ENGINE") > 0))
     w.line("),")
     w.line("scratch=(" + ("),") * (not program.scratch))
     with w.indented():
@@ -251,6 +298,14 @@ def _gpu_fields(w: Writer, attn: Attention, program: Program, targets: Sequence[
             w.entry(f'Scratch("{s.name}", lambda n: {shape}, torch.{SCRATCH_DTYPE[s.dtype]})')
     w.block(["),"] * bool(program.scratch))
     w.line(f"configs={{{', '.join(_quoted(t.target) for t in sorted(targets, key=lambda t: t.target))}}},")
+
+
+def _launches(program: Program) -> list[Launch]:
+    """Of portable kernels: where the engine stands beside them they are for calls that it does not serve."""
+    if program.engine is None:
+        return [*program.launches]
+    idle = eq(name("ENGINE"), const(0))
+    return [replace(x, when=idle if x.when is None else idle & x.when) for x in program.launches]
 
 
 def _operand_axes(attn: Attention, program: Program) -> dict[str, str]:
@@ -300,54 +355,14 @@ def _tensors(attn: Attention) -> list[str]:
     return out
 
 
-def _parameters_name(attn: Attention, k: Kernel) -> str:
-    return k.name.removeprefix(f"{attn.name}_").upper()
-
-
-def _parameters(w: Writer, k: Kernel, flags: Sequence[str], name: str) -> None:
-    """A table of a kernel's parameters, in the order of the printed signature."""
-    tensors = [p for p in k.params if p.role in ("operand", "buffer")]
-    groups = [
-        [e for p in tensors for e in _handle_entries(p)],
-        [f'("stride", "{_argument(p)}", {axis})' for p in tensors for axis in range(len(strides(p)))],
-        ['("scale",)' if p.name == "scale" else f'("size", "{_size(p.name)}")' for p in k.params if p.role == "scalar"],
-        [f'("knob", "{p.name}")' for p in k.params if p.role == "constexpr"] + [f'("flag", "{f}")' for f in flags],
-    ]
-    w.line(f"# parameters of kernels.{k.name}")
-    w.line(f"{name} = (")
-    with w.indented():
-        for group in groups:
-            w.block(filled(group))
-    w.line(")")
-
-
 def _launch(w: Writer, attn: Attention, k: Kernel, launch: Launch) -> None:
     w.line("Kernel(")
     with w.indented():
         w.line(f"kernels.{k.name},")
         w.entry(host_function(k.grid))
-        w.line(f"{_parameters_name(attn, k)},")
+        w.line(f"{parameters_name(attn, k)},")
         if launch.constants:
-            w.line(f"constants={_mapping(dict(launch.constants))},")
+            w.line(f"constants={mapping(dict(launch.constants))},")
         if launch.when is not None:
             w.entry(f"when={host_function(launch.when)}")
     w.line("),")
-
-
-def _handle_entries(p: Param) -> list[str]:
-    if not p.tiles:
-        return [f'("tensor", "{_argument(p)}")'] * len(handles(p))
-    return [f'("tile", "{_argument(p)}", {_dim(rows)}, {_dim(columns)})' for rows, columns in p.tiles]
-
-
-def _dim(d: Dim) -> str:
-    return str(d) if isinstance(d, int) else f'"{d}"'
-
-
-def _argument(p: Param) -> str:
-    """The call's argument (or scratch) that a kernel's tensor is."""
-    return p.name.removesuffix("_ptr") if p.name.endswith("_ptr") else p.name.lower()
-
-
-def _size(text: str) -> str:
-    return text.removeprefix("len_")

@@ -17,10 +17,13 @@ from attncc.ir.attention import Call as Primitive
 from attncc.ir.expr import Expr, Shape, const
 from attncc.ir.tile import (
     CallFn,
+    Engine,
     For,
     Function,
     If,
     Kernel,
+    Knob,
+    Launch,
     Let,
     Note,
     Param,
@@ -263,16 +266,40 @@ def _program(program: Program) -> Iterator[str]:
         if words:
             yield f"{INDENT}{label}: {words!r}"
     for knob in program.knobs:
-        yield f"{INDENT}knob {knob.name}: {' | '.join(map(str, knob.choices))}{_comment(knob.doc)}"
+        yield f"{INDENT}{_knob(knob)}"
     for scratch in program.scratch:
         yield f"{INDENT}scratch {_scratch(scratch)}"
     for launch in program.launches:
-        given = "".join(f", {constant}={value}" for constant, value in launch.constants)
-        when = "" if launch.when is None else f" when {text(launch.when)}"
-        yield f"{INDENT}launch {launch.kernel}{given}{when}"
+        yield f"{INDENT}{_launch(launch)}"
+    if program.engine_gap:
+        yield f"{INDENT}engine: none, because of {program.engine_gap!r}"
     for kernel in program.kernels:
         yield ""
         yield from _kernel(kernel)
+    if program.engine is not None:
+        yield ""
+        yield from _engine(program.engine)
+
+
+def _engine(engine: Engine) -> Iterator[str]:
+    yield f"engine {engine.name}:"
+    for label, vars_ in (("tile", engine.tile), ("rows", engine.rows)):
+        yield f"{INDENT}{label}: {', '.join(map(_typed, vars_))}"
+    yield from (f"{INDENT}{_param(p)}" for p in engine.args)
+    yield from (f"{INDENT}{_knob(knob)}" for knob in engine.knobs)
+    yield from (f"{INDENT}after: {_launch(launch)}" for launch in engine.after)
+    for function in engine.functions:
+        yield ""
+        yield from _function(function)
+
+
+def _knob(knob: Knob) -> str:
+    return f"knob {knob.name}: {' | '.join(map(str, knob.choices))}{_comment(knob.doc)}"
+
+
+def _launch(launch: Launch) -> str:
+    given = "".join(f", {constant}={value}" for constant, value in launch.constants)
+    return f"launch {launch.kernel}{given}{'' if launch.when is None else f' when {text(launch.when)}'}"
 
 
 def _scratch(scratch: Scratch) -> str:

@@ -219,6 +219,24 @@ class Launch:
 
 
 @dataclass(frozen=True, slots=True)
+class Engine:
+    """A fixed kernel of one architecture, and the functions by which it knows its variant.
+
+    What they share travels in tuples: `args` is what a launch has, `tile` the numbers of a query tile, `rows` the
+    vectors of its rows. A function's parameters are entries of these, or arguments that its role gives it.
+    """
+
+    name: str
+    functions: tuple[Function, ...]
+    args: tuple[Param, ...]
+    tile: tuple[Expr, ...]
+    rows: tuple[Expr, ...]
+    knobs: tuple[Knob, ...] = ()
+    after: tuple[Launch, ...] = ()
+    """Launches of portable kernels that do what it leaves."""
+
+
+@dataclass(frozen=True, slots=True)
 class Program:
     """Kernels, their launches in order, and scratch buffers; knobs stay symbols until a config binds them."""
 
@@ -230,6 +248,10 @@ class Program:
     skeleton: str = ""
     why: str = ""
     """The rule that chose the skeleton, in words."""
+    engine: Engine | None = None
+    """What serves large calls where the launch's config says so."""
+    engine_gap: str = ""
+    """Why there is none."""
 
     def kernel(self, name: str) -> Kernel:
         return next(k for k in self.kernels if k.name == name)

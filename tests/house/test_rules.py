@@ -12,7 +12,7 @@ from house.own_code import ROOT, Function, Module, dotted, imported, modules
 FILE_LINES = 400
 FUNCTION_LINES = 60
 BUILDER_LINES = 90
-TOTAL_LINES = 23_000
+TOTAL_LINES = 26_000
 """Raised on purpose only."""
 
 EVALUATING = {"eval", "exec", "__import__", "sympify", "parse_expr", "lambdify", "torch.load", "np.load"}
@@ -48,7 +48,7 @@ def test_functions_are_annotated(module: Module) -> None:
 
 
 def _annotated(f: Function) -> bool:
-    if any(dotted(d) == "triton.jit" for d in f.decorator_list):
+    if any(dotted(d) in ("triton.jit", "gluon.jit", "gluon.constexpr_function") for d in f.decorator_list):
         return True
     args = [*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs]
     args += [a for a in (f.args.vararg, f.args.kwarg) if a]

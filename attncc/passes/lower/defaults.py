@@ -14,7 +14,8 @@ from attncc.device import Device
 from attncc.errors import Unsupported
 from attncc.ir.attention import Attention
 from attncc.ir.expr import TRUE
-from attncc.ir.rewrite import buffers
+from attncc.ir.rewrite import buffers, names, walk
+from attncc.passes.lower.hopper import gap
 from attncc.passes.lower.pieces import pieces
 from attncc.passes.lower.skew import split_diagonals
 
@@ -36,6 +37,23 @@ def _config(bm: int, bn: int, warps: int, stages: int, registers: int = 0, *, tm
     """`registers` caps a thread's registers, 0 leaves them to the compiler."""
     knobs = {"BM": bm, "BN": bn, "GROUP": group, "ONE_PASS": 0, "TMA": tma}
     return {**knobs, "num_warps": warps, "num_stages": stages, "maxnreg": registers}
+
+
+def _engine(keys: int, consumers: int, q_stages: int = 2, turns: int = 1, registers: int = 240) -> Config:
+    return {
+        "E_KEYS": keys, "E_CONSUMERS": consumers, "E_STAGES": 2, "E_Q_STAGES": q_stages, "E_GROUP": 8,
+        "E_TURNS": turns, "E_REGISTERS": registers,
+    }  # fmt: skip
+
+
+def _has_tanh(attn: Attention) -> bool:
+    """Softcaps: measured, portable kernels are a tenth faster, for four programs share a multiprocessor."""
+    return any(node.op == "tanh" for node in walk(attn.part.score))
+
+
+def _is_plain(attn: Attention) -> bool:
+    """Whether scores are the products: nothing else wants registers."""
+    return attn.part.score.op == "mul" and names(attn.part.score) <= {"qk", "scale"}
 
 
 def _widest(attn: Attention) -> int:
@@ -126,6 +144,12 @@ HOPPER: Final = (
     Rule("heads up to 256", _up_to(256), _config(64, 128, 4, 1, tma=1)),
     Rule("the widest heads", _always, _config(64, 32, 8, 1, tma=1)),
 )
+ENGINE: Final = (
+    Rule("heads of 64", _both(_up_to(64), _is_plain), _engine(keys=128, consumers=3, registers=160)),
+    Rule("heads up to 128", _up_to(128), _engine(keys=128, consumers=2)),
+    Rule("heads of 256", _always, _engine(keys=64, consumers=2, q_stages=1, turns=0)),
+)
+"""Of the Hopper engine."""
 BLACKWELL: Final = (
     Rule("fp32 products", _is_fp32, _config(32, 16, 4, 1, tma=1)),
     Rule("heads up to 128", _up_to(128), _config(128, 64, 4, 2, tma=1)),
@@ -161,7 +185,7 @@ SMALL: Final = 2**18
 and pointers, for which no descriptors are made."""
 
 
-def default_configs(attn: Attention, device: Device) -> tuple[tuple[Row, ...], str]:
+def default_configs(attn: Attention, device: Device, with_engine: bool = True) -> tuple[tuple[Row, ...], str]:
     """Rows of (upper bounds of sizes, config) for a device, and the rule they come from.
 
     Without a mask the programs of a head read the same keys at about the same time: two heads at once fill the cache.
@@ -170,6 +194,18 @@ def default_configs(attn: Attention, device: Device) -> tuple[tuple[Row, ...], s
         raise Unsupported(f"nothing is known of launches on {device.arch}", hint=f"supported: {', '.join(RULES)}")
     rule = next(r for r in RULES[device.arch] if r.applies(attn))
     config = {**rule.config, "GROUP": min(2, rule.config["GROUP"])} if _is_unmasked(attn) else rule.config
+    large = {**config, **_engine_config(attn, device)} if with_engine else config
     few = {**config, "BM": 16, "maxnreg": 0, "num_stages": 1}
     small = {**config, "BN": min(64, config["BN"]), "ONE_PASS": 1, "TMA": 0, "maxnreg": 0}
-    return (({"pairs": SMALL}, small), ({"Sq": SHORT}, few), ({}, config)), rule.why
+    return (({"pairs": SMALL}, small), ({"Sq": SHORT}, few), ({}, large)), rule.why
+
+
+def _engine_config(attn: Attention, device: Device) -> Config:
+    """What is added for calls that the architecture's engine serves; nothing where it does not carry the variant.
+
+    Portable kernels then only do rows again: 64 at a time, in the order in which the engine marks them.
+    """
+    if not device.has_wgmma or gap(attn) or _has_tanh(attn):
+        return {}
+    rule = next(r for r in ENGINE if r.applies(attn))
+    return {"BM": 64, "GROUP": 1, "maxnreg": 0, "ENGINE": 1, **rule.config}

@@ -184,7 +184,7 @@ def _one_tile(b: Builder, attn: Attention, t: QueryTile) -> Function:
         b.let("q" + p.suffix(columns), q, f"[BM, {p.width}]")
     if attn.heads.v != attn.heads.kv:
         b.let("hv", t.key_head(attn, attn.heads.v))
-    formulas = _formulas(b, attn, t, rule)
+    formulas = formulas_of(b, attn, t, rule)
     runs = solve_runs(b, _key_tiles(attn), t.keys, lambda e: share_reads(b, e, t.scope))
     step = _key_tile(b, attn, t, rule, formulas)
     _begin(b, attn, rule)
@@ -217,7 +217,8 @@ def _redo_lost(b: Builder, attn: Attention, t: QueryTile, rule: Rule, runs: Runs
             _walk(b, attn, t, runs, step, careful=const(True))
 
 
-def _formulas(b: Builder, attn: Attention, t: QueryTile, rule: Rule) -> Formulas:
+def formulas_of(b: Builder, attn: Attention, t: QueryTile, rule: Rule) -> Formulas:
+    """Binds what no key moves."""
     part = attn.part
     columns = t.scope.with_(i=column(t.scope.values["i"]), row=column(t.scope.values["row"]))
     score, diagonals = skew.split_diagonals(attn)
@@ -273,7 +274,7 @@ def _key_tile(outer: Builder, attn: Attention, t: QueryTile, rule: Rule, formula
         if _reads_at_keys(formulas.score, formulas.diagonals) or _reads_at_keys(formulas.mask):
             b.let("j", minimum(j, t.keys - 1), "past the end, the last one again, so that reads stay inside")
     scope = formulas.scope.with_(j=row(j))
-    score = _read_early(b, attn, t, formulas, scope)
+    score = read_early(b, attn, t, formulas, scope)
     s: Expr | None = None
     for p, k in zip(columns, keys, strict=True):
         s = dot(name("q" + p.suffix(columns), k.dtype, ("BM", p.width)), trans(k), s)
@@ -304,7 +305,7 @@ def _reads_at_keys(e: Expr, tiled: Collection[str] = ()) -> bool:
     return any(node.op in ("load", "bucket") and node.attr not in tiled and "j" in names(node) for node in walk(e))
 
 
-def _read_early(b: Builder, attn: Attention, t: QueryTile, formulas: Formulas, scope: Scope) -> Expr:
+def read_early(b: Builder, attn: Attention, t: QueryTile, formulas: Formulas, scope: Scope) -> Expr:
     """Binds the reads that move with the key but not with qk, before the product whose latency hides theirs."""
 
     bound: dict[Expr, Expr] = {}

@@ -15,6 +15,16 @@ KNOBS: Final = (
 WRITE_LSE: Final = Knob("WRITE_LSE", (1, 0), "0: the caller wants the output alone")
 ONE_PASS: Final = Knob("ONE_PASS", (0, 1), "1: tiles lost to NaN are redone by the program that finds them")
 
+ENGINE_KNOBS: Final = (
+    Knob("E_KEYS", (64, 128), "keys of its tiles"),
+    Knob("E_CONSUMERS", (2, 3), "warpgroups that multiply, of 64 rows each"),
+    Knob("E_STAGES", (2, 3), "key tiles in shared memory"),
+    Knob("E_Q_STAGES", (1, 2), "query tiles in shared memory"),
+    Knob("E_GROUP", (8, 1, 4, 16), "heads whose keys and values share the L2 cache"),
+    Knob("E_TURNS", (0, 1), "1: consumers issue their products in turn"),
+    Knob("E_REGISTERS", (240, 160), "of a consumer's thread"),
+)
+
 
 def largest(knob: str) -> int:
     """The greatest value a knob may take."""

@@ -13,6 +13,7 @@ from attncc.ir.expr import INTS
 from attncc.ir.rewrite import names, walk
 from attncc.ir.tile import Program
 from attncc.passes.lower.forward import dense_forward
+from attncc.passes.lower.hopper import accelerated
 from attncc.passes.lower.normalizers import NORMALIZERS
 from attncc.passes.lower.pieces import MAX_DIM
 
@@ -118,5 +119,5 @@ def select(attn: Attention) -> Program:
         raise Unsupported(gap.message, gap.key, hint=f"supported: {gap.supported}")
     for skeleton in SKELETONS:
         if skeleton.applies(attn):
-            return replace(skeleton.build(attn), why=skeleton.why)
+            return accelerated(attn, replace(skeleton.build(attn), why=skeleton.why))
     raise Unsupported("no skeleton carries this variant", "parts", hint="attncc explain shows its IR")

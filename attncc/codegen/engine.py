@@ -1,0 +1,92 @@
+"""The device functions of an engine as Gluon source: Triton's elementwise language, with tuples for what is shared."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from attncc.codegen.source import Writer, definitions, function_names
+from attncc.codegen.triton import Printer, handles, strides
+from attncc.errors import CompilerBug
+from attncc.ir.tile import Engine, Function, Param
+
+ROLES: Final[Mapping[str, tuple[str, ...]]] = {
+    "place": ("number", "args", "BM", "GROUP"),
+    "walk": ("b", "h", "row0", "args", "BM", "BN"),
+    "cut": ("t", "s", "args", "BN"),
+    "whole": ("t", "s", "args", "BN"),
+    "rows": ("rows", "s", "args"),
+    "score": ("qk", "j", "r", "s", "args"),
+    "keep": ("j", "r", "s", "args"),
+    "finish": ("m", "total", "r", "s", "args"),
+}
+"""What each function is given: `s` is the tile's tuple, `r` that of its rows."""
+CONSTANTS: Final = frozenset({"BM", "BN", "GROUP"})
+
+
+def print_engine(engine: Engine) -> list[str]:
+    """The text of every function, and of the helpers they call."""
+    texts = [_print(engine, f) for f in engine.functions]
+    used = frozenset(n for n in function_names("helpers") if any(re.search(rf"\b{n}\(", t) for t in texts))
+    return [as_gluon(t) for t in (*definitions("helpers", used), *texts)]
+
+
+def as_gluon(text: str) -> str:
+    """Elementwise code of Triton under Gluon's names; layouts follow from its arguments."""
+    for shaped in ("tl.arange", "tl.full", "tl.dot", "tl.sum", "tl.reshape"):
+        if shaped in text:
+            raise CompilerBug(f"{shaped} would need a layout in Gluon:\n{text}")
+    return re.sub(r"\btl\.", "gl.", text.replace("@triton.jit", "@gluon.jit")).replace("BF16", "gl.bfloat16")
+
+
+def argument_names(params: Iterable[Param]) -> list[str]:
+    """The entries of `args`: each tensor and its strides, then numbers."""
+    params = tuple(params)
+    tensors = [p for p in params if p.role == "buffer"]
+    return [text for p in tensors for text in (*handles(p), *strides(p))] + [
+        p.name for p in params if p.role == "scalar"
+    ]
+
+
+def _print(engine: Engine, f: Function) -> str:
+    role = ROLES[f.name]
+    w = Writer()
+    w.line("@gluon.jit")
+    signature = ", ".join(f"{name}: gl.constexpr" if name in CONSTANTS else name for name in role)
+    w.line(f"def {f.name}({signature}):")
+    tuples = {
+        "args": argument_names(engine.args),
+        "s": [str(e.attr) for e in engine.tile],
+        "r": [str(e.attr) for e in engine.rows],
+    }
+    printer = Printer(f.params, {}, {})
+    needed = {text for p in f.params for text in _names_of(p)} - {*role}
+    with w.indented():
+        w.line(f'"""{f.doc}"""')
+        for group, names in tuples.items():
+            if group in role and needed & {*names}:
+                needed -= {*names}
+                w.line(f"{', '.join(names)}{',' * (len(names) == 1)} = {group}")
+        if needed - CONSTANTS:
+            raise CompilerBug(f"{f.name} reads {sorted(needed)}, which its role does not give it")
+        for s in f.body:
+            printer.statement(w, s)
+        w.line(f"return {_results(engine, f)}")
+    return w.text().rstrip()
+
+
+def _names_of(p: Param) -> list[str]:
+    return [*handles(p), *strides(p)] if p.role == "buffer" else [p.name]
+
+
+def _results(engine: Engine, f: Function) -> str:
+    texts = [str(r.attr) for r in f.results]
+    match f.name:
+        case "walk":
+            own = len(texts) - len(engine.tile)
+            return f"{', '.join(texts[:own])}, ({', '.join(texts[own:])})"
+        case "rows":
+            return f"({', '.join(texts)},)"
+        case _:
+            return ", ".join(texts)
