@@ -49,6 +49,8 @@ FEATURES = {
     "score: qk * scale + t5[h, min(abs(i - j) // 4, 7)]\nmask: causal",
     "a sorted row a query": f"{PLAIN}inputs: {{c: {{shape: [Sq, n], dtype: int32, sorted: true}}}}\n"
     "score: qk * scale + bucket(c[row], j) * 0.1",
+    "sorted rows outside": f"{PLAIN}inputs: {{c: {{shape: [9, n], dtype: int32, sorted: true}}}}\n"
+    "score: qk * scale + bucket(c[row - 3], j - 2) * 0.1 + bucket(c[2 * h - 1], i - 2) * 0.1",
     "reads outside": f"{PLAIN}{IDS}score: qk * scale + ids[b, 2 * j] + ids[b, j - 3]",
     "a score without qk": f"{PLAIN}score: 0.1 * (h + 1)\nmask: causal",
     "a score of rows": f"{PLAIN}score: float(i) * 0.1",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from attncc.ir.attention import Attention, Input
@@ -74,13 +74,8 @@ class Scope:
 
     def _read(self, node: Expr) -> Expr:
         x = self.inputs[str(node.attr)]
-        at = tuple(const(0) if size == 1 else index for size, index in zip(x.shape, node.args, strict=True))
-        guards: list[Expr] = []
-        for size, index in zip(map(self._size, x.shape), at, strict=True):
-            if not (self._is_position(index, size) or _is_nonnegative(index)):
-                guards.append(index >= 0)
-            if not (self._is_position(index, size) or _is_below(index, size)):
-                guards.append(index < size)
+        at = _broadcast_axes(x.shape, node.args)
+        guards = self._guards(x.shape, at)
         tiles = [index for index in at if index.shape]
         scalars = [guard for guard in guards if not guard.shape]
         if tiles and scalars:  # Triton's interpreter takes no scalar for a tile's mask: an index of the tile carries it
@@ -90,10 +85,27 @@ class Scope:
         return cast_to(read(input_param(x), *at, mask=mask), node.dtype)
 
     def _bucket(self, node: Expr) -> Expr:
+        """How many entries of a sorted row are <= the value; a row outside its tensor is one of zeros."""
         x = self.inputs[str(node.attr)]
+        *row_, value = node.args
+        at = _broadcast_axes(x.shape[:-1], row_)
+        guards = self._guards(x.shape[:-1], at)
         entries = lift(self._size(x.shape[-1]))
-        shape = broadcast(*(a.shape for a in node.args))
-        return Expr("bucket", (*node.args, entries), input_param(x).name, "i32", shape)
+        inside = _all_of(guards) if guards else None
+        at = at if inside is None else tuple(where(inside, index, 0) for index in at)
+        shape = broadcast(*(a.shape for a in (*at, value)))
+        found = Expr("bucket", (*at, value, entries), input_param(x).name, "i32", shape)
+        return found if inside is None else where(inside, found, where(value >= 0, entries, 0))
+
+    def _guards(self, shape: Sequence[int | str], at: Sequence[Expr]) -> list[Expr]:
+        """What must hold for an entry to be inside, as far as it is not proven."""
+        guards: list[Expr] = []
+        for size, index in zip(map(self._size, shape), at, strict=True):
+            if not (self._is_position(index, size) or _is_nonnegative(index)):
+                guards.append(index >= 0)
+            if not (self._is_position(index, size) or _is_below(index, size)):
+                guards.append(index < size)
+        return guards
 
     def _size(self, size: int | str) -> Value:
         if isinstance(size, int):
@@ -107,6 +119,10 @@ class Scope:
             index == self.values.get(position) and size == self.values.get(axis, name(axis))
             for position, axis in owners.items()
         )
+
+
+def _broadcast_axes(shape: Sequence[int | str], at: Sequence[Expr]) -> tuple[Expr, ...]:
+    return tuple(const(0) if size == 1 else index for size, index in zip(shape, at, strict=True))
 
 
 def _all_of(conditions: list[Expr]) -> Expr:
