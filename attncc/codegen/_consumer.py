@@ -12,6 +12,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from . import hopper as variant
 
+# what newer versions of Triton call otherwise
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+load_by_tma = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+store_by_tma = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
 ROWS = gl.constexpr(64)
 """Of a consumer: what one wgmma multiplies."""
 QUERIES, KEYS, FACTOR = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
@@ -192,8 +197,8 @@ def store(
     O_ROW: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     q.store((acc * gl.convert_layout(factor, O_ROW)[:, None]).to(q.dtype))
     fence_async_shared()
-    gl.thread_barrier()
-    tma.async_copy_shared_to_global(O, [b, h, row0 + NUMBER * ROWS, 0], q_s.index(at))
+    barrier()
+    store_by_tma(O, [b, h, row0 + NUMBER * ROWS, 0], q_s.index(at))
     if WRITE_LSE:
         to = LSE + b * lse_strides[0] + h * lse_strides[1] + rows * lse_strides[2]
         gl.store(to, lse, mask=rows < queries)
@@ -231,7 +236,7 @@ def consume(NUMBER: gl.constexpr, O, LSE, lost, lse_strides, q_s, k_s, v_s, next
         mbarrier.wait(q_full.index(q_at), (done // Q_STAGES) & 1)
         if Q_STAGES == 2:  # the output of the tile before has left its place by now, which is the next Q's
             tma.store_wait(0)
-            gl.thread_barrier()
+            barrier()
             mbarrier.arrive(q_empty.index(((done + 1) % 2) * CONSUMERS + NUMBER), count=1, pred=done > 0)
         m = gl.full([ROWS], LOWEST, gl.float32, ROW)
         l = lane_sum(gl.zeros([ROWS, BN], gl.float32, S_LAYOUT))
@@ -278,7 +283,7 @@ def consume(NUMBER: gl.constexpr, O, LSE, lost, lse_strides, q_s, k_s, v_s, next
         )  # fmt: skip
         if Q_STAGES == 1:
             tma.store_wait(0)
-            gl.thread_barrier()
+            barrier()
             mbarrier.arrive(q_empty.index(NUMBER), count=1)
         number = following
         done += 1

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ._checks import Sizes, check_scale, check_tensors, default_scale, fill
-from ._launch import INTERPRETED, Launch, map_fits, operand_view
+from ._launch import INTERPRETED, TRITON, Launch, map_fits, operand_view
 from ._runtime import Config, Kernel, Result, Variant
 
 PLANS_KEPT = 1024
@@ -89,12 +89,25 @@ class Runner:
         flags = {
             "TMA": bool(numbers.pop("TMA", 0)) and not INTERPRETED and self.maps_fit(tensors),
         }
-        numbers["ENGINE"] = int(bool(config.get("ENGINE")) and flags["TMA"])  # it reads operands by tensor maps alone
+        # the engine reads operands by tensor maps alone
+        numbers["ENGINE"] = int(bool(config.get("ENGINE")) and flags["TMA"] and self.is_examined())
         shapes = self.shapes(tensors, plan, numbers)
         plan.scratch = [(tuple(shapes[s.name].shape), s.dtype) for s in v.scratch]
         options = {} if INTERPRETED else {k: config[k] for k in OPTIONS if config.get(k)}
         plan.launches = [self.bind(k, shapes, numbers, flags, options) for k in v.kernels if k.when(numbers)]
         return plan
+
+    def is_examined(self) -> bool:
+        """Whether the Triton here makes the machine code of the engine that was looked at."""
+        v = self.variant
+        if v.examined == TRITON:
+            return True
+        what = f"{v.name}: the engine was examined with Triton {v.examined}, this is {TRITON}"
+        if v.on_miss == "error":
+            raise RuntimeError(f"{what}, and on_miss is 'error'")
+        if v.on_miss == "warn":
+            warnings.warn(f"{what}: portable kernels run instead; compile the package here for one", stacklevel=5)
+        return False
 
     def shapes(self, tensors: Sequence[torch.Tensor], plan: Plan, numbers: Sizes) -> dict[str, torch.Tensor]:
         """Every tensor of a call by name, those still to be made without memory, in the order `run` has them."""

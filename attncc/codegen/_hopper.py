@@ -21,10 +21,10 @@ that it reads or reads those that it writes. The order of statements below is wh
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from . import hopper as variant
-from ._consumer import ROWS, consume
+from ._consumer import ROWS, consume, load_by_tma
 
 # -- the producer --------------------------------------------------------------------------------
 
@@ -59,16 +59,16 @@ def produce(Q, K, V, counter, q_s, k_s, v_s, next_s, bars, tiles, args, CONFIG):
             phase = (copied // STAGES) & 1
             mbarrier.wait(k_empty.index(slot), phase ^ 1)
             mbarrier.expect(k_full.index(slot), K.block_type.nbytes)
-            tma.async_copy_global_to_shared(K, [b, hk, n, 0], k_full.index(slot), k_s.index(slot))
+            load_by_tma(K, [b, hk, n, 0], k_full.index(slot), k_s.index(slot))
             if t == 0:
                 for c in gl.static_range(CONSUMERS):
                     at = (done % Q_STAGES) * CONSUMERS + c
                     mbarrier.wait(q_empty.index(at), ((done // Q_STAGES) & 1) ^ 1)
                     mbarrier.expect(q_full.index(at), Q.block_type.nbytes)
-                    tma.async_copy_global_to_shared(Q, [b, h, row0 + c * ROWS, 0], q_full.index(at), q_s.index(at))
+                    load_by_tma(Q, [b, h, row0 + c * ROWS, 0], q_full.index(at), q_s.index(at))
             mbarrier.wait(v_empty.index(slot), phase ^ 1)
             mbarrier.expect(v_full.index(slot), V.block_type.nbytes)
-            tma.async_copy_global_to_shared(V, [b, hk, n, 0], v_full.index(slot), v_s.index(slot))
+            load_by_tma(V, [b, hk, n, 0], v_full.index(slot), v_s.index(slot))
             copied += 1
         number = following
         done += 1

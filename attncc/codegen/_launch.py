@@ -20,6 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 INTERPRETED = not isinstance(tl.sum, triton.JITFunction)
 """Whether Triton was imported to interpret kernels: its own functions are as it found the environment then."""
 ADDRESSES_KEPT = 256
+TRITON = triton.__version__
 
 
 class Address:

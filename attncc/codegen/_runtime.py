@@ -59,6 +59,8 @@ class Variant:
     scratch: tuple[Scratch, ...] = ()
     configs: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Modules of configs by the device or architecture they were made for."""
+    examined: str = ""
+    """The version of Triton whose machine code of the engine was looked at, where there is an engine."""
     on_miss: str = "warn"
 
 

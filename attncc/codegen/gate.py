@@ -106,8 +106,11 @@ def _judge(made: Any) -> Findings:
         ptx, cubin = Path(folder, "engine.ptx"), Path(folder, "engine.cubin")
         ptx.write_text(made.asm["ptx"])
         cubin.write_bytes(made.asm["cubin"])
-        command = [tools.ptxas.path, "-v", "-arch=sm_90a", str(ptx), "-o", os.devnull]
-        said = subprocess.run(command, capture_output=True, text=True, check=True)
+        ptxas = import_module("triton.backends.nvidia.compiler").get_ptxas(90).path
+        command = [ptxas, "-v", "-arch=sm_90a", str(ptx), "-o", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, check=False)
+        if said.returncode:
+            raise RuntimeError(said.stderr)
         command = [tools.nvdisasm.path, "-c", str(cubin)]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     counts = assembly.read(text, assembly.SASS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from typing import Final
 
 from attncc.codegen.call import PACKED, axes_text, has_lse, opening, sentence, tuple_text, write_attention
@@ -298,6 +299,8 @@ def _gpu_fields(w: Writer, attn: Attention, program: Program, targets: Sequence[
             w.entry(f'Scratch("{s.name}", lambda n: {shape}, torch.{SCRATCH_DTYPE[s.dtype]})')
     w.block(["),"] * bool(program.scratch))
     w.line(f"configs={{{', '.join(_quoted(t.target) for t in sorted(targets, key=lambda t: t.target))}}},")
+    if program.engine is not None:
+        w.line(f'examined="{version("triton")}",')
 
 
 def _launches(program: Program) -> list[Launch]:

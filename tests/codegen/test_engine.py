@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attncc import driver, spec
+from attncc.check.run import imported
 from attncc.codegen.engine import as_gluon, print_engine
 from attncc.codegen.gate import Findings, examine
 from attncc.device import find
@@ -188,3 +190,16 @@ def test_an_engine_that_does_not_compile(tmp_path: Path) -> None:
     (out / "hopper.py").write_text((out / "hopper.py").read_text().replace("return x", "return nothing_of_this_name"))
     (reason,) = examine(out).reasons
     assert reason.startswith("it does not compile")
+
+
+def test_another_triton_runs_portable_kernels(tmp_path: Path) -> None:
+    out = driver.compile(spec.loads(f"attncc: 1\nname: examined\n{PLAIN}\n"), tmp_path, ["sm_90", "interpreter"])
+    with imported(out) as module:
+        runner = module._RUNNER
+        assert runner.is_examined()
+        runner.variant = replace(runner.variant, examined="3.1.4")
+        with pytest.warns(UserWarning, match=r"examined: the engine was examined with Triton 3\.1\.4, this is"):
+            assert not runner.is_examined()
+        runner.variant = replace(runner.variant, on_miss="error")
+        with pytest.raises(RuntimeError, match="on_miss is 'error'"):
+            runner.is_examined()
