@@ -44,17 +44,21 @@ def examine(package: Path) -> Findings:
     """Compiles the engine of a package on disk, and judges it."""
     path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
     kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": path}
-    with tempfile.TemporaryDirectory(prefix="attncc-gate-") as scratch:
-        child = subprocess.run(
-            [sys.executable, "-m", __spec__.name, str(package)],
-            env=kept | {"TRITON_CACHE_DIR": scratch},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=PATIENCE,
-        )
+    try:
+        with tempfile.TemporaryDirectory(prefix="attncc-gate-") as scratch:
+            child = subprocess.run(
+                [sys.executable, "-m", __spec__.name, str(package)],
+                env=kept | {"TRITON_CACHE_DIR": scratch},
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=PATIENCE,
+            )
+    except subprocess.TimeoutExpired:
+        return Findings((f"it does not compile within {PATIENCE} s",))
     if child.returncode:
-        return Findings((f"it does not compile: {child.stderr.strip().splitlines()[-1:]}",))
+        said = [line for line in child.stderr.splitlines() if "Error" in line] or ["no word of why"]
+        return Findings((f"it does not compile: {said[-1].strip()}",))
     found = json.loads(child.stdout.splitlines()[-1])
     return Findings(**(found | {"reasons": tuple(found["reasons"])}))
 

@@ -110,19 +110,9 @@ def _header(attn: Attention, program: Program, made_by: str, digest: str) -> lis
 
 def _hopper(attn: Attention, texts: Sequence[str], header: Iterable[str]) -> str:
     """The functions that the engine calls."""
-    w = Writer()
-    w.line(f'"""What the Hopper engine in `_hopper.py` asks of {attn.name}.')
-    w.line()
-    w.block(header)
-    w.line()
-    w.block(SHARED)
-    w.line('"""')
-    w.line()
-    w.block(["from triton.experimental import gluon", "from triton.experimental.gluon import language as gl"])
-    for text in texts:
-        w.block(["", ""])
-        w.block(text.splitlines())
-    return w.text()
+    about = (f"What the Hopper engine in `_hopper.py` asks of {attn.name}.", "", *header, "", *SHARED)
+    imports = ("from triton.experimental import gluon", "from triton.experimental.gluon import language as gl")
+    return _module(about, imports, texts)
 
 
 SHARED: Final = (
@@ -132,20 +122,17 @@ SHARED: Final = (
 
 
 def _kernels(attn: Attention, texts: Sequence[str], header: Iterable[str]) -> str:
+    about = (f"Triton kernels of {attn.name}.", "", *header, "", *NOTATION)
+    bf16 = ("", *BF16) if any("BF16" in text for text in texts) else ()
+    return _module(about, ("import triton", "import triton.language as tl", *bf16), texts)
+
+
+def _module(about: Sequence[str], imports: Iterable[str], texts: Iterable[str]) -> str:
+    """A module: what it is about, what it imports, and its functions."""
     w = Writer()
-    w.line(f'"""Triton kernels of {attn.name}.')
-    w.line()
-    w.block(header)
-    w.line()
-    w.block(NOTATION)
-    w.line('"""')
-    w.line()
-    w.block(["import triton", "import triton.language as tl"])
-    if any("BF16" in text for text in texts):
-        w.block(["", *BF16])
+    w.block([f'"""{about[0]}', *about[1:], '"""', "", *imports])
     for text in texts:
-        w.block(["", ""])
-        w.block(text.splitlines())
+        w.block(["", "", *text.splitlines()])
     return w.text()
 
 
