@@ -30,8 +30,11 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_kernels(variant: str, golden: Golden, tmp_path: Path) -> None:
     spec = driver.load(EXAMPLES / f"{variant}.yaml")
-    kernels = driver.compile(spec, tmp_path, TARGETS) / "kernels.py"
+    package = driver.compile(spec, tmp_path, TARGETS)
+    kernels = package / "kernels.py"
     golden.check(kernels.read_text(), ".py")
+    if (package / "hopper.py").exists():
+        golden.check((package / "hopper.py").read_text(), ".hopper.py")
     attn, program = driver.lower(spec.attention)
     wanted = {}
     for device in map(find, TARGETS):

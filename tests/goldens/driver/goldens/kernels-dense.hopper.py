@@ -1,0 +1,89 @@
+"""What the Hopper engine in `_hopper.py` asks of dense.
+
+From spec.yaml by attncc 0.1.0; variant 057877e08b43e279. To change it, edit the spec and run
+`attncc compile spec.yaml -o OUT`.
+
+Skeleton: dense_forward, for one softmax-like part over a mask: a program per query tile walks the keys it can see.
+
+args is what a launch has: tensors, their strides, sizes and the scale; s what is known of a query tile, r of its
+rows. BM rows and BN keys make a tile; i and j are positions in the sequence.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+
+@gluon.jit
+def place(number, args, BM: gl.constexpr, GROUP: gl.constexpr):
+    """Where a query tile is: batch entry, head, key head, first row."""
+    B, Sq, Sk, scale = args
+    tiles = (Sq + (BM - 1)) // BM
+    group = number // (tiles * GROUP)
+    inside = number % (tiles * GROUP)
+    width = gl.minimum(B * 16 - group * GROUP, GROUP)
+    number = tiles - 1 - inside // width
+    head = group * GROUP + inside % width
+    b = head // 16
+    h = head % 16
+    row0 = number * BM
+    hk = h
+    return b, h, hk, row0
+
+
+@gluon.jit
+def walk(b, h, row0, args, BM: gl.constexpr, BN: gl.constexpr):
+    """Tiles cut by the mask or by the end of the keys, whole tiles, and what is known of the query tile."""
+    B, Sq, Sk, scale = args
+    c = scale * 1.4426950408889634  # to units of log 2
+    c = c  # to units of log 2
+    full_end = Sk // BN * BN
+    cut_0 = (gl.maximum(Sk - full_end, 0) + (BN - 1)) // BN
+    whole_0 = (gl.maximum(full_end, 0) + (BN - 1)) // BN
+    wholes = whole_0
+    cuts = gl.where(gl.maximum(cut_0, wholes) == 0, 1, cut_0)  # one at least, that hides all
+    return cuts, wholes, (Sq, Sk, c, full_end)
+
+
+@gluon.jit
+def cut(t, s, args, BN: gl.constexpr):
+    """The first key of cut tile t."""
+    Sq, Sk, c, full_end = s
+    n = full_end + t * BN
+    return n
+
+
+@gluon.jit
+def whole(t, s, args, BN: gl.constexpr):
+    """The first key of whole tile t."""
+    n = t * BN
+    return n
+
+
+@gluon.jit
+def rows(rows, s, args):
+    """What the formulas know of rows, [rows] or [rows, 1] each."""
+    return (rows,)
+
+
+@gluon.jit
+def score(qk, j, r, s, args):
+    """Scores of products, but for the factor c."""
+    x = qk  # [rows, BN]
+    return x
+
+
+@gluon.jit
+def keep(j, r, s, args):
+    """Which pairs count; keys behind the last aside."""
+    keep = True
+    return keep
+
+
+@gluon.jit
+def finish(m, total, r, s, args):
+    """What a row's accumulator is multiplied by, and its lse."""
+    empty = total <= 0.0
+    divisor = gl.where(empty, 1.0, total)
+    factor = 1.0 / divisor
+    lse = gl.where(empty, float("-inf"), (m + gl.log2(gl.where(empty, 1.0, total))) * 0.6931471805599453)
+    return factor, lse
