@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
 Sizes = dict[str, int]
+P = TypeVar("P")
+PLANS_KEPT = 1024
+RUN_TIME = ("B", "Sq", "Sk", "Tq", "Tk")
+"""Names of sizes that are the language's; others are the spec's own."""
 
 
 @dataclass(frozen=True)
@@ -113,3 +118,16 @@ def check_shape(where: str, expected: Tensor, t: torch.Tensor, sizes: Sizes, own
             )
         if isinstance(axis, str) and axis not in sizes:
             sizes[axis], owner[axis] = size, expected.name
+
+
+def own_sizes(known: Mapping[str, Size], sizes: Sizes) -> tuple[int, ...]:
+    """A call's sizes of the spec's own, in the order in which kernels of TVM take them."""
+    return tuple(sizes[n] for n in known if n not in RUN_TIME)
+
+
+def keep(plans: dict[Any, P], key: Any, plan: P) -> P:
+    """Remembers a plan for calls like this one; all are dropped before they are too many."""
+    if len(plans) >= PLANS_KEPT:
+        plans.clear()
+    plans[key] = plan
+    return plan

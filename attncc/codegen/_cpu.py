@@ -18,10 +18,9 @@ from typing import Any
 import torch
 import tvm_ffi
 
-from ._checks import Sizes, check_scale, check_tensors, default_scale, fill
+from ._checks import Sizes, check_scale, check_tensors, default_scale, fill, keep, own_sizes
 from ._runtime import Config, Result, Variant
 
-PLANS_KEPT = 1024
 FEW_ROWS = 16
 """Up to so many queries of a group, a kernel for few of them is called."""
 TASKS_A_THREAD, MOST_SHARES, LEAST_KEYS = 2, 32, 512
@@ -32,7 +31,6 @@ CHOICES = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}
 """What torch says of an x86 processor: the libraries that run on it, the widest first."""
 BITS = {torch.bfloat16: torch.uint16, torch.bool: torch.uint8}
 """Elements that kernels take as their bits."""
-RUN_TIME = ("B", "Sq", "Sk", "Tq", "Tk")
 HOOKS = ("__TVMBackendParallelLaunch", "__TVMBackendAllocWorkspace", "__TVMBackendFreeWorkspace")
 OPENMP = ("libgomp", "libomp", "libiomp")
 
@@ -70,10 +68,7 @@ class Runner:
         key = (scale is None, torch.get_num_threads(), *[(t.shape, t.stride(), t.dtype, t.device) for t in tensors])
         plan = self.plans.get(key)
         if plan is None:
-            plan = self.plan(tensors, scale is None)
-            if len(self.plans) >= PLANS_KEPT:
-                self.plans.clear()
-            self.plans[key] = plan
+            plan = keep(self.plans, key, self.plan(tensors, scale is None))
         factor = plan.scale if scale is None else check_scale(self.variant.name, scale)
         q = tensors[0]
         lse = torch.empty(plan.lse, dtype=torch.float32)
@@ -109,7 +104,7 @@ class Runner:
         empty = 0 in output or keys == 0 or sizes["B"] == 0
         factor = default_scale(v.name, v.scale, sizes) if with_scale else 1.0
         shares, work = (0, 0) if empty else self.split(sizes)
-        own = tuple(sizes[n] for n in v.sizes if n not in RUN_TIME)
+        own = own_sizes(v.sizes, sizes)
         return Plan(factor, output, rows, own, packed, empty, shares, work)
 
     def split(self, sizes: Sizes) -> tuple[int, int]:

@@ -17,15 +17,13 @@ from typing import Any
 
 import torch
 
-from ._checks import Sizes, check_scale, check_tensors, default_scale, fill
+from ._checks import Sizes, check_scale, check_tensors, default_scale, fill, keep, own_sizes
 from ._runtime import Config, Result, Variant
 
-PLANS_KEPT = 1024
 FOLDER = Path(__file__).resolve().parent / "cuda"
 LANES_OF_BYTES = 16
 """Bytes that one copy moves; operands that lie on them have a kernel of their own."""
 IN_CHUNKS, ANY = "attention", "attention_any"
-RUN_TIME = ("B", "Sq", "Sk", "Tq", "Tk")
 MOST_SHARED = 8
 """CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES"""
 NO_CONTEXT = 201
@@ -81,10 +79,7 @@ class Runner:
         )
         plan = self.plans.get(key)
         if plan is None:
-            plan = self.plan(tensors, scale is None)
-            if len(self.plans) >= PLANS_KEPT:
-                self.plans.clear()
-            self.plans[key] = plan
+            plan = keep(self.plans, key, self.plan(tensors, scale is None))
         factor = plan.scale if scale is None else check_scale(self.variant.name, scale)
         q = tensors[0]
         lse = None if plan.lse is None else q.new_empty(plan.lse, dtype=torch.float32)
@@ -127,7 +122,7 @@ class Runner:
             torch.empty(lse or (1,) * (q.dim() - 1), device="meta"),
         ]
         extents = [n for t in made for side in (t.shape, t.stride()) for n in side or (1,)]
-        own = [sizes[n] for n in v.sizes if n not in RUN_TIME]
+        own = own_sizes(v.sizes, sizes)
         plan.parameters = struct.pack(
             f"={len(made)}Q{len(extents)}qf{len(own)}i", *[0] * len(made), *extents, 0.0, *own
         )

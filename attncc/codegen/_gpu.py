@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 
-from ._checks import Sizes, check_scale, check_tensors, default_scale, fill
+from ._checks import Sizes, check_scale, check_tensors, default_scale, fill, keep
 from ._launch import INTERPRETED, TRITON, Launch, map_fits, operand_view
 from ._runtime import Config, Kernel, Result, Variant
 
-PLANS_KEPT = 1024
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
@@ -48,10 +47,7 @@ class Runner:
         key = (with_lse, scale is None, *[(t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16) for t in tensors])
         plan = self.plans.get(key)
         if plan is None:
-            plan = self.plan(tensors, with_lse, scale is None)
-            if len(self.plans) >= PLANS_KEPT:
-                self.plans.clear()
-            self.plans[key] = plan
+            plan = keep(self.plans, key, self.plan(tensors, with_lse, scale is None))
         factor = plan.scale if scale is None else check_scale(self.variant.name, scale)
         q = tensors[0]
         o = q.new_empty(plan.output)

@@ -26,8 +26,8 @@ def kernel_parameters(w: Writer, k: Kernel, flags: Sequence[str], name: str) -> 
     tensors = [p for p in k.params if p.role in ("operand", "buffer")]
     groups = [
         [e for p in tensors for e in _handle_entries(p)],
-        [f'("stride", "{_argument(p)}", {axis})' for p in tensors for axis in range(len(strides(p)))],
-        ['("scale",)' if p.name == "scale" else f'("size", "{_size(p.name)}")' for p in k.params if p.role == "scalar"],
+        [e for p in tensors for e in _strides(p)],
+        [_number(p) for p in k.params if p.role == "scalar"],
         [f'("knob", "{p.name}")' for p in k.params if p.role == "constexpr"] + [f'("flag", "{f}")' for f in flags],
     ]
     w.line(f"# parameters of kernels.{k.name}")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Final
 
-from attncc.ir.attention import Attention, KeyTiles
+from attncc.ir.attention import Attention
 from attncc.ir.build import Builder, column, iota, program, quotient, read, reduce, reduce_all, remainder, row
 from attncc.ir.expr import Expr, cast_to, const, maximum, minimum, name, where
 from attncc.ir.rewrite import names
@@ -29,7 +29,7 @@ from attncc.passes.lower.grid import (
 from attncc.passes.lower.knobs import KNOBS, largest
 from attncc.passes.lower.scores import hoist, input_param, own_name
 from attncc.passes.lower.tidy import tidy
-from attncc.passes.lower.walk import BN, clip
+from attncc.passes.lower.walk import BN, clip, key_tiles_of
 
 CHUNK: Final = 64
 """Key tiles classified at once where two keys of each speak for all of it."""
@@ -90,12 +90,6 @@ def walk(b: Builder, attn: Attention, t: QueryTile, visit: Callable[[bool], Call
         visit(True)(b.let("n", read(tiles, listed, entry) * BN))
 
 
-def _key_tiles(attn: Attention) -> KeyTiles:
-    found = attn.part.key_tiles
-    assert found is not None, "sparsify runs before lowering"
-    return found
-
-
 def _by_head(attn: Attention) -> bool:
     return bool(names(attn.part.mask) & {"h", "hk"})
 
@@ -121,7 +115,7 @@ def _maps(attn: Attention) -> Expr:
 
 
 def _classify(b: Builder, attn: Attention, t: QueryTile) -> None:
-    key_tiles = _key_tiles(attn)
+    key_tiles = key_tiles_of(attn)
     lo: Expr = const(0)
     hi: Expr = t.keys
     if len(key_tiles.ranges) == 1:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import reduce as fold
 from typing import Final
 
-from attncc.ir.attention import Attention, KeyTiles
+from attncc.ir.attention import Attention
 from attncc.ir.build import (
     Builder,
     column,
@@ -48,7 +48,7 @@ from attncc.passes.lower.scores import (
 )
 from attncc.passes.lower.skew import Diagonal
 from attncc.passes.lower.tidy import tidy
-from attncc.passes.lower.walk import Runs, for_each_tile, solve_runs
+from attncc.passes.lower.walk import Runs, for_each_tile, key_tiles_of, solve_runs
 
 MASKED: Final = name("MASKED", "bool")
 CAREFUL: Final = name("CAREFUL", "bool")
@@ -103,7 +103,7 @@ def dense_forward(attn: Attention) -> Program:
     _, diagonals = skew.split_diagonals(attn)
     kernels: tuple[Kernel, ...] = (*(skew.kernel(attn, d) for d in diagonals), forward)
     scratch = skew.scratch(attn, diagonals)
-    if _key_tiles(attn).listed:
+    if key_tiles_of(attn).listed:
         kernels, scratch = (classify.kernel(attn), *kernels), (*classify.scratch(attn), *scratch)
     launches = tuple(Launch(k.name) for k in kernels)
     knobs = (*KNOBS, WRITE_LSE) if _writes_lse(attn) else KNOBS
@@ -132,12 +132,6 @@ def _writes_lse(attn: Attention) -> bool:
     return attn.wants("lse") and attn.part.normalizer.kind == "softmax"
 
 
-def _key_tiles(attn: Attention) -> KeyTiles:
-    found = attn.part.key_tiles
-    assert found is not None, "sparsify runs before lowering"
-    return found
-
-
 def _parameters(attn: Attention) -> dict[str, Param]:
     """Everything the kernel reads and writes, in the order of its signature."""
     dtype = VALUE_DTYPE[attn.dtype]
@@ -163,7 +157,7 @@ def _parameters(attn: Attention) -> dict[str, Param]:
         )
     out += [CU_Q, CU_K] if is_varlen(attn) else []
     out += map(input_param, attn.inputs)
-    out += classify.lists(attn) if _key_tiles(attn).listed else ()
+    out += classify.lists(attn) if key_tiles_of(attn).listed else ()
     out += [d.operand for d in skew.split_diagonals(attn)[1]]
     out += [_lost(attn)] if may_hide_values(attn) else []
     out += size_parameters(attn)
@@ -185,7 +179,7 @@ def _one_tile(b: Builder, attn: Attention, t: QueryTile) -> Function:
     if attn.heads.v != attn.heads.kv:
         b.let("hv", t.key_head(attn, attn.heads.v))
     formulas = formulas_of(b, attn, t, rule)
-    runs = solve_runs(b, _key_tiles(attn), t.keys, lambda e: share_reads(b, e, t.scope))
+    runs = solve_runs(b, key_tiles_of(attn), t.keys, lambda e: share_reads(b, e, t.scope))
     step = _key_tile(b, attn, t, rule, formulas)
     _begin(b, attn, rule)
     _walk(b, attn, t, runs, step, careful=eq(PASS, 1))
@@ -233,7 +227,7 @@ def formulas_of(b: Builder, attn: Attention, t: QueryTile, rule: Rule) -> Formul
 
 def _walk(b: Builder, attn: Attention, t: QueryTile, runs: Runs, step: Function, careful: Expr) -> None:
     """Both loops over key tiles; where every pair counts no value is hidden, so no care is due."""
-    key_tiles = _key_tiles(attn)
+    key_tiles = key_tiles_of(attn)
 
     def visit(masked: bool) -> Callable[[Expr], None]:
         return lambda n: b.call(step, step.results, n=n, MASKED=masked, CAREFUL=careful if masked else False)

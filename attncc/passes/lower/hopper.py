@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from attncc.ir.attention import Attention, KeyTiles
+from attncc.ir.attention import Attention
 from attncc.ir.build import Builder, function, quotient, row
 from attncc.ir.expr import Expr, const, eq, maximum, name, where
 from attncc.ir.rewrite import names, walk
@@ -21,7 +21,7 @@ from attncc.passes.lower.grid import QueryTile, at_row, key_head, order, size_pa
 from attncc.passes.lower.knobs import ENGINE_KNOBS
 from attncc.passes.lower.normalizers import NORMALIZERS, Rule
 from attncc.passes.lower.scores import input_param, share_reads
-from attncc.passes.lower.walk import Run, number_tiles, solve_runs, tile_at
+from attncc.passes.lower.walk import Run, key_tiles_of, number_tiles, solve_runs, tile_at
 
 NAME: Final = "hopper"
 WIDTHS: Final = (64, 128, 256)
@@ -44,8 +44,8 @@ GAPS: Final = (
     Gap("products of fp32", lambda a: a.dtype == "fp32"),
     Gap("head dims other than 64, 128 and 256", lambda a: a.dims.qk != a.dims.v or a.dims.qk not in WIDTHS),
     Gap("value heads of their own", lambda a: a.heads.v != a.heads.kv),
-    Gap("key tiles listed from data", lambda a: _tiles(a).listed),
-    Gap("key tiles skipped by data", lambda a: _tiles(a).skip is not None),
+    Gap("key tiles listed from data", lambda a: key_tiles_of(a).listed),
+    Gap("key tiles skipped by data", lambda a: key_tiles_of(a).skip is not None),
     Gap("a score without qk", lambda a: "qk" not in names(a.part.score)),
     Gap("relative positions read as tiles", lambda a: bool(skew.split_diagonals(a)[1])),
     Gap("wide heads under a mask that begins behind the first key", lambda a: a.dims.qk > 128 and _begins_late(a)),
@@ -74,7 +74,7 @@ def engine(attn: Attention) -> Engine:
     t = at_row(b, attn, name("b"), name("h"), quotient(name("row0"), name("BM")), name("row0"))
     formulas = formulas_of(b, attn, t, rule)
     b.let("c", formulas.c, "to units of log 2")
-    runs = solve_runs(b, _tiles(attn), t.keys, lambda e: share_reads(b, e, t.scope))
+    runs = solve_runs(b, key_tiles_of(attn), t.keys, lambda e: share_reads(b, e, t.scope))
     cut, count = _numbered(b, runs.masked, "cut")
     whole, wholes = _numbered(b, runs.full, "whole")
     b.let("wholes", wholes)
@@ -98,20 +98,14 @@ def engine(attn: Attention) -> Engine:
 WALK: Final = "Tiles cut by the mask or by the end of the keys, whole tiles, and what is known of the query tile."
 
 
-def _tiles(attn: Attention) -> KeyTiles:
-    found = attn.part.key_tiles
-    assert found is not None, "sparsify runs before lowering"
-    return found
-
-
 def _bounds(attn: Attention) -> Iterator[Expr]:
-    for r in _tiles(attn).ranges:
+    for r in key_tiles_of(attn).ranges:
         yield from (r.lo, r.hi, r.full_lo, r.full_hi)
 
 
 def _begins_late(attn: Attention) -> bool:
     """Of heads of 256 such tiles spill, and one call of them did not end in its time."""
-    return any(r.lo.value != 0 for r in _tiles(attn).ranges)
+    return any(r.lo.value != 0 for r in key_tiles_of(attn).ranges)
 
 
 def _is_over_rows(e: Expr) -> bool:

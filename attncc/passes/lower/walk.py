@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
 
-from attncc.ir.attention import KeyRange, KeyTiles
+from attncc.ir.attention import Attention, KeyRange, KeyTiles
 from attncc.ir.build import Builder, quotient
 from attncc.ir.expr import Expr, Value, const, maximum, minimum, name, where
 
@@ -36,6 +36,13 @@ class Runs:
     masked: tuple[Run, ...]
     lo: Expr
     hi: Expr
+
+
+def key_tiles_of(attn: Attention) -> KeyTiles:
+    """Where the mask lets keys count, as sparsify solved it."""
+    found = attn.part.key_tiles
+    assert found is not None, "sparsify runs before lowering"
+    return found
 
 
 def solve_runs(b: Builder, key_tiles: KeyTiles, keys: Expr, bind: Callable[[Expr], Expr]) -> Runs:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any, Final
 
-import tvm
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
@@ -243,7 +242,3 @@ class QueryTile:
         at = cast(t.h, "int64") * head + cast(t.q0 + row, "int64") * step
         at = at + cast(t.b, "int64") * batch[0] if batch else at
         T.buffer_store(self.frame.lse, value, [at])
-
-
-def target(arch: str) -> Any:
-    return tvm.target.Target({"kind": "cuda", "arch": arch})
