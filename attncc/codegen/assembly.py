@@ -27,6 +27,8 @@ class Counts:
     total: Mapping[str, int]
     loop: Mapping[str, int]
     """Inside the innermost loops that multiply matrices."""
+    turn: Mapping[str, int]
+    """On the shortest way round those loops."""
 
 
 SASS: Final = Dialect(
@@ -98,8 +100,10 @@ def read(text: str, dialect: Dialect) -> Counts:
         if name in labels:
             edges[source].append(labels[name])
     hot = {i for i, kind in enumerate(kinds) if kind in MATRIX}
-    main = set[int]().union(*_innermost(set(edges), edges, hot))
-    return Counts(_count(kinds), _count(kinds[i] for i in main))
+    loops = _innermost(set(edges), edges, hot)
+    main = set[int]().union(*loops)
+    turns = [i for loop in loops for i in _shortest_turn(loop, edges)]
+    return Counts(_count(kinds), _count(kinds[i] for i in main), _count(kinds[i] for i in turns))
 
 
 def _kind(opcode: str, dialect: Dialect) -> str | None:
@@ -124,6 +128,24 @@ def _innermost(nodes: set[int], edges: Edges, hot: set[int]) -> list[set[int]]:
         if cycle & hot:
             found += _innermost(cycle - {min(cycle)}, edges, hot) or [cycle]
     return found
+
+
+def _shortest_turn(loop: set[int], edges: Edges) -> list[int]:
+    """The fewest instructions that lead from a loop's head back to it: what is rarely run is not among them."""
+    head = min(loop)
+    came_from: dict[int, int] = {}
+    reached = [head]
+    for node in reached:
+        for target in edges[node]:
+            if target == head:
+                turn = [node]
+                while turn[-1] != head:
+                    turn.append(came_from[turn[-1]])
+                return turn
+            if target in loop and target not in came_from:
+                came_from[target] = node
+                reached.append(target)
+    return []
 
 
 def _cycles(nodes: set[int], edges: Edges) -> list[set[int]]:

@@ -8,7 +8,7 @@ message says so. This finds it, by the rule that no path from a kernel's entry m
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -19,6 +19,10 @@ REGISTER: Final = re.compile(r"\bUR(\d+)\b")
 DESCRIPTOR: Final = re.compile(r"gdesc\[UR(\d+)\]")
 WRITERS: Final = re.compile(r"^(?:U(?!TMA|BLK|CGA|SETMAX|ISETP|PLOP|FSETP)|R2UR|S2UR|VOTEU|REDUX)")
 """Opcodes whose first operand is a uniform register that they write."""
+COPIES: Final = frozenset({"IMAD.U32", "MOV"})
+"""What moves a register that is written under a predicate: it is used under that, too."""
+COPY: Final = re.compile(r"(P\d), PT, PT, PT, (UP\d), 0x80, 0x0")
+"""Operands by which a predicate becomes a copy of a uniform one."""
 ZERO: Final = 63
 """URZ, which is printed by name; and how many there are."""
 
@@ -34,6 +38,17 @@ class Instruction:
 
 
 @dataclass(frozen=True, slots=True)
+class Writes:
+    """What is written for certain by an instruction, and before it if it does not branch, or does; and what is written
+    before it under a predicate."""
+
+    whole: frozenset[int]
+    passed: frozenset[int]
+    taken: frozenset[int]
+    half: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
 class Undefined:
     """A read that some path reaches first."""
 
@@ -46,9 +61,15 @@ def undefined(text: str) -> tuple[Undefined, ...]:
     code, labels = _parse(text)
     if not code:
         return ()
-    before = _written_before(code, _edges(code, labels), frozenset(labels.values()))
+    writes = [*_certain_writes(code, frozenset(labels.values()))]
+    before = _written_before(code, _edges(code, labels), writes)
     certain = ((at, x) for at, x in enumerate(code) if not x.predicate)  # predicates of one meaning have many names
-    return tuple(Undefined(r, x.text) for at, x in certain for r in sorted(x.reads) if not before[at] >> r & 1)
+    return tuple(
+        Undefined(r, x.text)
+        for at, x in certain
+        for r in sorted(x.reads)
+        if not before[at] >> r & 1 and not (x.opcode in COPIES and r in writes[at].half)
+    )
 
 
 def _parse(text: str) -> tuple[list[Instruction], dict[str, int]]:
@@ -102,13 +123,13 @@ def _edges(code: list[Instruction], labels: Mapping[str, int]) -> list[list[int]
     return [[to for to in targets if to < len(code)] for targets in follows]
 
 
-def _written_before(code: list[Instruction], follows: list[list[int]], heads: frozenset[int]) -> list[int]:
+def _written_before(code: list[Instruction], follows: list[list[int]], writes: Sequence[Writes]) -> list[int]:
     """For each instruction the set, as bits, of registers that every path to it has written."""
-    comes_from: list[list[int]] = [[] for _ in code]
+    comes_from: list[list[tuple[int, int]]] = [[] for _ in code]
     for at, targets in enumerate(follows):
         for to in targets:
-            comes_from[to].append(at)
-    whole = [sum(1 << r for r in writes) for writes in _whole_writes(code, heads)]
+            comes_from[to].append((at, _bits(writes[at].passed if to == at + 1 else writes[at].taken)))
+    whole = [_bits(w.whole) for w in writes]
     every = (1 << ZERO) - 1
     before, after = [every] * len(code), [every] * len(code)
     changed = True
@@ -116,31 +137,60 @@ def _written_before(code: list[Instruction], follows: list[list[int]], heads: fr
         changed = False
         for at in range(len(code)):
             known = 0 if at == 0 else every
-            for source in comes_from[at]:
-                known &= after[source]
+            for source, on_the_way in comes_from[at]:
+                known &= after[source] | on_the_way
             before[at] = known
             if after[at] != known | whole[at]:
                 after[at], changed = known | whole[at], True
     return before
 
 
-def _whole_writes(code: list[Instruction], heads: frozenset[int]) -> Iterator[frozenset[int]]:
-    """What each instruction writes for certain: under a predicate, if another has written under its opposite."""
+def _bits(registers: Iterable[int]) -> int:
+    return sum(1 << r for r in registers)
+
+
+def _certain_writes(code: list[Instruction], heads: frozenset[int]) -> Iterator[Writes]:
+    """Under a predicate a register is written for certain if it was under the opposite one, too.
+
+    A branch tells which of the two holds: behind it, registers are written that were under this one alone.
+    """
     half: dict[int, set[str]] = {}
+    same: dict[str, str] = {}
     for at, x in enumerate(code):
-        half = {} if at in heads else half
-        opposite = x.predicate.replace("@!", "@") if "!" in x.predicate else x.predicate.replace("@", "@!")
-        yield frozenset(r for r in x.writes if not x.predicate or opposite in half.get(r, ()))
-        _note_half(half, x)
+        half, same = ({}, {}) if at in heads else (half, same)
+        opposite = _opposite(x.predicate)
+        whole = frozenset(r for r in x.writes if not x.predicate or opposite in half.get(r, ()))
+        branches = x.opcode.startswith("BRA") and x.predicate != ""
+        passed, taken = (
+            frozenset(r for r, under in half.items() if branches and {p, _named(p, same)} & under)
+            for p in (opposite, x.predicate)
+        )
+        yield Writes(whole, passed, taken, frozenset(half))
+        _note_half(half, same, x)
 
 
-def _note_half(half: dict[int, set[str]], x: Instruction) -> None:
-    """Keeps, for each register, the predicates under which it was written since they were last set."""
+def _opposite(predicate: str) -> str:
+    return predicate.replace("@!", "@") if "!" in predicate else predicate.replace("@", "@!")
+
+
+def _named(predicate: str, same: Mapping[str, str]) -> str:
+    """A predicate by the name of the one that it is a copy of."""
+    sign, text = re.fullmatch(r"(@?!?)(\w*)", predicate).groups()  # type: ignore[union-attr]
+    return sign + same.get(text, text)
+
+
+def _note_half(half: dict[int, set[str]], same: dict[str, str], x: Instruction) -> None:
+    """Keeps, for each register, the predicates under which it was written since they were last set; and copies."""
     for operand in x.operands[:2]:
         sets = "SETP" in x.opcode or "PLOP" in x.opcode or operand.startswith("UP")  # carries are predicates too
         if sets and re.fullmatch(r"U?P\d", operand):
             for under in half.values():
                 under -= {f"@{operand}", f"@!{operand}"}
+            for copy in [c for c, of in same.items() if operand in (c, of)]:
+                del same[copy]
+    copied = COPY.fullmatch(", ".join(x.operands)) if x.opcode == "PLOP3.LUT" and not x.predicate else None
+    if copied:
+        same[copied[1]] = copied[2]
     if x.predicate:
         for r in x.writes:
             half.setdefault(r, set()).add(x.predicate)

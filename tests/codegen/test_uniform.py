@@ -79,3 +79,18 @@ def test_an_indirect_branch_leads_to_what_nothing_else_leads_to() -> None:
 
 def test_no_code() -> None:
     assert undefined("") == ()
+
+
+def test_a_branch_on_a_copy_of_the_predicate() -> None:
+    """What is written under UP0 is written where P1, its copy, leads."""
+    code = (
+        "UMOV UR1, URZ",
+        "UISETP.GE.AND UP0, UPT, UR1, URZ, UPT",
+        "PLOP3.LUT P1, PT, PT, PT, UP0, 0x80, 0x0",
+        "@UP0 UMOV UR7, URZ",
+        "@P1 BRA `(.L_x_1)",
+        "UMOV UR7, UR1",
+    )
+    assert found(*code, ".L_x_1:", "UMOV UR8, UR7", "EXIT") == []
+    other = code[4].replace("@P1", "@!P1")
+    assert found(*code[:4], other, code[5], ".L_x_1:", "UMOV UR8, UR7", "EXIT") == [7]
