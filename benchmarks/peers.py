@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from benchmarks.cases import PLAIN_MASKS, SCALE, Case
+from benchmarks.flash4 import carries, flash4
 from benchmarks.operands import Given, mods
 
 Call = Callable[[], Any]
@@ -70,10 +71,12 @@ def cudnn(case: Case, qkv: tuple[Tensor, Tensor, Tensor]) -> Call:
 
 
 def gpu_peers(case: Case, qkv: tuple[Tensor, Tensor, Tensor], given: Given) -> dict[str, Call]:
-    """FlexAttention, and cuDNN where it can do the case."""
+    """FlexAttention, and cuDNN and FlashAttention-4 where they can do the case."""
     out = {"FlexAttention": flex(case, qkv, given)}
     if case.variant in PLAIN_MASKS:
         out["cuDNN"] = cudnn(case, qkv)
+    if carries(case):
+        out["FlashAttention-4"] = flash4(case, qkv)
     return out
 
 
