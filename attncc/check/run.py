@@ -140,7 +140,7 @@ def check_case(
         got = _call(attn, attention, operands)
         if case.trait == "nan_neighbour":
             clean = _call(attn, attention, drawn(replace(case, trait="random")))
-            return _same_bits(attn, case, got, clean, operands.compared)
+            return _unmoved(attn, case, got, clean, operands.compared)
     except Exception as error:  # whatever the package raises is this case's outcome
         clear = case.trait in REFUSABLE and isinstance(error, TypeError | ValueError)
         return Outcome(case, "refused" if clear else "raised", detail=f"{type(error).__name__}: {error}")
@@ -172,20 +172,21 @@ def _call(attn: Attention, attention: Callable[..., Any], x: Operands) -> tuple[
         return attention(x.q, x.k, x.v, **x.inputs, **x.offsets), None
 
 
-def _same_bits(
+def _unmoved(
     attn: Attention,
     case: Case,
     got: tuple[Tensor, Tensor | None],
     clean: tuple[Tensor, Tensor | None],
     compared: int,
 ) -> Outcome:
-    """The sequences before the one of NaN have the results they have beside an ordinary one."""
+    """The sequences before the one of NaN have the results they have beside an ordinary one, but for rounding."""
     lse_axis = 1 if attn.layout == "varlen" else 0
     for x, y, axis in zip(got, clean, (0, lse_axis), strict=True):
-        if (
-            x is not None
-            and y is not None
-            and not torch.equal(x.narrow(axis, 0, compared), y.narrow(axis, 0, compared))
-        ):
+        if x is None or y is None:
+            continue
+        ours, theirs = x.narrow(axis, 0, compared), y.narrow(axis, 0, compared)
+        # another kernel may do the rows again that NaN has spoilt, and round otherwise
+        rounding = 0.0 if attn.numerics.reproducible == "batch" else 4 * torch.finfo(x.dtype).eps
+        if not torch.allclose(ours, theirs, rtol=rounding, atol=rounding, equal_nan=False):
             return Outcome(case, "WRONG", detail="NaN in another sequence changes this one's result")
-    return Outcome(case, "ok", detail="same bits as beside ordinary values")
+    return Outcome(case, "ok", detail="the same as beside ordinary values")

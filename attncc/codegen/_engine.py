@@ -12,7 +12,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ._launch import Launch
 
-DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 
 
 @dataclass
@@ -27,7 +27,7 @@ class EngineLaunch(Launch):
     """Programs, of which a block has many."""
 
     def __post_init__(self) -> None:
-        self.drawn = self.programs
+        self.drawn, self.options = self.programs, {"num_warps": 4}
         multiprocessors = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
         self.programs = min(self.programs, multiprocessors)
 
@@ -59,12 +59,12 @@ _counters: dict[tuple[int, int], torch.Tensor] = {}
 
 
 def counter() -> torch.Tensor:
-    """Two zeros that a kernel counts in, and leaves as zeros: one pair a stream; in a graph, of the launch's own."""
+    """Three zeros that a kernel counts in, and leaves as zeros: three a stream; in a graph, of the launch's own."""
     if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(2, dtype=torch.int32, device="cuda")
+        return torch.zeros(3, dtype=torch.int32, device="cuda")
     stream = torch.cuda.current_stream()
     key = (stream.device_index, stream.cuda_stream)
     found = _counters.get(key)
     if found is None:
-        found = _counters[key] = torch.zeros(2, dtype=torch.int32, device="cuda")
+        found = _counters[key] = torch.zeros(3, dtype=torch.int32, device="cuda")
     return found

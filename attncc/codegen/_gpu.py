@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,10 +87,11 @@ class Runner:
         }
         # the engine reads operands by tensor maps alone
         numbers["ENGINE"] = int(bool(config.get("ENGINE")) and flags["TMA"] and self.is_examined())
-        shapes = self.shapes(tensors, plan, numbers)
-        plan.scratch = [(tuple(shapes[s.name].shape), s.dtype) for s in v.scratch]
+        due = [k for k in v.kernels if k.when(numbers)]
+        shapes = self.shapes(tensors, plan, numbers, due)
+        plan.scratch = [(tuple(shapes[s.name].shape), s.dtype) for s in v.scratch if s.name in shapes]
         options = {} if INTERPRETED else {k: config[k] for k in OPTIONS if config.get(k)}
-        plan.launches = [self.bind(k, shapes, numbers, flags, options) for k in v.kernels if k.when(numbers)]
+        plan.launches = [self.bind(k, shapes, numbers, flags, options) for k in due]
         return plan
 
     def is_examined(self) -> bool:
@@ -105,13 +106,16 @@ class Runner:
             warnings.warn(f"{what}: portable kernels run instead; compile the package here for one", stacklevel=5)
         return False
 
-    def shapes(self, tensors: Sequence[torch.Tensor], plan: Plan, numbers: Sizes) -> dict[str, torch.Tensor]:
+    def shapes(
+        self, tensors: Sequence[torch.Tensor], plan: Plan, numbers: Sizes, due: Sequence[Kernel]
+    ) -> dict[str, torch.Tensor]:
         """Every tensor of a call by name, those still to be made without memory, in the order `run` has them."""
         v = self.variant
+        used = {entry[1] for k in due for entry in entries(k) if len(entry) > 1}
         named = {t.name: x for t, x in zip(v.tensors, tensors, strict=True)}
         named["o"] = torch.empty(plan.output, device="meta")
         named["lse"] = torch.empty(plan.lse or (0, 0, 0), device="meta")
-        return named | {s.name: torch.empty(s.shape(numbers), device="meta") for s in v.scratch}
+        return named | {s.name: torch.empty(s.shape(numbers), device="meta") for s in v.scratch if s.name in used}
 
     def maps_fit(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether all operands can be read, and the output written, through tensor maps."""
@@ -141,7 +145,7 @@ class Runner:
         for at, parameter in enumerate(launch.flat(kernel.parameters)):
             value: Any = None
             match parameter:
-                case ("args", *_) | ("counter",) | ("programs",):
+                case ("args", *_) | ("counter",) | ("programs",) | ("absent",):
                     value = launch.own(at, parameter[0])
                 case ("tile", name, rows, columns) if flags["TMA"]:
                     block = [1, 1, *(numbers.get(d, d) for d in (rows, columns))]
@@ -212,6 +216,12 @@ def widened(t: torch.Tensor) -> torch.Tensor:
         return t.float()
     span = 1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
     return t.as_strided((span,), (1,)).float().as_strided(t.shape, t.stride(), 0)
+
+
+def entries(kernel: Kernel) -> Iterator[tuple[Any, ...]]:
+    """A kernel's parameters, those of tuples among them."""
+    for parameter in kernel.parameters:
+        yield from parameter[1:] if parameter[0] == "args" else (parameter,)
 
 
 def pick(module: Any, sizes: Sizes) -> Config:

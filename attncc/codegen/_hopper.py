@@ -3,14 +3,19 @@
 What of it is a variant's own stands in `hopper.py`: small functions that say where a tile is, which keys its rows see,
 what a product becomes, and how a row ends. Everything here is about keeping the tensor cores busy:
 
-* one warp, the producer, copies tiles of Q, K and V into rings of shared memory by TMA; it does nothing else;
+* one warp, the producer, finds out what there is to do, and copies tiles of Q, K and V into rings of shared memory by
+  TMA;
 * two or three warpgroups, the consumers, own 64 query rows each. Scores and output are accumulators of `wgmma`; the
   weights P stay in registers, where the second product takes them from;
 * in the main loop a consumer issues Q K(n)^T and P(n-1) V(n-1) together, and then does the softmax of tile n, while
   another consumer has the tensor cores. Key tiles that the mask cuts come first, each by itself, but for the last of
   them, which fills the pipeline;
-* blocks live as long as the kernel. Each draws its next query tile from a counter, the longest first, and hands the
-  number to its consumers through shared memory, so that nobody waits for the slowest.
+* blocks live as long as the kernel. Each draws its next query tile from a counter, the longest first, so that nobody
+  waits for the slowest. Consumers hear of it by mail: the producer puts all that is known of a query tile into shared
+  memory, while they are still busy with the one before.
+
+A head dim is one piece, a power of two wide, or two: 80 is 64 + 16, and 192 is 128 + 64. Operands are tuples of their
+pieces, and so are their places in shared memory.
 
 Barriers: a ring's slot is `full` when TMA has filled it and `empty` when every consumer has read it. A fresh barrier's
 odd phase counts as over, so a producer waits for `phase ^ 1` and finds the first slots empty.
@@ -24,32 +29,64 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from . import hopper as variant
-from ._consumer import ROWS, consume, load_by_tma
+from ._consumer import consume, leave, load_by_tma
+from ._steps import LETTER, ROWS
 
 # -- the producer --------------------------------------------------------------------------------
 
 
 @gluon.jit
-def produce(Q, K, V, counter, q_s, k_s, v_s, next_s, bars, tiles, args, CONFIG):
-    """Copies what the consumers of this block will need, in the order in which they will."""
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, next_full, next_empty = bars
+def load(X, b, h, row, slot, bar, X_s):
+    """Copies a tile, piece by piece, to its slot; the barrier hears of all its bytes."""
+    if len(X) == 1:
+        mbarrier.expect(bar, X[0].block_type.nbytes)
+    else:
+        mbarrier.expect(bar, X[0].block_type.nbytes + X[1].block_type.nbytes)
+    for n in gl.static_range(len(X)):
+        load_by_tma(X[n], [b, h, row, n * X[0].block_type.shape[3]], bar, X_s[n].index(slot))
+
+
+@gluon.jit
+def post(mail, slot, numbers):
+    """Puts numbers of 32 bits into a slot of the mail."""
+    SIZE: gl.constexpr = mail.shape[0] // 2
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    for n in gl.static_range(len(numbers)):
+        bits = numbers[n]
+        if bits.dtype == gl.float32:
+            bits = bits.to(gl.int32, bitcast=True)
+        mail.index(slot * SIZE + n).store(gl.full([1], 0, gl.int32, one) + bits)
+
+
+@gluon.jit
+def produce(maps, counter, lost, places, mail, bars, tiles, args, CONFIG):
+    """Draws query tiles, tells the consumers about them, and copies what they will need in the order in which they do.
+
+    What travels by mail of a query tile: how many key tiles (0: there is no more to do), how many of them are cut, the
+    first query's place in the sequence, its batch entry, head and row in the operands, how many queries are left from
+    there, the program that would do the tile again, and the variant's own numbers.
+    """
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, x_full, x_empty, mail_full, mail_empty = bars
+    Q, K, V, X = maps
+    q_s, k_s, v_s, x_s = places
     BN: gl.constexpr = CONFIG[0]
     CONSUMERS: gl.constexpr = CONFIG[1]
     STAGES: gl.constexpr = CONFIG[2]
     Q_STAGES: gl.constexpr = CONFIG[3]
-    GROUP: gl.constexpr = CONFIG[4]
     BM: gl.constexpr = ROWS * CONSUMERS
-    one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     copied = 0  # tiles of K: slot = copied % STAGES, phase = copied // STAGES % 2
     done = 0  # query tiles
     number = gl.program_id(0)
     while number < tiles:
         following = gl.atomic_add(counter, 1) + gl.num_programs(0)
-        mbarrier.wait(next_empty.index(done & 1), ((done >> 1) & 1) ^ 1)
-        next_s.index(done & 1).store(gl.full([1], 0, gl.int32, one) + following)
-        mbarrier.arrive(next_full.index(done & 1), count=1)
-        b, h, hk, row0 = variant.place(number, args, BM, GROUP)
-        cuts, wholes, s = variant.walk(b, h, row0, args, BM, BN)
+        at, where = variant.place(number, args, BM, CONFIG[6], CONFIG[7])
+        b, h, hk, hv, first_query, first_key, row0, again = where
+        cuts, wholes, s = variant.walk(at, args, BM, BN)
+        mbarrier.wait(mail_empty.index(done & 1), ((done >> 1) & 1) ^ 1)
+        post(
+            mail, done & 1, (cuts + wholes, cuts, row0, b, h, first_query, s[CONFIG[12]] - row0, again) + s[CONFIG[9] :]
+        )
+        mbarrier.arrive(mail_full.index(done & 1), count=1)
         for t in range(0, cuts + wholes):
             if t < cuts:
                 n = variant.cut(t, s, args, BN)
@@ -58,26 +95,56 @@ def produce(Q, K, V, counter, q_s, k_s, v_s, next_s, bars, tiles, args, CONFIG):
             slot = copied % STAGES
             phase = (copied // STAGES) & 1
             mbarrier.wait(k_empty.index(slot), phase ^ 1)
-            mbarrier.expect(k_full.index(slot), K.block_type.nbytes)
-            load_by_tma(K, [b, hk, n, 0], k_full.index(slot), k_s.index(slot))
+            load(K, b, hk, first_key + n, slot, k_full.index(slot), k_s)
             if t == 0:
                 for c in gl.static_range(CONSUMERS):
-                    at = (done % Q_STAGES) * CONSUMERS + c
-                    mbarrier.wait(q_empty.index(at), ((done // Q_STAGES) & 1) ^ 1)
-                    mbarrier.expect(q_full.index(at), Q.block_type.nbytes)
-                    load_by_tma(Q, [b, h, row0 + c * ROWS, 0], q_full.index(at), q_s.index(at))
+                    place = (done % Q_STAGES) * CONSUMERS + c
+                    mbarrier.wait(q_empty.index(place), ((done // Q_STAGES) & 1) ^ 1)
+                    load(Q, b, h, first_query + c * ROWS, place, q_full.index(place), q_s)
+            if len(X) > 0:
+                for c in gl.static_range(CONSUMERS):
+                    table, column = variant.beside(n, row0 + c * ROWS, at, args)
+                    mbarrier.wait(x_empty.index(c), (copied & 1) ^ 1)
+                    mbarrier.expect(x_full.index(c), X[0].block_type.nbytes)
+                    load_by_tma(X[0], [0, table, 0, column], x_full.index(c), x_s[0].index(c))
             mbarrier.wait(v_empty.index(slot), phase ^ 1)
-            mbarrier.expect(v_full.index(slot), V.block_type.nbytes)
-            load_by_tma(V, [b, hk, n, 0], v_full.index(slot), v_s.index(slot))
+            load(V, b, hv, first_key + n, slot, v_full.index(slot), v_s)
             copied += 1
         number = following
         done += 1
-    if gl.atomic_add(counter + 1, 1) == gl.num_programs(0) - 1:  # the last one out leaves the counter as it was
-        gl.store(counter, 0)
-        gl.store(counter + 1, 0)
+    mbarrier.wait(mail_empty.index(done & 1), ((done >> 1) & 1) ^ 1)
+    post(mail, done & 1, (done * 0,))
+    mbarrier.arrive(mail_full.index(done & 1), count=1)
+    leave(counter, lost, CONSUMERS * CONFIG[8] + 1, CONFIG[8])
 
 
 # -- the kernel ----------------------------------------------------------------------------------
+
+
+@gluon.jit
+def pieces(first, second):
+    """A tuple of what is there of two."""
+    there = ()
+    if first is not None:
+        there = (first,)
+    if second is not None:
+        there = (first, second)
+    return there
+
+
+@gluon.jit
+def room(X, COUNT: gl.constexpr, LINES: gl.constexpr):
+    shape: gl.constexpr = [COUNT, 1, 1, LINES, X.block_type.shape[3]]
+    return gl.allocate_shared_memory(X.dtype, shape, X.layout)
+
+
+@gluon.jit
+def rooms(X, COUNT: gl.constexpr, LINES: gl.constexpr):
+    """Shared memory for so many tiles of so many rows and an operand's columns, piece by piece."""
+    made = ()
+    for n in gl.static_range(len(X)):
+        made = made + (room(X[n], COUNT, LINES),)
+    return made
 
 
 @gluon.jit
@@ -90,50 +157,78 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 @gluon.jit
 def forward(
-    Q, K, V, O, LSE, lost, counter,
-    lse_s0, lse_s1, lse_s2,
+    Q0, Q1, K0, K1, V0, V1, O0, O1, X0, out, LSE, lost, counter,
+    out_h, out_s, columns, lse_b, lse_h, lse_s,
     tiles, args,
     BN: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, GROUP: gl.constexpr,
-    TURNS: gl.constexpr, REGISTERS: gl.constexpr, WRITE_LSE: gl.constexpr, HEADS: gl.constexpr,
-    MARK_LOST: gl.constexpr,
+    TURNS: gl.constexpr, REGISTERS: gl.constexpr, AGAIN: gl.constexpr, WRITE_LSE: gl.constexpr,
+    MARK_LOST: gl.constexpr, NUMBERS: gl.constexpr, KNOWN: gl.constexpr, FLOATS: gl.constexpr,
+    FACTOR: gl.constexpr, QUERIES: gl.constexpr, KEYS: gl.constexpr, READS_ROWS: gl.constexpr,
+    OWN_ROOM: gl.constexpr,
 ):  # fmt: skip
-    """The forward pass; Q K V O are tensor maps of [b, h, row, column], O's block that of Q.
+    """The forward pass.
 
     Args:
-        lost: [B, HEADS, blocks of 64 rows, from the last] int32, 1 where NaN is in the output; where MARK_LOST.
-        counter: two zeros, and zeros again when the kernel ends.
+        Q0, Q1, K0, ...: tensor maps of [b, h, row, column], one for each piece of an operand.
+        X0: a tensor map of what is read beside the products, as a tile for each of theirs; else None.
+        out: the output itself, of so many columns, where sequences are packed: TMA would write into the next one. Its
+            maps are None then.
+        lost: int32: how many query tiles hold NaN in the output, and the programs that would do them again, of AGAIN
+            rows each; where MARK_LOST.
+        counter: three zeros, and zeros again when the kernel ends.
         tiles: query tiles of all heads.
         args: what the variant's functions take.
+        NUMBERS, KNOWN, FLOATS: how many numbers the variant knows of a query tile, how many of them it knows before
+            there is one, and how many of the others are floats, which stand before integers.
+        FACTOR, QUERIES, KEYS: which of them are the factor from scores to units of log 2, and the lengths.
+        READS_ROWS: whether what the variant knows of rows comes from memory, and so is better kept than found again.
+        OWN_ROOM: whether the output does not leave by way of Q's shared memory, because its pieces are others.
     """
-    q_s = gl.allocate_shared_memory(Q.dtype, [CONSUMERS * Q_STAGES] + Q.block_type.shape, Q.layout)
-    k_s = gl.allocate_shared_memory(K.dtype, [STAGES] + K.block_type.shape, K.layout)
-    v_s = gl.allocate_shared_memory(V.dtype, [STAGES] + V.block_type.shape, V.layout)
-    next_s = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    maps = (pieces(Q0, Q1), pieces(K0, K1), pieces(V0, V1), pieces(X0, None))
+    O = pieces(O0, O1)
+    q_s = rooms(maps[0], CONSUMERS * Q_STAGES, ROWS)
+    k_s, v_s, x_s = rooms(maps[1], STAGES, BN), rooms(maps[2], STAGES, BN), rooms(maps[3], CONSUMERS, ROWS)
+    places = (q_s, k_s, v_s, x_s)
+    if OWN_ROOM:
+        o_s = rooms(maps[2], CONSUMERS, ROWS)
+    else:
+        o_s = q_s
+    mail = gl.allocate_shared_memory(
+        gl.int32, [2 * (LETTER + NUMBERS - KNOWN), 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
     q_full, q_empty = barriers(CONSUMERS * Q_STAGES, 1), barriers(CONSUMERS * Q_STAGES, 1)
     k_full, k_empty = barriers(STAGES, 1), barriers(STAGES, CONSUMERS)  # a consumer arrives once, not once a thread
     v_full, v_empty = barriers(STAGES, 1), barriers(STAGES, CONSUMERS)
-    next_full, next_empty = barriers(2, 1), barriers(2, CONSUMERS)
-    bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty, next_full, next_empty)
-    lse_strides = (lse_s0, lse_s1, lse_s2)
+    x_full, x_empty = barriers(CONSUMERS, 1), barriers(CONSUMERS, 1)
+    mail_full, mail_empty = barriers(2, 1), barriers(2, CONSUMERS)
+    bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty, x_full, x_empty, mail_full, mail_empty)
+    sinks = (out, out_h, out_s, columns, LSE, lse_b, lse_h, lse_s, lost, counter)
     # constants stay constants only where they are written inside the call; the first entry runs on the kernel's warps
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (consume, (0, O, LSE, lost, lse_strides, q_s, k_s, v_s, next_s, bars, tiles, args,
-                       (BN, CONSUMERS, STAGES, Q_STAGES, GROUP, TURNS, WRITE_LSE, HEADS, MARK_LOST))),
-            (consume, (1, O, LSE, lost, lse_strides, q_s, k_s, v_s, next_s, bars, tiles, args,
-                       (BN, CONSUMERS, STAGES, Q_STAGES, GROUP, TURNS, WRITE_LSE, HEADS, MARK_LOST))),
-            (produce, (Q, K, V, counter, q_s, k_s, v_s, next_s, bars, tiles, args,
-                       (BN, CONSUMERS, STAGES, Q_STAGES, GROUP))),
+            (consume, (0, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
+                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, WRITE_LSE, GROUP, AGAIN, MARK_LOST,
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS))),
+            (consume, (1, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
+                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, WRITE_LSE, GROUP, AGAIN, MARK_LOST,
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS))),
+            (produce, (maps, counter, lost, places, mail, bars, tiles, args,
+                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, WRITE_LSE, GROUP, AGAIN, MARK_LOST,
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS))),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.static_assert(CONSUMERS == 3)
         gl.warp_specialize([
-            (consume, (0, O, LSE, lost, lse_strides, q_s, k_s, v_s, next_s, bars, tiles, args,
-                       (BN, CONSUMERS, STAGES, Q_STAGES, GROUP, TURNS, WRITE_LSE, HEADS, MARK_LOST))),
-            (consume, (1, O, LSE, lost, lse_strides, q_s, k_s, v_s, next_s, bars, tiles, args,
-                       (BN, CONSUMERS, STAGES, Q_STAGES, GROUP, TURNS, WRITE_LSE, HEADS, MARK_LOST))),
-            (consume, (2, O, LSE, lost, lse_strides, q_s, k_s, v_s, next_s, bars, tiles, args,
-                       (BN, CONSUMERS, STAGES, Q_STAGES, GROUP, TURNS, WRITE_LSE, HEADS, MARK_LOST))),
-            (produce, (Q, K, V, counter, q_s, k_s, v_s, next_s, bars, tiles, args,
-                       (BN, CONSUMERS, STAGES, Q_STAGES, GROUP))),
+            (consume, (0, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
+                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, WRITE_LSE, GROUP, AGAIN, MARK_LOST,
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS))),
+            (consume, (1, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
+                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, WRITE_LSE, GROUP, AGAIN, MARK_LOST,
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS))),
+            (consume, (2, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
+                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, WRITE_LSE, GROUP, AGAIN, MARK_LOST,
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS))),
+            (produce, (maps, counter, lost, places, mail, bars, tiles, args,
+                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, WRITE_LSE, GROUP, AGAIN, MARK_LOST,
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS))),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
-from attncc.codegen.source import Writer, definitions, function_names
-from attncc.codegen.triton import Printer, handles, strides
+from attncc.codegen.source import WIDTH, Writer, definitions, filled, function_names
+from attncc.codegen.triton import CALL, Printer, handles, strides
 from attncc.errors import CompilerBug
 from attncc.ir.tile import Engine, Function, Param
 
 ROLES: Final[Mapping[str, tuple[str, ...]]] = {
-    "place": ("number", "args", "BM", "GROUP"),
-    "walk": ("b", "h", "row0", "args", "BM", "BN"),
+    "known": ("args",),
+    "place": ("number", "args", "BM", "GROUP", "AGAIN"),
+    "walk": ("at", "args", "BM", "BN"),
     "cut": ("t", "s", "args", "BN"),
     "whole": ("t", "s", "args", "BN"),
+    "beside": ("n", "row0", "at", "args"),
     "rows": ("rows", "s", "args"),
-    "score": ("qk", "j", "r", "s", "args"),
+    "score": ("qk", "beside", "j", "r", "s", "args"),
     "keep": ("j", "r", "s", "args"),
     "finish": ("m", "total", "r", "s", "args"),
 }
-"""What each function is given: `s` is the tile's tuple, `r` that of its rows."""
-CONSTANTS: Final = frozenset({"BM", "BN", "GROUP"})
+"""What each function is given: `at` tells where a query tile is, `s` is the tile's tuple, `r` that of its rows."""
+APPROXIMATE: Final = {"tanh": "tanh_approx"}
+"""Helpers by which a GPU computes faster than to the last bit; it makes 0.015 of a logit where a softcap is 30."""
+CONSTANTS: Final = frozenset({"BM", "BN", "GROUP", "AGAIN"})
 
 
 def print_engine(engine: Engine) -> list[str]:
@@ -57,23 +61,36 @@ def _print(engine: Engine, f: Function) -> str:
     w.line(f"def {f.name}({signature}):")
     tuples = {
         "args": argument_names(engine.args),
+        "at": [str(e.attr) for e in engine.place],
         "s": [str(e.attr) for e in engine.tile],
         "r": [str(e.attr) for e in engine.rows],
     }
-    printer = Printer(f.params, {}, {})
+    printer = Printer(f.params, {}, {}, CALL | ({} if engine.exact else APPROXIMATE))
     needed = {text for p in f.params for text in _names_of(p)} - {*role}
     with w.indented():
         w.line(f'"""{f.doc}"""')
         for group, names in tuples.items():
             if group in role and needed & {*names}:
+                names = [f"_{text}" if text in role else text for text in names]
                 needed -= {*names}
-                w.line(f"{', '.join(names)}{',' * (len(names) == 1)} = {group}")
+                _unpack(w, names, group)
         if needed - CONSTANTS:
             raise CompilerBug(f"{f.name} reads {sorted(needed)}, which its role does not give it")
         for s in f.body:
             printer.statement(w, s)
         w.line(f"return {_results(engine, f)}")
     return w.text().rstrip()
+
+
+def _unpack(w: Writer, names: Sequence[str], group: str) -> None:
+    text = f"{', '.join(names)}{',' * (len(names) == 1)} = {group}"
+    if len(text) <= WIDTH - 4:
+        w.line(text)
+        return
+    w.line("(")
+    with w.indented():
+        w.block(filled(names))
+    w.line(f") = {group}")
 
 
 def _names_of(p: Param) -> list[str]:
@@ -83,10 +100,13 @@ def _names_of(p: Param) -> list[str]:
 def _results(engine: Engine, f: Function) -> str:
     texts = [str(r.attr) for r in f.results]
     match f.name:
+        case "place":
+            own = len(engine.place)
+            return f"({', '.join(texts[:own])}), ({', '.join(texts[own:])})"
         case "walk":
             own = len(texts) - len(engine.tile)
             return f"{', '.join(texts[:own])}, ({', '.join(texts[own:])})"
-        case "rows":
-            return f"({', '.join(texts)},)"
+        case "rows" | "known":
+            return f"({', '.join(texts)}{',' * (len(texts) == 1)})"
         case _:
             return ", ".join(texts)

@@ -26,6 +26,8 @@ LENGTH: Final = 4096
 """Queries and keys of the call that it is compiled for; no constant depends on them."""
 PATIENCE: Final = 120
 """Seconds."""
+FEW: Final = 6
+"""Words that all consumers together may reload in a turn of some 450 instructions each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class Findings:
     """Why it must not run; empty if it may."""
     instructions: dict[str, int] = field(default_factory=dict[str, int])
     loop: dict[str, int] = field(default_factory=dict[str, int])
-    """Counts by kind, in all and in the innermost loops that multiply."""
+    """Counts by kind, in all and in the shortest turn of the innermost loops that multiply."""
     shared_bytes: int = 0
 
 
@@ -86,17 +88,19 @@ def _arguments(package: Any) -> tuple[Any, list[Any], dict[str, int]]:
     runner = getattr(runner, "gpu", runner)
     sizes = {axis: x.fixed or (2 if axis == "B" else LENGTH) for axis, x in variant.sizes.items()}
     fill = import_module(f"{package.__name__}._checks").fill
+    sizes["B + 1"] = sizes["B"] + 1  # sequences are packed between so many marks
     tensors = [torch.zeros(fill(t.axes, sizes), dtype=t.dtype) for t in variant.tensors]
     plan = SimpleNamespace(output=fill(variant.output, sizes), lse=fill(variant.lse, sizes) if variant.lse else None)
     config = next(c for m in variant.configs.values() for _, c in m.TABLE if c.get("ENGINE"))
     numbers = sizes | dict(config) | {"WRITE_LSE": int(plan.lse is not None)}
     kernel = next(k for k in variant.kernels if k.launcher is not None)
-    options = {"num_warps": config["num_warps"]}
-    shapes = runner.shapes(tensors, plan, numbers)
-    launch = runner.bind(kernel, shapes, numbers, {"TMA": True}, options)
-    made = {"o": tensors[0].dtype, "lse": torch.float32} | {s.name: s.dtype for s in variant.scratch}
+    shapes = runner.shapes(tensors, plan, numbers, [kernel])
+    launch = runner.bind(kernel, shapes, numbers, {"TMA": True}, {})
+    made = {"o": tensors[0].dtype, "lse": torch.float32} | {
+        s.name: s.dtype for s in variant.scratch if s.name in shapes
+    }
     given = [*tensors, *(torch.zeros(shapes[name].shape, dtype=dtype) for name, dtype in made.items())]
-    return kernel.function, launch.prepared(given, 0.1), options
+    return kernel.function, launch.prepared(given, 0.1), launch.options
 
 
 def _always(value: Any) -> Callable[..., Any]:
@@ -120,8 +124,8 @@ def _judge(made: Any) -> Findings:
     counts = assembly.read(text, assembly.SASS)
     reasons = [f"ptxas serialises its products ({note})" for note in re.findall(r"C75\d\d", said.stdout + said.stderr)]
     reasons += [f"ptxas reads UR{u.register} before it is written: {u.instruction}" for u in undefined(text)[:1]]
-    reasons += ["registers of the main loop spill"] * (counts.loop.get("spill_load", 0) > 0)
-    return Findings(tuple(dict.fromkeys(reasons)), dict(counts.total), dict(counts.loop), made.metadata.shared)
+    reasons += ["registers of the main loop spill"] * (counts.turn.get("spill_load", 0) > FEW)
+    return Findings(tuple(dict.fromkeys(reasons)), dict(counts.total), dict(counts.turn), made.metadata.shared)
 
 
 def _main(folder: Path) -> None:
@@ -134,7 +138,7 @@ def _main(folder: Path) -> None:
     sys.path.insert(0, str(folder.parent))
     package = importlib.import_module(folder.name)
     engine: Any = import_module(f"{folder.name}._engine")
-    engine.counter = lambda: torch.zeros(2, dtype=torch.int32)
+    engine.counter = lambda: torch.zeros(3, dtype=torch.int32)
     function, given, options = _arguments(package)
     print(json.dumps(asdict(_judge(function.warmup(*given, grid=(132,), **options)))))
 

@@ -17,7 +17,7 @@ from attncc.codegen.source import Writer, filled, module_text
 from attncc.codegen.triton import print_kernels
 from attncc.ir.attention import SIZE_NAMES, Attention, Size
 from attncc.ir.expr import Dtype, const, eq, name
-from attncc.ir.tile import Kernel, Launch, Program
+from attncc.ir.tile import Kernel, Launch, Program, Scratch
 
 TORCH_DTYPE: Final[Mapping[str, str]] = {
     "bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "int32": "int32", "int64": "int64", "int8": "int8",
@@ -44,6 +44,16 @@ def uses_engine(configs: TargetConfigs) -> bool:
     return any(config.get("ENGINE") for _, config in configs.rows)
 
 
+def without_engine(program: Program) -> Program:
+    """The program of portable kernels alone."""
+    behind = {launch.kernel for launch in program.engine.after} if program.engine else frozenset[str]()
+    return replace(program, engine=None, kernels=tuple(k for k in program.kernels if k.name not in behind))
+
+
+def scratch_of(program: Program) -> tuple[Scratch, ...]:
+    return program.scratch if program.engine is None else (*program.scratch, *program.engine.scratch)
+
+
 def emit(
     attn: Attention,
     program: Program,
@@ -64,9 +74,10 @@ def emit(
         libraries: machine code for CPUs by the name of the instruction set.
         cubins: machine code for NVIDIA GPUs by architecture, in place of Triton kernels.
     """
+    program = program if any(map(uses_engine, targets)) else without_engine(program)
     texts, flags = print_kernels(program)
     header = _header(attn, program, made_by, digest)
-    engine = program.engine if any(map(uses_engine, targets)) else None
+    engine = program.engine
     hopper: dict[str, str | bytes] = (
         {}
         if engine is None
@@ -74,6 +85,7 @@ def emit(
             "hopper.py": _hopper(attn, print_engine(engine), header),
             "_hopper.py": module_text("_hopper"),
             "_consumer.py": module_text("_consumer"),
+            "_steps.py": module_text("_steps"),
             "_engine.py": module_text("_engine"),
         }
     )
@@ -89,7 +101,7 @@ def emit(
     cuda: dict[str, str | bytes] = {"_cuda.py": module_text("_cuda")}
     cuda |= {f"cuda/{arch}.cubin": built.code for arch, built in cubins.items()}
     return {
-        "__init__.py": _init(attn, replace(program, engine=engine), flags, targets, header, bool(libraries), cubins),
+        "__init__.py": _init(attn, program, flags, targets, header, bool(libraries), cubins),
         "_runtime.py": module_text("_runtime"),
         "_checks.py": module_text("_checks"),
         **(gpu | hopper if targets else {}),
@@ -198,14 +210,14 @@ def _init(
     w.line(f"from . import {', '.join(name for name, used in sides.items() if used)}")
     w.block([f"from .configs import {', '.join(sorted(t.target for t in targets))}"] if targets else [])
     w.line("from ._checks import Size, Tensor")
-    kinds = ["Kernel", *(["Scratch"] if program.scratch else [])] if targets else []
+    kinds = ["Kernel", *(["Scratch"] if scratch_of(program) else [])] if targets else []
     w.line(f"from ._runtime import {', '.join([*kinds, 'Variant'])}")
     w.line()
     for kernel in program.kernels if targets else ():
         kernel_parameters(w, kernel, flags[kernel.name], parameters_name(attn, kernel))
         w.line()
     if program.engine is not None:
-        engine_parameters(w, attn, program, program.engine)
+        engine_parameters(w, attn, program.engine)
         w.line()
     w.block(body.text().splitlines())
     w.line()
@@ -279,23 +291,27 @@ def _gpu_fields(w: Writer, attn: Attention, program: Program, targets: Sequence[
             for launch in program.engine.after:
                 _launch(w, attn, program.kernel(launch.kernel), replace(launch, when=name("ENGINE") > 0))
     w.line("),")
-    w.line("scratch=(" + ("),") * (not program.scratch))
+    scratch = scratch_of(program)
+    w.line("scratch=(" + ("),") * (not scratch))
     with w.indented():
-        for s in program.scratch:
+        for s in scratch:
             shape = tuple_text(map(host_expr, s.shape))
             w.entry(f'Scratch("{s.name}", lambda n: {shape}, torch.{SCRATCH_DTYPE[s.dtype]})')
-    w.block(["),"] * bool(program.scratch))
+    w.block(["),"] * bool(scratch))
     w.line(f"configs={{{', '.join(_quoted(t.target) for t in sorted(targets, key=lambda t: t.target))}}},")
     if program.engine is not None:
         w.line(f'examined="{version("triton")}",')
 
 
 def _launches(program: Program) -> list[Launch]:
-    """Of portable kernels: where the engine stands beside them they are for calls that it does not serve."""
+    """Of portable kernels: where an engine takes the place of one, that is for calls which it does not serve."""
     if program.engine is None:
         return [*program.launches]
-    idle = eq(name("ENGINE"), const(0))
-    return [replace(x, when=idle if x.when is None else idle & x.when) for x in program.launches]
+    idle, replaced = eq(name("ENGINE"), const(0)), program.engine.replaces
+    return [
+        replace(x, when=idle if x.when is None else idle & x.when) if x.kernel == replaced else x
+        for x in program.launches
+    ]
 
 
 def _operand_axes(attn: Attention, program: Program) -> dict[str, str]:

@@ -8,9 +8,9 @@ from attncc.codegen.host import host_function
 from attncc.codegen.source import Writer, filled
 from attncc.codegen.triton import handles, strides
 from attncc.ir.attention import Attention
-from attncc.ir.build import quotient
-from attncc.ir.expr import Dim, name
-from attncc.ir.tile import Engine, Kernel, Param, Program
+from attncc.ir.expr import FLOATS, Dim, name
+from attncc.ir.rewrite import buffers
+from attncc.ir.tile import Engine, Kernel, Param, reads
 
 
 def mapping(m: Mapping[str, int]) -> str:
@@ -60,39 +60,69 @@ def _size(text: str) -> str:
 # -- an engine ---------------------------------------------------------------------------------
 
 
-def engine_parameters(w: Writer, attn: Attention, program: Program, engine: Engine) -> None:
+def _maps(tensor: str, rows: str, widths: Sequence[int]) -> list[str]:
+    """Two places for the pieces of an operand."""
+    maps = [f'("tile", "{tensor}", {rows}, {width})' for width in widths]
+    return [*maps, *['("absent",)'] * (2 - len(maps))]
+
+
+def engine_parameters(w: Writer, attn: Attention, engine: Engine) -> None:
     """A table of the engine's parameters, in the order of its signature."""
-    qk, v = attn.dims.qk, attn.dims.v
-    lost = program.scratch[-1].name if engine.after else "lse"  # not written where nothing can be hidden
-    maps = [f'("tile", "q", 64, {qk})', f'("tile", "k", "E_KEYS", {qk})', f'("tile", "v", "E_KEYS", {v})']
-    tensors = [*maps, f'("tile", "o", 64, {v})', '("tensor", "lse")', f'("tensor", "{lost}")', '("counter",)']
-    numbers = [*(f'("stride", "lse", {axis})' for axis in range(3)), '("programs",)']
+    packed, keys = attn.layout == "varlen", '"E_KEYS"'
+    maps = [*_maps("q", "64", engine.qk), *_maps("k", keys, engine.qk), *_maps("v", keys, engine.v)]
+    maps += _maps("o", "64", () if packed else engine.v)
+    maps += ['("absent",)'] if engine.beside is None else [f'("tile", "{engine.beside.name}", 64, {keys})']
+    lost = engine.scratch[0].name if engine.scratch else "lse"  # not written where nothing can be hidden
+    tensors = ['("tensor", "o")', '("tensor", "lse")', f'("tensor", "{lost}")', '("counter",)']
+    axes = (0, 0, 1) if packed else (0, 1, 2)  # where sequences are packed the batch entry is 0
+    numbers = ['("stride", "o", 1)', '("stride", "o", 2)', '("knob", "COLUMNS")']
+    numbers += [*(f'("stride", "lse", {axis})' for axis in axes), '("programs",)']
     buffers = [p for p in engine.args if p.role == "buffer"]
     args = [
         *(e for p in buffers for e in (f'("tensor", "{_argument(p)}")', *_strides(p))),
         *(_number(p) for p in engine.args if p.role == "scalar"),
     ]
-    knobs = [f'("knob", "{k.name}")' for k in engine.knobs] + ['("knob", "WRITE_LSE")']
+    knobs = [f'("knob", "{k}")' for k in (*(k.name for k in engine.knobs), "BM", "WRITE_LSE", *constants(engine))]
     w.line("# parameters of _hopper.forward")
     w.line("HOPPER = (")
     with w.indented():
+        w.block(filled(maps))
         w.block(filled(tensors))
         w.block(filled(numbers))
         w.block(filled(['("args"', *args[:-1], f"{args[-1]})"]))
-        w.block(filled([*knobs, '("knob", "HEADS")', '("knob", "MARK_LOST")']))
+        w.block(filled(knobs))
     w.line(")")
+
+
+def constants(engine: Engine) -> dict[str, int]:
+    """What is fixed of an engine's launch, in the order of its signature."""
+    at = {str(e.attr): n for n, e in enumerate(engine.tile)}
+    rows = next(f for f in engine.functions if f.name == "rows")
+    return {
+        "MARK_LOST": int(bool(engine.after)),
+        "NUMBERS": len(engine.tile),
+        "KNOWN": len(engine.known),
+        "FLOATS": sum(e.dtype in FLOATS for e in engine.tile[len(engine.known) :]),
+        "FACTOR": at["c"],
+        "QUERIES": at["Sq"],
+        "KEYS": at["Sk"],
+        "READS_ROWS": int(any(buffers(e) for s in rows.body for e in reads(s))),
+        "OWN_ROOM": int(engine.v != engine.qk[: len(engine.v)]),
+    }
 
 
 def engine_launch(w: Writer, attn: Attention, engine: Engine) -> None:
     """Of as many programs as there are query tiles, which its blocks share."""
-    rows = name("E_CONSUMERS") * 64
-    tiles = quotient(name("Sq") + (rows - 1), rows) * name("B") * attn.heads.q
     w.line("Kernel(")
     with w.indented():
         w.line("_hopper.forward,")
-        w.entry(host_function(tiles))
+        w.entry(host_function(engine.grid))
         w.line("HOPPER,")
-        w.line(f"constants={mapping({'HEADS': attn.heads.q, 'MARK_LOST': int(bool(engine.after))})},")
+        fixed = {"COLUMNS": attn.dims.v, **constants(engine)}
+        w.line("constants={")
+        with w.indented():
+            w.block(filled((f'"{name}": {number}' for name, number in fixed.items()), 96))
+        w.line("},")
         w.entry(f"when={host_function(name('ENGINE') > 0)}")
         w.line("launcher=_engine.EngineLaunch,")
     w.line("),")

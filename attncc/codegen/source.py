@@ -59,7 +59,7 @@ def _wrapped_call(text: str, width: int) -> list[str]:
     comma = "," if len(parts) > 1 or body[start - 1 : start].isidentifier() else ""  # ( x, ) would be a tuple
     lines: list[str] = []
     fresh = True
-    for part in parts:
+    for part in filter(None, parts):  # a tuple of one has nothing behind its comma
         if not fresh and len(lines[-1]) + len(part) + 2 <= width:
             lines[-1] += f" {part}{comma}"
             continue

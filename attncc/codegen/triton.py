@@ -65,8 +65,13 @@ class Printer:
     """Prints one function body: it knows its tensors, and notes which helpers and flags it used."""
 
     def __init__(
-        self, params: Iterable[Param], functions: Mapping[str, Function], flags: Mapping[str, list[str]]
+        self,
+        params: Iterable[Param],
+        functions: Mapping[str, Function],
+        flags: Mapping[str, list[str]],
+        calls: Mapping[str, str] = CALL,
     ) -> None:
+        self.calls = calls
         self.params = {p.name: p for p in params}
         self.functions = functions
         self.function_flags = flags
@@ -85,8 +90,8 @@ class Printer:
             return f"tl.floor({self.expr(e.args[0], 8)} / {self.expr(e.args[1], 9)})"
         if e.op == "mod" and e.dtype in FLOATS:
             return f"float_mod({', '.join(map(self.expr, e.args))})"
-        if e.op in CALL:
-            return f"{CALL[e.op]}({', '.join(map(self.expr, e.args))})"
+        if e.op in self.calls:
+            return f"{self.calls[e.op]}({', '.join(map(self.expr, e.args))})"
         return self.structural(e, outer)
 
     def structural(self, e: Expr, outer: int) -> str:

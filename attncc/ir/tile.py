@@ -222,18 +222,34 @@ class Launch:
 class Engine:
     """A fixed kernel of one architecture, and the functions by which it knows its variant.
 
-    What they share travels in tuples: `args` is what a launch has, `tile` the numbers of a query tile, `rows` the
-    vectors of its rows. A function's parameters are entries of these, or arguments that its role gives it.
+    What they share travels in tuples: `args` is what a launch has, `place` tells where a query tile is, `tile` are the
+    numbers known of it (those that are `known` before it is, then floats, then integers), and `rows` the vectors of its
+    rows. A function's parameters are entries of these, or arguments that its role gives it.
     """
 
     name: str
+    replaces: str
+    """The portable kernel in whose place it is launched."""
     functions: tuple[Function, ...]
     args: tuple[Param, ...]
+    known: tuple[Expr, ...]
+    place: tuple[Expr, ...]
     tile: tuple[Expr, ...]
     rows: tuple[Expr, ...]
+    qk: tuple[int, ...]
+    v: tuple[int, ...]
+    """Widths of the pieces of a head dim."""
+    grid: Expr
+    """Query tiles, over sizes and knobs."""
+    exact: bool
+    """Whether functions are computed as well as fp32 allows, however long it takes."""
+    beside: Param | None = None
+    """What is read beside the products, as a tile for each of theirs."""
     knobs: tuple[Knob, ...] = ()
     after: tuple[Launch, ...] = ()
     """Launches of portable kernels that do what it leaves."""
+    scratch: tuple[Scratch, ...] = ()
+    """What those read, and it alone writes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,11 +33,12 @@ def program_faults(program: Program) -> Iterator[Fault]:
 def _launches(program: Program) -> Iterator[Fault]:
     kernels = {k.name: k for k in program.kernels}
     knobs = {k.name for k in program.knobs}
-    launched = {launch.kernel for launch in program.launches}
+    launches = (*program.launches, *(program.engine.after if program.engine else ()))
+    launched = {launch.kernel for launch in launches}
     for name in kernels:
         if name not in launched:
             yield f"kernel {name}", "never launched"
-    for launch in program.launches:
+    for launch in launches:
         where = f"launch {launch.kernel}"
         if launch.kernel not in kernels:
             yield where, "there is no such kernel"
@@ -66,10 +67,11 @@ def _numbers(program: Program) -> Iterator[Fault]:
 
 def _scratch_order(program: Program) -> Iterator[Fault]:
     """Scratch memory is read after an earlier launch wrote it."""
-    scratch = {s.name: s for s in program.scratch}
+    engine = program.engine
+    scratch = {s.name: s for s in (*program.scratch, *(engine.scratch if engine else ()))}
     kernels = {k.name: k for k in program.kernels}
-    written: set[str] = set()
-    for launch in program.launches:
+    written = {s.name for s in engine.scratch} if engine else set[str]()
+    for launch in (*program.launches, *(engine.after if engine else ())):
         kernel = kernels.get(launch.kernel)
         if kernel is None:
             continue

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,12 +17,13 @@ from hypothesis import strategies as st
 from attncc import driver, spec
 from attncc.check.run import imported
 from attncc.codegen.engine import as_gluon, print_engine
-from attncc.codegen.gate import Findings, examine
+from attncc.codegen.gate import FEW, Findings, examine
+from attncc.codegen.parameters import constants
 from attncc.device import find
 from attncc.errors import CompilerBug
 from attncc.ir.tile import Program
 from attncc.passes.lower.defaults import default_configs
-from attncc.passes.lower.hopper import gap
+from attncc.passes.lower.hopper import engine, gap
 
 HEADS = "heads: {q: 6, kv: 2}\n"
 PLAIN = f"{HEADS}dims: 128\n"
@@ -40,42 +42,80 @@ def lowered(body: str) -> tuple[Any, Program]:
     return driver.lower(spec.loads(f"attncc: 1\nname: variant\n{body}\n").attention)
 
 
+@dataclass(frozen=True)
+class Pointer:
+    """An array in memory as Triton sees it."""
+
+    array: np.ndarray
+    at: Any = 0
+
+    def __add__(self, steps: Any) -> Pointer:
+        return Pointer(self.array, self.at + steps)
+
+
+class Float(np.ndarray):
+    """A tile that knows Triton's way to convert."""
+
+    def to(self, dtype: Any) -> np.ndarray:
+        return np.asarray(self, np.float32)
+
+
+def load(pointer: Pointer, mask: Any = True, other: Any = 0) -> Any:
+    flat, mask = pointer.array.reshape(-1), np.asarray(mask)
+    inside = np.where(mask, pointer.at, 0)
+    assert (inside >= 0).all()
+    assert (inside < flat.size).all()
+    return np.where(mask, flat[inside], other)
+
+
 def functions(body: str) -> Any:
     """The variant's functions in NumPy, which computes what Gluon would; the text is attncc's own output."""
-    _, program = lowered(body)
-    assert program.engine is not None, program.engine_gap
-    numpy = SimpleNamespace(constexpr=int, minimum=np.minimum, maximum=np.maximum, where=np.where, log2=np.log2)
+    made = engine(lowered(body)[0])
+    numpy = SimpleNamespace(
+        constexpr=int, minimum=np.minimum, maximum=np.maximum, where=np.where, log2=np.log2, load=load, int64=np.int64
+    )
     scope: dict[str, Any] = {"gl": numpy, "gluon": SimpleNamespace(jit=lambda f: f)}
-    exec("\n".join(print_engine(program.engine)), scope)
-    return SimpleNamespace(**scope)
+    exec("\n".join(print_engine(made)), scope)
+    return SimpleNamespace(**scope, engine=made)
 
 
-def visits(v: Any, b: int, queries: int, keys: int, rows: int, width: int) -> np.ndarray:
+def pairs_of(v: Any, at: Any, row0: int, args: Any, rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and keys of every pair that the engine takes of a query tile, in the sequence."""
+    cuts, wholes, s = v.walk(at, args, rows, width)
+    assert cuts + wholes > 0
+    numbers = dict(zip((str(e.attr) for e in v.engine.tile), s, strict=True))
+    known = [numbers[str(e.attr)] for e in v.engine.known]
+    assert list(v.known(args)) == known
+    r = v.rows(row0 + np.arange(rows), s, args)
+    found = []
+    for t in range(int(cuts + wholes)):
+        n = int(v.cut(t, s, args, width) if t < cuts else v.whole(t - cuts, s, args, width))
+        j = n + np.arange(width)
+        kept = np.ones((rows, width), bool)
+        if t < cuts:
+            kept &= (j < numbers["Sk"])[None] & v.keep(np.clip(j, 0, max(numbers["Sk"] - 1, 0)), r, s, args)
+        kept &= (row0 + np.arange(rows))[:, None] < numbers["Sq"]
+        at_row, key = np.nonzero(kept)
+        found.append((row0 + at_row, j[key]))
+    return tuple(map(np.concatenate, zip(*found, strict=True)))  # type: ignore[return-value]
+
+
+def visits(v: Any, args: Any, lengths: tuple[int, int], rows: int, width: int) -> np.ndarray:
     """How often each pair of head 0 is visited, as the engine walks; every tile of every head must turn up once."""
-    args = (b, queries, keys, 0.1)
+    queries, keys = lengths
     seen = np.zeros((queries, keys), int)
-    places: set[tuple[int, ...]] = set()
-    tiles = -(-queries // rows) * b * 6
+    numbers: set[int] = set()
+    tiles = -(-queries // rows) * 6
     for number in range(tiles):
-        where = tuple(map(int, v.place(number, args, rows, 4)))
-        places.add(where)
-        batch, h, hk, row0 = where
-        assert hk == h // 3
-        if h or batch:
-            continue
-        cuts, wholes, s = v.walk(batch, h, row0, args, rows, width)
-        assert cuts + wholes > 0
-        r = v.rows(row0 + np.arange(rows), s, args)
-        for t in range(int(cuts + wholes)):
-            n = int(v.cut(t, s, args, width) if t < cuts else v.whole(t - cuts, s, args, width))
-            j = n + np.arange(width)
-            kept = np.ones((rows, width), bool)
-            if t < cuts:
-                kept &= (j < keys)[None] & v.keep(np.minimum(j, keys - 1), r, s, args)
-            inside = (row0 + np.arange(rows))[:, None] < queries
-            at, key = np.nonzero(kept & inside)
-            np.add.at(seen, (row0 + at, j[key]), 1)
-    assert len(places) == tiles
+        at, (batch, h, hk, hv, first_query, first_key, row0, again) = v.place(number, args, rows, 4, 64)
+        assert (batch, hk, hv, first_key) == (0, h // 3, h // 3, 0)
+        assert first_query == row0
+        # the kernel that does tiles of 64 rows again finds the head and the rows
+        assert divmod(int(again), -(-queries // 64)) == (h, row0 // 64)
+        numbers.add(int(again))
+        if h == 0:
+            np.add.at(seen, pairs_of(v, at, int(row0), args, rows, width), 1)
+    assert len(numbers) == tiles
     return seen
 
 
@@ -84,21 +124,105 @@ def visits(v: Any, b: int, queries: int, keys: int, rows: int, width: int) -> np
 @given(st.integers(1, 700), st.integers(1, 900), st.sampled_from([(128, 128), (192, 128), (128, 64)]))
 def test_each_visible_pair_is_visited_once(mask: str, queries: int, keys: int, tile: tuple[int, int]) -> None:
     text, brute = MASKS[mask]
-    seen = visits(functions(f"{PLAIN}mask: {text}"), 1, queries, keys, *tile)
+    seen = visits(functions(f"{PLAIN}mask: {text}"), (1, queries, keys, 0.1), (queries, keys), *tile)
     i, j = np.arange(queries)[:, None] + keys - queries, np.arange(keys)[None]
     assert (seen == np.broadcast_to(brute(i, j), seen.shape)).all()
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 300), st.integers(0, 400)), min_size=1, max_size=6),
+    st.sampled_from([(128, 128), (192, 128), (128, 64)]),
+)
+def test_packed_sequences(lengths: list[tuple[int, int]], tile: tuple[int, int]) -> None:
+    """Every row of every sequence sees its own keys, all of them, and TMA is sent to where they are."""
+    v = functions(f"{PLAIN}layout: varlen\nmask: causal")
+    begins = np.cumsum([(0, 0), *lengths], axis=0).astype(np.int32)
+    total = int(begins[-1, 0])
+    rows, width = tile
+    args = (Pointer(begins[:, 0].copy()), 1, Pointer(begins[:, 1].copy()), 1, len(lengths), total, 0, 0.1)
+    seen: Counter[tuple[int, int, int]] = Counter()
+    for number in range((total // rows + len(lengths)) * 6):
+        at, (batch, h, hk, hv, first_query, first_key, row0, again) = v.place(number, args, rows, 4, 64)
+        assert (batch, hk, hv) == (0, h // 3, h // 3)
+        seq = int(at[0])
+        assert (first_query - row0, first_key) == tuple(begins[seq])
+        behind = divmod(int(again), total // 64 + len(lengths))
+        if row0 < lengths[seq][0]:
+            assert behind == (h, begins[seq, 0] // 64 + seq + row0 // 64)
+        if h == 5 and lengths[seq][1]:
+            at_row, key = pairs_of(v, at, int(row0), args, rows, width)
+            seen.update(zip([seq] * len(key), at_row.tolist(), key.tolist(), strict=True))
+    wanted = {
+        (seq, i, j) for seq, (queries, keys) in enumerate(lengths) for i in range(queries)
+        for j in range(keys) if j <= i + keys - queries
+    }  # fmt: skip
+    assert {*seen} == wanted
+    assert {*seen.values()} <= {1}
+
+
+def test_listed_tiles() -> None:
+    """The list's left end is cut tiles, its right end whole ones; a row of it without any entry still has one tile."""
+    v = functions(f"{PLAIN}inputs: {{on: {{shape: [m, n], dtype: bool}}}}\nmask: on[i // 64, j // 64]")
+    tiles = np.full((3, 8), 10**6, np.int32)
+    tiles[1, :2], tiles[1, 5:] = (6, 1), (5, 0, 3)
+    counts = np.array([[0, 0], [2, 3], [0, 0]], np.int32)
+    on = np.ones((6, 16), bool)
+    args = (Pointer(on), 16, 1, Pointer(tiles), 8, 1, Pointer(counts), 2, 1, 1, 384, 1024, 6, 16, 0.1)
+    cuts, wholes, s = v.walk((0, 2, 1, 128), args, 128, 128)
+    assert (cuts, wholes) == (2, 3)
+    assert [int(v.cut(t, s, args, 128)) for t in range(2)] == [768, 128]
+    assert [int(v.whole(t, s, args, 128)) for t in range(3)] == [384, 0, 640]
+    cuts, wholes, s = v.walk((0, 2, 2, 256), args, 128, 128)
+    assert (cuts, wholes, int(v.cut(0, s, args, 128))) == (1, 0, 0)
+
+
+@pytest.mark.parametrize(("shape", "table"), [("Hq, n", 3), ("n", 0)])
+def test_relative_positions_are_read_as_blocks(shape: str, table: int) -> None:
+    index = "h, i - j + n // 2" if "Hq" in shape else "i - j + n // 2"
+    v = functions(f"{PLAIN}inputs: {{w: {{shape: [{shape}]}}}}\nscore: qk * scale + w[{index}]")
+    args = (*[0] * (v.engine.args[0].rank + 1), 2, 300, 400, 900, 0.25)
+    # the copy has 64 rows for each of five blocks of queries; its columns begin with those of the last block
+    assert tuple(map(int, v.beside(128, 192, (1, 3, 0, 0), args))) == (table, 128 + 320 - 64 - 192)
+    qk, beside = np.ones((64, 4)), np.arange(256.0).reshape(64, 4)
+    beside = np.asarray(beside, np.float32).view(Float)
+    _, _, s = v.walk((1, 3, 1, 192), args, 64, 128)
+    x = v.score(qk, beside, np.arange(4), v.rows(192 + np.arange(64), s, args), s, args)
+    np.testing.assert_allclose(np.asarray(x), 0.25 + np.arange(256.0).reshape(64, 4))
+
+
+def test_value_heads_of_their_own() -> None:
+    v = functions("heads: {q: 6, kv: 2, v: 3}\ndims: 64")
+    _, (_, h, hk, hv, *_) = v.place(5, (1, 64, 64, 0.1), 64, 8, 64)
+    assert (h, hk, hv) == (5, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("dims", "qk", "v", "own_room"),
+    [
+        ("128", (128,), (128,), 0), ("80", (64, 16), (64, 16), 0), ("96", (64, 32), (64, 32), 0),
+        ("32", (32,), (32,), 0), ("112", (128,), (128,), 0), ("208", (256,), (256,), 0),
+        ("{qk: 192, v: 128}", (128, 64), (128,), 0), ("{qk: 128, v: 64}", (128,), (64,), 1),
+        ("{qk: 64, v: 128}", (64,), (128,), 1),
+    ],
+)  # fmt: skip
+def test_head_dims_in_pieces(dims: str, qk: tuple[int, ...], v: tuple[int, ...], own_room: int) -> None:
+    _, program = lowered(f"{HEADS}dims: {dims}")
+    assert program.engine is not None
+    assert (program.engine.qk, program.engine.v) == (qk, v)
+    assert constants(program.engine)["OWN_ROOM"] == own_room
 
 
 def test_scores() -> None:
     v = functions(f"{PLAIN}score: qk * scale + where(j < i - 40, 2.0, 1.0)\nmask: causal")
     args = (2, 300, 400, 0.25)
-    _, _, s = v.walk(1, 3, 128, args, 128, 128)
+    _, _, s = v.walk((1, 3, 1, 128), args, 128, 128)
     r = v.rows(128 + np.arange(128), s, args)
     qk = np.random.default_rng(0).standard_normal((128, 128))
     j = 130 + np.arange(128)
     i = 128 + np.arange(128)[:, None] + 100
     want = (qk * 0.25 + np.where(j < i - 40, 2.0, 1.0)) * np.log2(np.e)
-    np.testing.assert_allclose(v.score(qk, j, r, s, args) * s[2], want, rtol=1e-6)
+    np.testing.assert_allclose(v.score(qk, 0, j, r, s, args) * s[constants(v.engine)["FACTOR"]], want, rtol=1e-6)
 
 
 def test_a_row_s_end() -> None:
@@ -112,16 +236,22 @@ def test_a_row_s_end() -> None:
 @pytest.mark.parametrize(
     ("body", "why"),
     [
-        (f"{HEADS}dims: 96", "head dims other than"),
-        (f"{HEADS}dims: {{qk: 128, v: 64}}", "head dims other than"),
+        (f"{HEADS}dims: 320", "wider than 256"),
+        (f"{HEADS}dims: {{qk: 64, v: 60}}", "multiple of 16 bytes"),
         (f"{PLAIN}layout: varlen", "packed sequences"),
+        (f"{HEADS}dims: 80\nmask: causal", "a piece of 16"),
         (f"{PLAIN}dtype: fp32", "fp32"),
         (f"{PLAIN}normalizer: sigmoid\noutputs: [o]", "softmax"),
-        ("heads: {q: 6, kv: 2, v: 6}\ndims: 64", "value heads"),
-        (f"{PLAIN}inputs: {{on: {{shape: [m, n], dtype: bool}}}}\nmask: on[i // 64, j // 64]", "listed"),
-        (f"{PLAIN}inputs: {{w: {{shape: [Hq, n]}}}}\nscore: qk * scale + w[h, i - j + n // 2]", "relative positions"),
+        (
+            f"{PLAIN}inputs: {{w: {{shape: [Hq, n]}}}}\nscore: qk * scale + w[h, i - j + 9] + w[0, i - j + 8]",
+            "several tables",
+        ),
+        (
+            f"{PLAIN}inputs: {{w: {{shape: [n]}}, on: {{shape: [m, m], dtype: bool}}}}\n"
+            "score: qk * scale + w[i - j + 9]\nmask: on[i // 64, j // 64]",
+            "beside listed",
+        ),
         (f"{PLAIN}score: i * 0.1 - j * 0.2", "without qk"),
-        (f"{HEADS}dims: 256\nmask: causal & window(100)", "wide heads"),
     ],
 )
 def test_what_keeps_the_engine_out(body: str, why: str) -> None:
@@ -137,10 +267,19 @@ def test_other_architectures_have_no_engine(device: str) -> None:
     assert all("ENGINE" not in config for _, config in default_configs(attn, find(device))[0])
 
 
-def test_softcaps_stay_with_portable_kernels() -> None:
-    attn, program = lowered(f"{PLAIN}score: softcap(qk * scale, 30)")
+@pytest.mark.parametrize(("numerics", "helper"), [("fast", "tanh_approx"), ("exact", "tanh")])
+def test_softcaps_use_the_gpu_s_tanh_unless_they_must_be_exact(numerics: str, helper: str) -> None:
+    _, program = lowered(f"{PLAIN}score: softcap(qk * scale, 30)\nnumerics: {{exp: {numerics}}}")
     assert program.engine is not None
-    assert all("ENGINE" not in config for _, config in default_configs(attn, find("sm_90"))[0])
+    text = "\n".join(print_engine(program.engine))
+    assert f"x = {helper}(qk * " in text
+    assert ("tanh.approx.f32" in text) == (numerics == "fast")
+
+
+def test_listed_tiles_are_those_of_the_kernel_that_does_them_again() -> None:
+    attn, _ = lowered(f"{PLAIN}inputs: {{on: {{shape: [m, n], dtype: bool}}}}\nmask: on[i // 64, j // 64]")
+    config = default_configs(attn, find("sm_90"))[0][-1][1]
+    assert (config["BM"], config["BN"]) == (64 * config["E_CONSUMERS"], config["E_KEYS"])
 
 
 def test_only_elementwise_code_becomes_gluon() -> None:
@@ -158,7 +297,10 @@ def test_only_elementwise_code_becomes_gluon() -> None:
     [
         f"{PLAIN}mask: causal & window(100)",
         f"{HEADS}dims: 64\ninputs: {{z: {{shape: [Hq]}}}}\nmask: causal & window(90)\nnormalizer: softmax(sink=z[h])",
-        f"{HEADS}dims: 256",
+        f"{HEADS}dims: 256\nmask: causal & window(100)",
+        f"{HEADS}dims: {{qk: 192, v: 128}}\nmask: causal",
+        f"{HEADS}dims: 80\ninputs: {{w: {{shape: [Hq, n], dtype: bf16}}}}\nscore: qk * scale + w[h, i - j + n // 2]",
+        f"{PLAIN}inputs: {{on: {{shape: [m, n], dtype: bool}}}}\nmask: on[i // 64, j // 64]",
         f"{PLAIN}inputs: {{x: {{shape: [Hq]}}}}\nscore: qk * scale + x[h] * (j - i)\nmask: causal\nlayout: bshd",
     ],
 )
@@ -169,8 +311,8 @@ def test_engines_pass_the_gate(body: str, tmp_path: Path) -> None:
     found = examine(out)
     assert found.reasons == ()
     assert found.loop["wgmma"] > 0
-    assert found.instructions["wgmma"] == 3 * found.loop["wgmma"] // 2  # the loop, the tile before it, a cut tile
-    assert found.loop.get("spill_load", 0) == found.loop.get("spill_store", 0) == 0
+    assert found.instructions["wgmma"] == 2 * found.loop["wgmma"]  # the loop; first scores, last values
+    assert found.loop.get("spill_load", 0) <= FEW
     assert found.shared_bytes <= find("sm_90").shared_bytes_per_block
 
 

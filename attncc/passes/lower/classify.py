@@ -71,9 +71,8 @@ def kernel(attn: Attention) -> Kernel:
     return Kernel(f"{attn.name}_classify", *tidy(params, b.body), (), grid, doc)
 
 
-def walk(b: Builder, attn: Attention, t: QueryTile, visit: Callable[[bool], Callable[[Expr], None]]) -> None:
-    """Both loops of the attention kernel, over the listed tiles."""
-    tiles, counts = lists(attn)
+def find(b: Builder, attn: Attention, t: QueryTile) -> tuple[Expr, Expr]:
+    """Binds a query tile's row of the lists, and the row's last entry."""
     count = query_tiles(attn)
     which: Expr = const(0)
     if _by_head(attn):
@@ -81,7 +80,13 @@ def walk(b: Builder, attn: Attention, t: QueryTile, visit: Callable[[bool], Call
     if _by_batch(attn):
         which = t.scope.values["b"] * attn.heads.q + t.h if _by_head(attn) else t.scope.values["b"]
     listed = b.let("listed", which * count + t.number)
-    last = b.let("last_tile", maximum(cdiv(name("Tk") if is_varlen(attn) else t.keys, BN), 1) - 1)
+    return listed, b.let("last_tile", maximum(cdiv(name("Tk") if is_varlen(attn) else t.keys, BN), 1) - 1)
+
+
+def walk(b: Builder, attn: Attention, t: QueryTile, visit: Callable[[bool], Callable[[Expr], None]]) -> None:
+    """Both loops of the attention kernel, over the listed tiles."""
+    tiles, counts = lists(attn)
+    listed, last = find(b, attn, t)
     b.note("listed from the right: tiles in which every pair counts")
     with b.loop("entry", 0, read(counts, listed, 1)) as entry:
         visit(False)(b.let("n", read(tiles, listed, last - entry) * BN))

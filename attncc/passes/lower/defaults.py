@@ -14,7 +14,7 @@ from attncc.device import Device
 from attncc.errors import Unsupported
 from attncc.ir.attention import Attention
 from attncc.ir.expr import TRUE
-from attncc.ir.rewrite import buffers, names, walk
+from attncc.ir.rewrite import buffers, names
 from attncc.passes.lower.hopper import gap
 from attncc.passes.lower.pieces import pieces
 from attncc.passes.lower.skew import split_diagonals
@@ -39,21 +39,16 @@ def _config(bm: int, bn: int, warps: int, stages: int, registers: int = 0, *, tm
     return {**knobs, "num_warps": warps, "num_stages": stages, "maxnreg": registers}
 
 
-def _engine(keys: int, consumers: int, q_stages: int = 2, turns: int = 1, registers: int = 240) -> Config:
+def _engine(keys: int, consumers: int, q_stages: int = 2, turns: int = 0, registers: int = 240) -> Config:
     return {
         "E_KEYS": keys, "E_CONSUMERS": consumers, "E_STAGES": 2, "E_Q_STAGES": q_stages, "E_GROUP": 8,
         "E_TURNS": turns, "E_REGISTERS": registers,
     }  # fmt: skip
 
 
-def _has_tanh(attn: Attention) -> bool:
-    """Softcaps: measured, portable kernels are a tenth faster, for four programs share a multiprocessor."""
-    return any(node.op == "tanh" for node in walk(attn.part.score))
-
-
-def _is_plain(attn: Attention) -> bool:
-    """Whether scores are the products: nothing else wants registers."""
-    return attn.part.score.op == "mul" and names(attn.part.score) <= {"qk", "scale"}
+def _is_light(attn: Attention) -> bool:
+    """Whether scores are the products and no lists are read: nothing else wants registers."""
+    return attn.part.score.op == "mul" and names(attn.part.score) <= {"qk", "scale"} and not _is_listed(attn)
 
 
 def _widest(attn: Attention) -> int:
@@ -86,6 +81,15 @@ def _both(a: Condition, b: Condition) -> Condition:
 
 def _reads_tiles(attn: Attention) -> bool:
     return bool(split_diagonals(attn)[1])
+
+
+def _reads_wide_tiles(attn: Attention) -> bool:
+    return any(d.dtype == "f32" for d in split_diagonals(attn)[1])
+
+
+def _fills_shared(attn: Attention) -> bool:
+    """Whether two key tiles of 128 and one query tile of 128 are what shared memory holds."""
+    return attn.dims.qk + attn.dims.v <= 320
 
 
 def _is_listed(attn: Attention) -> bool:
@@ -145,9 +149,12 @@ HOPPER: Final = (
     Rule("the widest heads", _always, _config(64, 32, 8, 1, tma=1)),
 )
 ENGINE: Final = (
-    Rule("heads of 64", _both(_up_to(64), _is_plain), _engine(keys=128, consumers=3, registers=160)),
+    Rule("heads up to 64", _both(_up_to(64), _is_light), _engine(keys=128, consumers=3, turns=1, registers=160)),
+    Rule("a wide table beside the scores", _both(_reads_wide_tiles, _up_to(128)), _engine(128, 2, q_stages=1)),
     Rule("heads up to 128", _up_to(128), _engine(keys=128, consumers=2)),
-    Rule("heads of 256", _always, _engine(keys=64, consumers=2, q_stages=1, turns=0)),
+    Rule("a table beside the scores", _reads_tiles, _engine(keys=64, consumers=2, q_stages=1)),
+    Rule("heads up to 160, or of 192 with values of 128", _fills_shared, _engine(128, 2, q_stages=1)),
+    Rule("heads up to 256", _always, _engine(keys=64, consumers=2, q_stages=1)),
 )
 """Of the Hopper engine."""
 BLACKWELL: Final = (
@@ -203,9 +210,13 @@ def default_configs(attn: Attention, device: Device, with_engine: bool = True) -
 def _engine_config(attn: Attention, device: Device) -> Config:
     """What is added for calls that the architecture's engine serves; nothing where it does not carry the variant.
 
-    Portable kernels then only do rows again: 64 at a time, in the order in which the engine marks them.
+    Portable kernels then only do tiles again, 64 rows at a time; where tiles are listed, those of the lists are theirs.
     """
-    if not device.has_wgmma or gap(attn) or _has_tanh(attn):
+    if not device.has_wgmma or gap(attn):
         return {}
     rule = next(r for r in ENGINE if r.applies(attn))
-    return {"BM": 64, "GROUP": 1, "maxnreg": 0, "ENGINE": 1, **rule.config}
+    portable = {"BM": 64, "num_stages": 1, "maxnreg": 0}
+    if _is_listed(attn):
+        portable |= {"BM": 64 * rule.config["E_CONSUMERS"], "BN": rule.config["E_KEYS"], "num_warps": 8}
+        return {**rule.config, **portable, "E_GROUP": 1, "ENGINE": 1}
+    return {**portable, "ENGINE": 1, **rule.config}

@@ -79,7 +79,7 @@ def dense_forward(attn: Attention) -> Program:
     ends at once for all others, redoes those with care.
     """
     hides = may_hide_values(attn)
-    b = Builder(_parameters(attn))
+    b = Builder(parameters(attn))
     if hides:
         b.let("work", const(1))
         with b.when(eq(PASS, 1)):
@@ -90,7 +90,7 @@ def dense_forward(attn: Attention) -> Program:
         if is_varlen(attn):
             b.note("packed launches have a few tiles too many")
         with b.when(t.row0 < t.queries) if is_varlen(attn) else nullcontext():
-            functions.append(_one_tile(b, attn, t))
+            functions.append(one_tile(b, attn, t, careful=eq(PASS, 1)))
     params, body = tidy(b.params.values(), b.body)
     forward = Kernel(
         f"{attn.name}_forward",
@@ -132,7 +132,7 @@ def _writes_lse(attn: Attention) -> bool:
     return attn.wants("lse") and attn.part.normalizer.kind == "softmax"
 
 
-def _parameters(attn: Attention) -> dict[str, Param]:
+def parameters(attn: Attention) -> dict[str, Param]:
     """Everything the kernel reads and writes, in the order of its signature."""
     dtype = VALUE_DTYPE[attn.dtype]
     rows_q, rows_k = (name("Tq"), name("Tk")) if is_varlen(attn) else (name("Sq"), name("Sk"))
@@ -169,8 +169,11 @@ def _parameters(attn: Attention) -> dict[str, Param]:
     return {p.name: p for p in out}
 
 
-def _one_tile(b: Builder, attn: Attention, t: QueryTile) -> Function:
-    """Everything one program does; returns the device function it calls."""
+def one_tile(b: Builder, attn: Attention, t: QueryTile, careful: Expr) -> Function:
+    """Everything one program does; returns the device function it calls.
+
+    `careful`: whether hidden values may be NaN; where that is not known to be, tiles that they spoil are seen to.
+    """
     rule = NORMALIZERS[attn.part.normalizer.kind](attn.part.normalizer)
     columns = pieces(attn.dims.qk)
     for p in columns:
@@ -182,8 +185,8 @@ def _one_tile(b: Builder, attn: Attention, t: QueryTile) -> Function:
     runs = solve_runs(b, key_tiles_of(attn), t.keys, lambda e: share_reads(b, e, t.scope))
     step = _key_tile(b, attn, t, rule, formulas)
     _begin(b, attn, rule)
-    _walk(b, attn, t, runs, step, careful=eq(PASS, 1))
-    if may_hide_values(attn):
+    _walk(b, attn, t, runs, step, careful)
+    if may_hide_values(attn) and careful != TRUE:
         _redo_lost(b, attn, t, rule, runs, step)
     _finish(b, attn, t, rule)
     return step
@@ -268,7 +271,7 @@ def _key_tile(outer: Builder, attn: Attention, t: QueryTile, rule: Rule, formula
         if _reads_at_keys(formulas.score, formulas.diagonals) or _reads_at_keys(formulas.mask):
             b.let("j", minimum(j, t.keys - 1), "past the end, the last one again, so that reads stay inside")
     scope = formulas.scope.with_(j=row(j))
-    score = read_early(b, attn, t, formulas, scope)
+    score = read_early(b, formulas, scope, lambda d: skew.read_tile(d, attn, t, n))
     s: Expr | None = None
     for p, k in zip(columns, keys, strict=True):
         s = dot(name("q" + p.suffix(columns), k.dtype, ("BM", p.width)), trans(k), s)
@@ -299,7 +302,7 @@ def _reads_at_keys(e: Expr, tiled: Collection[str] = ()) -> bool:
     return any(node.op in ("load", "bucket") and node.attr not in tiled and "j" in names(node) for node in walk(e))
 
 
-def read_early(b: Builder, attn: Attention, t: QueryTile, formulas: Formulas, scope: Scope) -> Expr:
+def read_early(b: Builder, formulas: Formulas, scope: Scope, tile_of: Callable[[Diagonal], Expr]) -> Expr:
     """Binds the reads that move with the key but not with qk, before the product whose latency hides theirs."""
 
     bound: dict[Expr, Expr] = {}
@@ -308,8 +311,7 @@ def read_early(b: Builder, attn: Attention, t: QueryTile, formulas: Formulas, sc
         diagonal = formulas.diagonals.get(str(node.attr))
         if diagonal is None:
             return b.let(b.fresh(f"{node.attr}_ij"), scope.bind(node))
-        value = skew.read_tile(diagonal, attn, t, name("n"))
-        return cast_to(b.let(b.fresh(f"{diagonal.read.attr}_ij"), value), node.dtype)
+        return cast_to(b.let(b.fresh(f"{diagonal.read.attr}_ij"), tile_of(diagonal)), node.dtype)
 
     def step(node: Expr) -> Expr | None:
         if node.op not in ("load", "bucket") or "qk" in names(node):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from attncc.ir.attention import Attention, Input
 from attncc.ir.build import Builder, iota, program, quotient, read, remainder
@@ -108,6 +109,16 @@ def at_row(b: Builder, attn: Attention, batch: Expr, h: Expr, number: Expr, row0
     """The dense query tile that begins at row0."""
     zero = const(0)
     return _positions(b, attn, batch, batch, h, number, row0, (name("Sq"), name("Sk")), (zero, zero))
+
+
+PACKED_AT: Final = ("seq", "h", "number", "row0", "Sq", "Sk", "begin", "key_begin")
+"""What tells where a query tile of packed sequences is."""
+
+
+def at_packed_row(b: Builder, attn: Attention) -> QueryTile:
+    """The query tile that `place_packed` found, by the names it gave."""
+    seq, h, number, row0, queries, keys, begin, key_begin = map(name, PACKED_AT)
+    return _positions(b, attn, seq, const(0), h, number, row0, (queries, keys), (begin, key_begin))
 
 
 def place_packed(b: Builder, attn: Attention, h: Expr, number: Expr) -> QueryTile:

@@ -6,28 +6,50 @@ TMA does not take, and to do rows again into which a hidden NaN may have leaked.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
 from attncc.ir.attention import Attention
-from attncc.ir.build import Builder, function, quotient, row
-from attncc.ir.expr import Expr, const, eq, maximum, name, where
-from attncc.ir.rewrite import names, walk
-from attncc.ir.tile import Engine, Function, Launch, Let, Note, Param, Program, Statement, reads
-from attncc.passes.lower import skew
+from attncc.ir.build import Builder, function, quotient, read, row
+from attncc.ir.expr import FLOATS, Expr, const, eq, maximum, name, where
+from attncc.ir.rewrite import names, substitute, walk
+from attncc.ir.tile import Engine, Function, Launch, Let, Note, Param, Program, Scratch, Statement, binds, block, reads
+from attncc.passes.lower import again, classify, skew
 from attncc.passes.lower.forward import Formulas, formulas_of, may_hide_values, read_early
-from attncc.passes.lower.grid import QueryTile, at_row, key_head, order, size_parameters, split_head
+from attncc.passes.lower.grid import (
+    CU_K,
+    CU_Q,
+    PACKED_AT,
+    QueryTile,
+    at_packed_row,
+    at_row,
+    is_varlen,
+    key_head,
+    order,
+    place_dense,
+    place_packed,
+    programs,
+    size_parameters,
+    split_head,
+)
 from attncc.passes.lower.knobs import ENGINE_KNOBS
 from attncc.passes.lower.normalizers import NORMALIZERS, Rule
+from attncc.passes.lower.pieces import pieces
 from attncc.passes.lower.scores import input_param, share_reads
-from attncc.passes.lower.walk import Run, key_tiles_of, number_tiles, solve_runs, tile_at
+from attncc.passes.lower.walk import BN, Run, key_tiles_of, number_tiles, solve_runs, tile_at
 
 NAME: Final = "hopper"
-WIDTHS: Final = (64, 128, 256)
-"""Head dims whose tiles TMA and wgmma take whole."""
-FIXED: Final = ("Sq", "Sk", "c")
-"""What the engine itself reads of a tile: queries, keys, and the factor from scores to units of log 2."""
+ROWS: Final = 64
+"""Of a query tile that one consumer multiplies."""
+PIECES: Final = 2
+"""At most, of a head dim."""
+WIDEST: Final = 256
+FIXED: Final = (name("c", "f32"), name("Sq"), name("Sk"))
+"""What the engine itself reads of a tile: the factor from scores to units of log 2, how many queries, how many keys."""
+DENSE_AT: Final = ("b", "h", "number", "row0")
+"""What tells where a query tile is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +61,21 @@ class Gap:
 
 
 GAPS: Final = (
-    Gap("packed sequences", lambda a: a.layout == "varlen"),
     Gap("a normalizer other than softmax", lambda a: a.part.normalizer.kind != "softmax"),
     Gap("products of fp32", lambda a: a.dtype == "fp32"),
-    Gap("head dims other than 64, 128 and 256", lambda a: a.dims.qk != a.dims.v or a.dims.qk not in WIDTHS),
-    Gap("value heads of their own", lambda a: a.heads.v != a.heads.kv),
-    Gap("key tiles listed from data", lambda a: key_tiles_of(a).listed),
+    Gap("heads wider than 256", lambda a: max(a.dims.qk, a.dims.v) > WIDEST),
+    Gap("rows that are no multiple of 16 bytes", lambda a: a.dims.qk % 8 > 0 or a.dims.v % 8 > 0),
+    Gap("packed sequences, of which no GPU has checked rows beside hidden NaN", is_varlen),
+    Gap(
+        "a mask over heads with a piece of 16 columns, on which a GPU read out of bounds",
+        lambda a: may_hide_values(a) and any(p.width == 16 for d in (a.dims.qk, a.dims.v) for p in pieces(d, PIECES)),
+    ),
     Gap("key tiles skipped by data", lambda a: key_tiles_of(a).skip is not None),
     Gap("a score without qk", lambda a: "qk" not in names(a.part.score)),
-    Gap("relative positions read as tiles", lambda a: bool(skew.split_diagonals(a)[1])),
-    Gap("wide heads under a mask that begins behind the first key", lambda a: a.dims.qk > 128 and _begins_late(a)),
+    Gap("several tables of relative positions", lambda a: len(skew.split_diagonals(a)[1]) > 1),
+    Gap(
+        "relative positions beside listed tiles", lambda a: bool(skew.split_diagonals(a)[1]) and key_tiles_of(a).listed
+    ),
     Gap("ranges over all rows of a tile", lambda a: any(map(_is_over_rows, _bounds(a)))),
 )
 
@@ -62,37 +89,72 @@ def accelerated(attn: Attention, program: Program) -> Program:
     """The program with the engine beside its kernels, where it carries the variant."""
     if why := gap(attn):
         return replace(program, engine_gap=why)
-    after = (Launch(program.kernels[-1].name, (("PASS", 1),)),) if may_hide_values(attn) else ()
-    return replace(program, engine=replace(engine(attn), knobs=ENGINE_KNOBS, after=after))
+    made = replace(engine(attn), replaces=program.kernels[-1].name, knobs=ENGINE_KNOBS)
+    if not may_hide_values(attn):
+        return replace(program, engine=made)
+    kernel = again.kernel(attn)
+    entries = Scratch(again.listed(attn).name, (made.grid * name("E_CONSUMERS") + 1,), "i32")
+    made = replace(made, after=(Launch(kernel.name),), scratch=(entries,))
+    return replace(program, engine=made, kernels=(*program.kernels, kernel))
 
 
 def engine(attn: Attention) -> Engine:
     """What the engine asks of a variant."""
     rule = NORMALIZERS[attn.part.normalizer.kind](attn.part.normalizer)
-    params = [*map(input_param, attn.inputs), *size_parameters(attn), Param("scale", "scalar", "f32")]
+    _, diagonals = skew.split_diagonals(attn)
+    tensors = [*([CU_Q, CU_K] if is_varlen(attn) else []), *map(input_param, attn.inputs)]
+    tensors += classify.lists(attn) if key_tiles_of(attn).listed else ()
+    params = [*tensors, *size_parameters(attn), Param("scale", "scalar", "f32")]
     b = Builder({p.name: p for p in params})
-    t = at_row(b, attn, name("b"), name("h"), quotient(name("row0"), name("BM")), name("row0"))
+    t = at_packed_row(b, attn) if is_varlen(attn) else at_row(b, attn, *map(name, DENSE_AT))
     formulas = formulas_of(b, attn, t, rule)
-    b.let("c", formulas.c, "to units of log 2")
-    runs = solve_runs(b, key_tiles_of(attn), t.keys, lambda e: share_reads(b, e, t.scope))
-    cut, count = _numbered(b, runs.masked, "cut")
-    whole, wholes = _numbered(b, runs.full, "whole")
-    b.let("wholes", wholes)
-    b.let("cuts", where(eq(maximum(count, name("wholes")), const(0)), 1, count), "one at least, that hides all")
+    if formulas.c != FIXED[0]:
+        b.let("c", formulas.c, "to units of log 2")
+    cut, whole = _walk(b, attn, t)
 
-    score, keep, finish = _score(b, attn, t, formulas), _keep(b, formulas), _finish(b, attn, t, rule)
+    score, keep, finish = _score(b, formulas), _keep(b, formulas), _finish(b, attn, t, rule)
     of_tile, of_rows = _parted(b.body)
     wanted = {*_parameters((score, keep, finish))}
     shaped = [e for e in _bound(of_rows) if str(e.attr) in wanted] or [name("rows", "i32", ("BM",))]
     rows = _function("rows", b, of_rows, shaped, "What the formulas know of rows, [rows] or [rows, 1] each.")
-    users = (rows, score, keep, finish, cut, whole)
-    numbers = {str(e.attr): e for e in (*_bound(of_tile), name("b"), name("h"), name("row0"))}
-    own = [numbers[text] for text in dict.fromkeys(_parameters(users)) if text in numbers and text not in FIXED]
-    tile = (*(name(text, "f32" if text == "c" else "i32") for text in FIXED), *own)
-    place = _function("walk", b, of_tile, [name("cuts"), name("wholes"), *tile], WALK)
+    place = _place(attn)
+    at = place.results[: len(PACKED_AT if is_varlen(attn) else DENSE_AT)]
+    numbers = {str(e.attr): e for e in (*at, *_bound(of_tile), *FIXED)}
+    used = dict.fromkeys((*(str(e.attr) for e in FIXED), *_parameters((rows, score, keep, finish, cut, whole))))
+    own = [numbers[text] for text in used if text in numbers]
+    known = _known(of_tile, own, {p.name for p in params})
+    tile = (*known, *(e for e in own if e not in known and e.dtype in FLOATS))
+    tile = (*tile, *(e for e in own if e not in tile))
+    assert all(e.dtype in ("i32", "f32") for e in tile), tile
+    walk_ = _function("walk", b, of_tile, [name("cuts"), name("wholes"), *tile], WALK)
+    known_ = _function("known", b, of_tile, known, "What is known before any query tile is.")
+    functions = (known_, place, walk_, cut, whole, _beside(attn, diagonals), rows, score, keep, finish)
     return Engine(
-        NAME, (_place(attn), place, cut, whole, rows, score, keep, finish), tuple(params), tile, tuple(shaped)
+        NAME,
+        "",
+        functions,
+        tuple(params),
+        known,
+        at,
+        tile,
+        tuple(shaped),
+        tuple(p.width for p in pieces(attn.dims.qk, PIECES)),
+        tuple(p.width for p in pieces(attn.dims.v, PIECES)),
+        substitute(programs(attn), {"BM": name("E_CONSUMERS") * ROWS}),
+        attn.numerics.exp == "exact",
+        next((d.operand for d in diagonals), None),
     )
+
+
+def _known(body: Iterable[Statement], wanted: Sequence[Expr], given: set[str]) -> tuple[Expr, ...]:
+    """Those of the wanted numbers that are the same for every query tile; what is bound twice is not looked at."""
+    lets = [s for s in body if isinstance(s, Let)]
+    bound = Counter(str(s.var.attr) for s in lets)
+    known = {*given}
+    for s in lets:
+        if bound[str(s.var.attr)] == 1 and names(s.value) <= known:
+            known.add(str(s.var.attr))
+    return tuple(e for e in wanted if str(e.attr) in known)
 
 
 WALK: Final = "Tiles cut by the mask or by the end of the keys, whole tiles, and what is known of the query tile."
@@ -103,11 +165,6 @@ def _bounds(attn: Attention) -> Iterator[Expr]:
         yield from (r.lo, r.hi, r.full_lo, r.full_hi)
 
 
-def _begins_late(attn: Attention) -> bool:
-    """Of heads of 256 such tiles spill, and one call of them did not end in its time."""
-    return any(r.lo.value != 0 for r in key_tiles_of(attn).ranges)
-
-
 def _is_over_rows(e: Expr) -> bool:
     return any(node.op in ("rows_min", "rows_max") for node in walk(e))
 
@@ -116,13 +173,66 @@ def _is_over_rows(e: Expr) -> bool:
 
 
 def _place(attn: Attention) -> Function:
-    b = Builder({})
+    """Results: what tells where the tile is, then where TMA finds it, and its number in the list of lost ones."""
+    b = Builder({p.name: p for p in (CU_Q, CU_K)} if is_varlen(attn) else {})
     head, number = order(b, attn, name("number"))
-    _, h = split_head(b, attn, head)
-    b.let("row0", number * name("BM"))
-    b.let("hk", key_head(h, attn, attn.heads.kv))
-    results = [name("b"), name("h"), name("hk"), name("row0")]
-    return _function("place", b, b.body, results, "Where a query tile is: batch entry, head, key head, first row.")
+    if is_varlen(attn):
+        at, head = PACKED_AT, b.let("h", head)
+        t = place_packed(b, attn, head, number)
+        before = quotient(t.first_query, name("BM")) + name("seq")
+    else:
+        at, (batch, h) = DENSE_AT, split_head(b, attn, head)
+        t = place_dense(b, attn, batch, h, number)
+        head, before = name("head"), const(0)
+    b.let("batch", t.batch)
+    for text, heads in (("hk", attn.heads.kv), ("hv", attn.heads.v)):
+        b.let(text, key_head(t.h, attn, heads))
+    b.let("first_query", t.first_query + t.row0)
+    b.let("first_key", t.first_key)
+    number = again.number_of(attn, head, before + quotient(t.row0, name("BM")))
+    b.let("again", substitute(number, {"BM": name("AGAIN")}))
+    coordinates = ("batch", "h", "hk", "hv", "first_query", "first_key", "row0", "again")
+    return _function("place", b, b.body, [name(text) for text in (*at, *coordinates)], PLACE)
+
+
+PLACE: Final = "Where a query tile is: in the sequence; batch entry, heads and rows by which TMA finds it; its number."
+
+
+def _walk(b: Builder, attn: Attention, t: QueryTile) -> tuple[Function, Function]:
+    """Binds how many tiles are cut and whole; the functions from a tile's number to its first key."""
+    key_tiles = key_tiles_of(attn)
+    if key_tiles.listed:
+        cut, whole, cuts = _listed(b, attn, t)
+    else:
+        runs = solve_runs(b, key_tiles, t.keys, lambda e: share_reads(b, e, t.scope))
+        cut, cuts = _numbered(b, runs.masked, "cut")
+        whole, wholes = _numbered(b, runs.full, "whole")
+        b.let("wholes", wholes)
+    b.let("cuts", where(eq(maximum(cuts, name("wholes")), const(0)), 1, cuts), "one at least, that hides all")
+    return cut, whole
+
+
+def _listed(b: Builder, attn: Attention, t: QueryTile) -> tuple[Function, Function, Expr]:
+    """Tiles of the list that another kernel made: what is cut stands on its left, what is whole on its right."""
+    tiles, counts = classify.lists(attn)
+    listed, last = classify.find(b, attn, t)
+    cuts, number = b.let("listed_cuts", read(counts, listed, 0)), name("t")
+    b.let("wholes", read(counts, listed, 1))
+    inner = Builder(b.params)
+    inner.let("n", read(tiles, listed, number, mask=number < cuts) * BN)
+    cut = function("cut", inner, [name("n")], ("BN",), "The first key of cut tile t, or 0.")
+    inner = Builder(b.params)
+    inner.let("n", read(tiles, listed, last - number) * BN)
+    return cut, function("whole", inner, [name("n")], ("BN",), "The first key of whole tile t."), cuts
+
+
+def _beside(attn: Attention, diagonals: Sequence[skew.Diagonal]) -> Function:
+    b = Builder({p.name: p for p in size_parameters(attn)})
+    table, column, doc = const(0), const(0), "Nothing is read beside the products."
+    for d in diagonals:
+        table, column = skew.place(d, attn, name("b"), name("h"), name("row0"), name("n"), ROWS)
+        doc = f"Where the block of {d.name} is that goes with {ROWS} rows and the keys from n on."
+    return function("beside", b, [b.let("table", table), b.let("column", column)], (), doc)
 
 
 def _numbered(b: Builder, runs: tuple[Run, ...], text: str) -> tuple[Function, Expr]:
@@ -138,11 +248,11 @@ def _numbered(b: Builder, runs: tuple[Run, ...], text: str) -> tuple[Function, E
     return function(text, n, [name("n")], ("BN",), f"The first key of {text} tile t."), count
 
 
-def _score(b: Builder, attn: Attention, t: QueryTile, formulas: Formulas) -> Function:
+def _score(b: Builder, formulas: Formulas) -> Function:
     inner = Builder(b.params)
     qk = name("qk", "f32", ("BM", "BN"))
     scope = formulas.scope.with_(j=row(name("j", "i32", ("BN",))))
-    score = read_early(inner, attn, t, formulas, scope)
+    score = read_early(inner, formulas, scope, lambda d: name("beside", d.dtype, ("BM", "BN")))
     inner.let("x", scope.with_(qk=qk).bind(score), "[rows, BN]")
     return function("score", inner, [name("x", "f32", ("BM", "BN"))], (), "Scores of products, but for the factor c.")
 
@@ -167,13 +277,16 @@ def _finish(b: Builder, attn: Attention, t: QueryTile, rule: Rule) -> Function:
 
 def _function(text: str, b: Builder, body: Iterable[Statement], results: Sequence[Expr], doc: str) -> Function:
     """A function around some of a builder's statements, less those that no result needs."""
-    inner = Builder(b.params)
     used = {str(e.attr) for e in results}
+    kept: list[Statement] = []
     for s in reversed([*body]):
-        if isinstance(s, Let) and str(s.var.attr) in used:
-            used = (used - {str(s.var.attr)}) | names(s.value)
-            inner.stack[-1].insert(0, s)
-    return function(text, inner, results, ("BM", "BN", "GROUP"), doc)
+        bound = {str(e.attr) for e in (*binds(s), *_bound(block(s)))}
+        if bound & used:
+            inside = [e for inner in block(s) for e in reads(inner)]
+            used = (used - bound if isinstance(s, Let) else used).union(*map(names, (*reads(s), *inside)))
+            kept.insert(0, s)
+    inner = Builder(b.params, [kept])
+    return function(text, inner, results, ("BM", "BN", "GROUP", "AGAIN"), doc)
 
 
 # -- statements ----------------------------------------------------------------------------------

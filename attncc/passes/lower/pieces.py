@@ -21,17 +21,17 @@ class Piece(NamedTuple):
         return "" if len(pieces) == 1 else f"_{self.column}"
 
 
-def pieces(dim: int) -> tuple[Piece, ...]:
+def pieces(dim: int, most: int = MAX_PIECES) -> tuple[Piece, ...]:
     """A head dim cut at powers of two, widest first: 192 = 128 + 64, 80 = 64 + 16, 72 = 64 + 16 (8 of padding).
 
-    At most `MAX_PIECES`: each costs a product of its own, so the narrowest are rounded up together.
+    At most `most`: each costs a product of its own, so the narrowest are rounded up together.
     """
     covered = -(-dim // MIN_WIDTH) * MIN_WIDTH
     widths = [1 << bit for bit in range(covered.bit_length() - 1, 3, -1) if covered >> bit & 1]
-    if len(widths) > MAX_PIECES:
-        rest = sum(widths[MAX_PIECES - 1 :])
-        widths = [*widths[: MAX_PIECES - 1], 1 << (rest - 1).bit_length()]
+    if len(widths) > most:
+        rest = sum(widths[most - 1 :])
+        widths = [*widths[: most - 1], 1 << (rest - 1).bit_length()]
         if widths[-1] == widths[-2]:  # rounding up met its neighbour: one piece twice as wide
-            return pieces(sum(widths))
+            return pieces(sum(widths), most)
     columns = [sum(widths[:n]) for n in range(len(widths))]
     return tuple(Piece(c, w) for c, w in zip(columns, widths, strict=True))

@@ -14,7 +14,7 @@ from typing import Final
 
 from attncc.ir.attention import Attention
 from attncc.ir.build import Builder, iota, program, quotient, remainder, tile
-from attncc.ir.expr import Dtype, Expr, cast_to, const, load, name
+from attncc.ir.expr import Dtype, Expr, Value, cast_to, const, load, name
 from attncc.ir.rewrite import names, transform
 from attncc.ir.tile import Kernel, Param, Scratch
 from attncc.passes.lower.grid import (
@@ -97,9 +97,9 @@ def columns() -> Expr:
     return padded_queries() + cdiv(name("Sk"), BN) * BN
 
 
-def padded_queries() -> Expr:
+def padded_queries(rows: Value = BM) -> Expr:
     """Rows of all query tiles of a head."""
-    return cdiv(name("Sq"), BM) * BM
+    return cdiv(name("Sq"), rows) * rows
 
 
 def tables(attn: Attention, d: Diagonal) -> Expr:
@@ -114,13 +114,17 @@ def scratch(attn: Attention, diagonals: tuple[Diagonal, ...]) -> tuple[Scratch, 
 
 def read_tile(d: Diagonal, attn: Attention, t: QueryTile, n: Expr) -> Expr:
     """[BM, BN] of a copy, for the keys from n on."""
-    table: Expr = t.h if d.by("h", "hk") else const(0)
-    if d.by("b"):
-        b = t.scope.values["b"]
-        table = b * attn.heads.q + t.h if d.by("h", "hk") else b
-    first = padded_queries() - BM - t.row0
+    table, at = place(d, attn, t.scope.values["b"], t.h, t.row0, n)
     e = tile(d.operand, 0, table, 0, 0, ("BM", "BN"))
-    return Expr(e.op, (*e.args[:3], n + first), e.attr, e.dtype, e.shape)
+    return Expr(e.op, (*e.args[:3], at), e.attr, e.dtype, e.shape)
+
+
+def place(d: Diagonal, attn: Attention, b: Expr, h: Expr, row0: Expr, n: Expr, rows: Value = BM) -> tuple[Expr, Expr]:
+    """Table and column of a copy for the query tile of so many rows from row0 on, and the keys from n on."""
+    table: Expr = h if d.by("h", "hk") else const(0)
+    if d.by("b"):
+        table = b * attn.heads.q + h if d.by("h", "hk") else b
+    return table, n + (padded_queries(rows) - rows - row0)
 
 
 def kernel(attn: Attention, d: Diagonal) -> Kernel:

@@ -14,8 +14,16 @@ from triton.experimental.gluon import language as gl
 
 
 @gluon.jit
-def place(number, args, BM: gl.constexpr, GROUP: gl.constexpr):
-    """Where a query tile is: batch entry, head, key head, first row."""
+def known(args):
+    """What is known before any query tile is."""
+    B, Sq, Sk, scale = args
+    c = scale * 1.4426950408889634  # to units of log 2
+    return (c, Sq, Sk)
+
+
+@gluon.jit
+def place(number, args, BM: gl.constexpr, GROUP: gl.constexpr, AGAIN: gl.constexpr):
+    """Where a query tile is: in the sequence; batch entry, heads and rows by which TMA finds it; its number."""
     B, Sq, Sk, scale = args
     tiles = (Sq + (BM - 1)) // BM
     group = number // (tiles * GROUP)
@@ -26,28 +34,32 @@ def place(number, args, BM: gl.constexpr, GROUP: gl.constexpr):
     b = head // 16
     h = head % 16
     row0 = number * BM
+    batch = b
     hk = h
-    return b, h, hk, row0
+    hv = h
+    first_query = row0
+    first_key = 0
+    again = head * ((Sq + (AGAIN - 1)) // AGAIN) + row0 // AGAIN
+    return (b, h, number, row0), (batch, h, hk, hv, first_query, first_key, row0, again)
 
 
 @gluon.jit
-def walk(b, h, row0, args, BM: gl.constexpr, BN: gl.constexpr):
+def walk(at, args, BM: gl.constexpr, BN: gl.constexpr):
     """Tiles cut by the mask or by the end of the keys, whole tiles, and what is known of the query tile."""
     B, Sq, Sk, scale = args
     c = scale * 1.4426950408889634  # to units of log 2
-    c = c  # to units of log 2
     full_end = Sk // BN * BN
     cut_0 = (gl.maximum(Sk - full_end, 0) + (BN - 1)) // BN
     whole_0 = (gl.maximum(full_end, 0) + (BN - 1)) // BN
     wholes = whole_0
     cuts = gl.where(gl.maximum(cut_0, wholes) == 0, 1, cut_0)  # one at least, that hides all
-    return cuts, wholes, (Sq, Sk, c, full_end)
+    return cuts, wholes, (c, Sq, Sk, full_end)
 
 
 @gluon.jit
 def cut(t, s, args, BN: gl.constexpr):
     """The first key of cut tile t."""
-    Sq, Sk, c, full_end = s
+    c, Sq, Sk, full_end = s
     n = full_end + t * BN
     return n
 
@@ -60,13 +72,21 @@ def whole(t, s, args, BN: gl.constexpr):
 
 
 @gluon.jit
+def beside(n, row0, at, args):
+    """Nothing is read beside the products."""
+    table = 0
+    column = 0
+    return table, column
+
+
+@gluon.jit
 def rows(rows, s, args):
     """What the formulas know of rows, [rows] or [rows, 1] each."""
     return (rows,)
 
 
 @gluon.jit
-def score(qk, j, r, s, args):
+def score(qk, beside, j, r, s, args):
     """Scores of products, but for the factor c."""
     x = qk  # [rows, BN]
     return x

@@ -217,3 +217,62 @@ def document_ids_forward(
                 mask=rows < Sq,
             )
         store_tile(O, (acc / divisor[:, None]).to(BF16), b, h, row0, 0, o_b, o_h, o_s, Sq, 128, BM, 128, TMA)
+
+
+@triton.jit(do_not_specialize=["Sq", "Sk"])
+def document_ids_again(
+    Q, K, V, O, LSE, ids_ptr, tile_list, tile_counts, again,
+    q_b: tl.int64, q_h: tl.int64, q_s: tl.int64, k_b: tl.int64, k_h: tl.int64, k_s: tl.int64, v_b: tl.int64,
+    v_h: tl.int64, v_s: tl.int64, o_b: tl.int64, o_h: tl.int64, o_s: tl.int64, lse_s0: tl.int64,
+    lse_s1: tl.int64, lse_s2: tl.int64, ids_s0: tl.int64, ids_s1: tl.int64, tile_list_s0: tl.int64,
+    tile_list_s1: tl.int64, tile_counts_s0: tl.int64, tile_counts_s1: tl.int64, again_s0: tl.int64,
+    Sq, Sk, scale,
+    BM: tl.constexpr, BN: tl.constexpr, WRITE_LSE: tl.constexpr, TMA: tl.constexpr,
+):
+    """Does the query tiles again into which the engine may have let a hidden NaN leak."""
+    for entry in range(tl.program_id(0), tl.load(again), 264):
+        which = tl.load(again + (entry + 1) * again_s0)
+        number = which % ((Sq + (BM - 1)) // BM)
+        head = which // ((Sq + (BM - 1)) // BM)
+        b = head // 32
+        h = head % 32
+        row0 = number * BM
+        rows = row0 + tl.arange(0, BM)  # [BM]
+        last_row = tl.minimum(row0 + BM, Sq) - 1
+        hk = h // 4
+        offset = Sk - Sq
+        i = tl.minimum(rows, last_row) + offset  # [BM] positions; past the end, the last one again
+        q = load_tile(Q, b, h, row0, 0, q_b, q_h, q_s, Sq, 128, BM, 128, TMA)  # [BM, 128]
+        c = scale * 1.4426950408889634  # to units of log 2
+        ids_rows = tl.load(
+            ids_ptr + b * ids_s0 + i[:, None] * ids_s1, mask=(i[:, None] >= 0) & (i[:, None] < Sk), other=0,
+        )
+        m = tl.full([BM], -1.7014118346046923e+38, tl.float32)  # running maximum, in units of log 2
+        l = tl.full([BM, 8], 0.0, tl.float32)  # running sum, in parts that one thread holds
+        acc = tl.full([BM, 128], 0.0, tl.float32)  # [BM, 128]
+        listed = b * ((Sq + (BM - 1)) // BM) + number
+        last_tile = tl.maximum((Sk + (BN - 1)) // BN, 1) - 1
+        # listed from the right: tiles in which every pair counts
+        for entry in range(0, tl.load(tile_counts + listed * tile_counts_s0 + tile_counts_s1)):
+            n = tl.load(tile_list + listed * tile_list_s0 + (last_tile - entry) * tile_list_s1) * BN
+            acc, m, l = key_tile(
+                acc, m, l, K, k_b, k_h, k_s, ids_ptr, ids_s0, ids_s1, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, ids_rows, c,
+                False, False, BM, BN, TMA,
+            )
+        # listed from the left: tiles cut by the mask or by the end of the keys
+        for entry in range(0, tl.load(tile_counts + listed * tile_counts_s0)):
+            n = tl.load(tile_list + listed * tile_list_s0 + entry * tile_list_s1) * BN
+            acc, m, l = key_tile(
+                acc, m, l, K, k_b, k_h, k_s, ids_ptr, ids_s0, ids_s1, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, ids_rows, c,
+                True, True, BM, BN, TMA,
+            )
+        total = tl.sum(l, 1)  # [BM]
+        empty = total <= 0.0
+        divisor = tl.where(empty, 1.0, total)
+        if WRITE_LSE > 0:
+            tl.store(
+                LSE + b * lse_s0 + h * lse_s1 + rows * lse_s2,
+                tl.where(empty, float("-inf"), (m + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453),
+                mask=rows < Sq,
+            )
+        store_tile(O, (acc / divisor[:, None]).to(BF16), b, h, row0, 0, o_b, o_h, o_s, Sq, 128, BM, 128, TMA)

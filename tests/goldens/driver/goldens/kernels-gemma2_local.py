@@ -54,7 +54,7 @@ def store_tile(
 
 @triton.jit
 def tanh(x):
-    """tanh through exp2; the GPU's own instruction is off by 2**-11, which a softcap of 30 makes 0.015 of a logit."""
+    """tanh through exp2."""
     return 1.0 - 2.0 / (tl.exp2(x * 2.8853900817779268) + 1.0)
 
 
@@ -177,6 +177,71 @@ def gemma2_local_forward(
                         acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, True, True, BM,
                         BN, TMA,
                     )
+        total = tl.sum(l, 1)  # [BM]
+        empty = total <= 0.0
+        divisor = tl.where(empty, 1.0, total)
+        if WRITE_LSE > 0:
+            tl.store(
+                LSE + b * lse_s0 + h * lse_s1 + rows * lse_s2,
+                tl.where(empty, float("-inf"), (m + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453),
+                mask=rows < Sq,
+            )
+        store_tile(O, (acc / divisor[:, None]).to(BF16), b, h, row0, 0, o_b, o_h, o_s, Sq, 128, BM, 128, TMA)
+
+
+@triton.jit(do_not_specialize=["Sq", "Sk"])
+def gemma2_local_again(
+    Q, K, V, O, LSE, again,
+    q_b: tl.int64, q_h: tl.int64, q_s: tl.int64, k_b: tl.int64, k_h: tl.int64, k_s: tl.int64, v_b: tl.int64,
+    v_h: tl.int64, v_s: tl.int64, o_b: tl.int64, o_h: tl.int64, o_s: tl.int64, lse_s0: tl.int64,
+    lse_s1: tl.int64, lse_s2: tl.int64, again_s0: tl.int64,
+    Sq, Sk, scale,
+    BM: tl.constexpr, BN: tl.constexpr, WRITE_LSE: tl.constexpr, TMA: tl.constexpr,
+):
+    """Does the query tiles again into which the engine may have let a hidden NaN leak."""
+    for entry in range(tl.program_id(0), tl.load(again), 264):
+        which = tl.load(again + (entry + 1) * again_s0)
+        number = which % ((Sq + (BM - 1)) // BM)
+        head = which // ((Sq + (BM - 1)) // BM)
+        b = head // 32
+        h = head % 32
+        row0 = number * BM
+        rows = row0 + tl.arange(0, BM)  # [BM]
+        last_row = tl.minimum(row0 + BM, Sq) - 1
+        hk = h // 2
+        offset = Sk - Sq
+        i0 = row0 + offset
+        i1 = last_row + offset
+        i = tl.minimum(rows, last_row) + offset  # [BM] positions; past the end, the last one again
+        q = load_tile(Q, b, h, row0, 0, q_b, q_h, q_s, Sq, 128, BM, 128, TMA)  # [BM, 128]
+        score = scale * 0.02
+        mask = i[:, None] - 4095
+        key_lo = tl.maximum(tl.minimum(i0 - 4095, Sk), 0)
+        key_hi = tl.maximum(tl.minimum(i1 + 1, Sk), 0)
+        full_lo = tl.maximum(tl.minimum(i1 - 4095, Sk), 0)
+        full_hi = tl.maximum(tl.minimum(i0 + 1, Sk), 0)
+        lo = key_lo // BN * BN
+        full_start = tl.minimum(
+            tl.maximum((full_lo + (BN - 1)) // BN * BN, lo), tl.maximum((key_hi + (BN - 1)) // BN * BN, lo),
+        )
+        full_end = tl.maximum(tl.minimum(full_hi, key_hi) // BN * BN, full_start)
+        m = tl.full([BM], -1.7014118346046923e+38, tl.float32)  # running maximum, in units of log 2
+        l = tl.full([BM, 8], 0.0, tl.float32)  # running sum, in parts that one thread holds
+        acc = tl.full([BM, 128], 0.0, tl.float32)  # [BM, 128]
+        # tiles in which every pair counts
+        for n in range(full_start, full_end, BN):
+            acc, m, l = key_tile(
+                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, False, False, BM, BN,
+                TMA,
+            )
+        # tiles cut by the mask or by the end of the keys
+        cut_0 = (tl.maximum(full_start - lo, 0) + (BN - 1)) // BN
+        cut_1 = cut_0 + (tl.maximum(key_hi - full_end, 0) + (BN - 1)) // BN
+        for t in range(0, cut_1):
+            n = tl.where(t < cut_0, lo + t * BN, full_end + (t - cut_0) * BN)
+            acc, m, l = key_tile(
+                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, True, True, BM, BN, TMA,
+            )
         total = tl.sum(l, 1)  # [BM]
         empty = total <= 0.0
         divisor = tl.where(empty, 1.0, total)

@@ -14,8 +14,17 @@ from triton.experimental.gluon import language as gl
 
 
 @gluon.jit
-def place(number, args, BM: gl.constexpr, GROUP: gl.constexpr):
-    """Where a query tile is: batch entry, head, key head, first row."""
+def known(args):
+    """What is known before any query tile is."""
+    B, Sq, Sk, scale = args
+    offset = Sk - Sq
+    c = scale * 1.4426950408889634  # to units of log 2
+    return (c, Sq, Sk, offset)
+
+
+@gluon.jit
+def place(number, args, BM: gl.constexpr, GROUP: gl.constexpr, AGAIN: gl.constexpr):
+    """Where a query tile is: in the sequence; batch entry, heads and rows by which TMA finds it; its number."""
     B, Sq, Sk, scale = args
     tiles = (Sq + (BM - 1)) // BM
     group = number // (tiles * GROUP)
@@ -26,20 +35,25 @@ def place(number, args, BM: gl.constexpr, GROUP: gl.constexpr):
     b = head // 32
     h = head % 32
     row0 = number * BM
+    batch = b
     hk = h // 4
-    return b, h, hk, row0
+    hv = h // 4
+    first_query = row0
+    first_key = 0
+    again = head * ((Sq + (AGAIN - 1)) // AGAIN) + row0 // AGAIN
+    return (b, h, number, row0), (batch, h, hk, hv, first_query, first_key, row0, again)
 
 
 @gluon.jit
-def walk(b, h, row0, args, BM: gl.constexpr, BN: gl.constexpr):
+def walk(at, args, BM: gl.constexpr, BN: gl.constexpr):
     """Tiles cut by the mask or by the end of the keys, whole tiles, and what is known of the query tile."""
     B, Sq, Sk, scale = args
+    b, h, number, row0 = at
     last_row = gl.minimum(row0 + BM, Sq) - 1
     offset = Sk - Sq
     i0 = row0 + offset
     i1 = last_row + offset
     c = scale * 1.4426950408889634  # to units of log 2
-    c = c  # to units of log 2
     key_hi_0 = gl.maximum(gl.minimum(gl.minimum(i1 + 1, 4), Sk), 0)
     full_hi_0 = gl.maximum(gl.minimum(gl.minimum(i0 + 1, 4), Sk), 0)
     key_lo_1 = gl.maximum(gl.minimum(i0 - 1023, Sk), 0)
@@ -62,14 +76,14 @@ def walk(b, h, row0, args, BM: gl.constexpr, BN: gl.constexpr):
     wholes = whole_1
     cuts = gl.where(gl.maximum(cut_2, wholes) == 0, 1, cut_2)  # one at least, that hides all
     return cuts, wholes, (
-        Sq, Sk, c, last_row, offset, cut_0, full_end_0, cut_1, lo_1, full_end_1, whole_0, full_start_1,
+        c, Sq, Sk, offset, last_row, cut_0, full_end_0, cut_1, lo_1, full_end_1, whole_0, full_start_1,
     )
 
 
 @gluon.jit
 def cut(t, s, args, BN: gl.constexpr):
     """The first key of cut tile t."""
-    Sq, Sk, c, last_row, offset, cut_0, full_end_0, cut_1, lo_1, full_end_1, whole_0, full_start_1 = s
+    c, Sq, Sk, offset, last_row, cut_0, full_end_0, cut_1, lo_1, full_end_1, whole_0, full_start_1 = s
     n = gl.where(
         t < cut_0, full_end_0 + t * BN, gl.where(t < cut_1, lo_1 + (t - cut_0) * BN, full_end_1 + (t - cut_1) * BN),
     )
@@ -79,22 +93,30 @@ def cut(t, s, args, BN: gl.constexpr):
 @gluon.jit
 def whole(t, s, args, BN: gl.constexpr):
     """The first key of whole tile t."""
-    Sq, Sk, c, last_row, offset, cut_0, full_end_0, cut_1, lo_1, full_end_1, whole_0, full_start_1 = s
+    c, Sq, Sk, offset, last_row, cut_0, full_end_0, cut_1, lo_1, full_end_1, whole_0, full_start_1 = s
     n = gl.where(t < whole_0, t * BN, full_start_1 + (t - whole_0) * BN)
     return n
 
 
 @gluon.jit
-def rows(rows, s, args):
-    """What the formulas know of rows, [rows] or [rows, 1] each."""
-    Sq, Sk, c, last_row, offset, cut_0, full_end_0, cut_1, lo_1, full_end_1, whole_0, full_start_1 = s
-    i = gl.minimum(rows, last_row) + offset  # [BM] positions; past the end, the last one again
-    mask = i[:, None] - 1023
-    return (i, mask,)
+def beside(n, row0, at, args):
+    """Nothing is read beside the products."""
+    table = 0
+    column = 0
+    return table, column
 
 
 @gluon.jit
-def score(qk, j, r, s, args):
+def rows(rows, s, args):
+    """What the formulas know of rows, [rows] or [rows, 1] each."""
+    c, Sq, Sk, offset, last_row, cut_0, full_end_0, cut_1, lo_1, full_end_1, whole_0, full_start_1 = s
+    i = gl.minimum(rows, last_row) + offset  # [BM] positions; past the end, the last one again
+    mask = i[:, None] - 1023
+    return (i, mask)
+
+
+@gluon.jit
+def score(qk, beside, j, r, s, args):
     """Scores of products, but for the factor c."""
     x = qk  # [rows, BN]
     return x

@@ -200,3 +200,80 @@ def sink_window_forward(
                 mask=rows < Sq,
             )
         store_tile(O, (acc / divisor[:, None]).to(BF16), b, h, row0, 0, o_b, o_h, o_s, Sq, 128, BM, 128, TMA)
+
+
+@triton.jit(do_not_specialize=["Sq", "Sk"])
+def sink_window_again(
+    Q, K, V, O, LSE, again,
+    q_b: tl.int64, q_h: tl.int64, q_s: tl.int64, k_b: tl.int64, k_h: tl.int64, k_s: tl.int64, v_b: tl.int64,
+    v_h: tl.int64, v_s: tl.int64, o_b: tl.int64, o_h: tl.int64, o_s: tl.int64, lse_s0: tl.int64,
+    lse_s1: tl.int64, lse_s2: tl.int64, again_s0: tl.int64,
+    Sq, Sk, scale,
+    BM: tl.constexpr, BN: tl.constexpr, WRITE_LSE: tl.constexpr, TMA: tl.constexpr,
+):
+    """Does the query tiles again into which the engine may have let a hidden NaN leak."""
+    for entry in range(tl.program_id(0), tl.load(again), 264):
+        which = tl.load(again + (entry + 1) * again_s0)
+        number = which % ((Sq + (BM - 1)) // BM)
+        head = which // ((Sq + (BM - 1)) // BM)
+        b = head // 32
+        h = head % 32
+        row0 = number * BM
+        rows = row0 + tl.arange(0, BM)  # [BM]
+        last_row = tl.minimum(row0 + BM, Sq) - 1
+        hk = h // 4
+        offset = Sk - Sq
+        i0 = row0 + offset
+        i1 = last_row + offset
+        i = tl.minimum(rows, last_row) + offset  # [BM] positions; past the end, the last one again
+        q = load_tile(Q, b, h, row0, 0, q_b, q_h, q_s, Sq, 128, BM, 128, TMA)  # [BM, 128]
+        c = scale * 1.4426950408889634  # to units of log 2
+        mask = i[:, None] - 1023
+        key_hi_0 = tl.maximum(tl.minimum(tl.minimum(i1 + 1, 4), Sk), 0)
+        full_hi_0 = tl.maximum(tl.minimum(tl.minimum(i0 + 1, 4), Sk), 0)
+        key_lo_1 = tl.maximum(tl.minimum(i0 - 1023, Sk), 0)
+        key_hi_1 = tl.maximum(tl.minimum(i1 + 1, Sk), 0)
+        full_lo_1 = tl.maximum(tl.minimum(i1 - 1023, Sk), 0)
+        full_hi_1 = tl.maximum(tl.minimum(i0 + 1, Sk), 0)
+        # several ranges: in order, and each only from where the one before it ended
+        full_end_0 = tl.minimum(full_hi_0, key_hi_0) // BN * BN
+        cursor = tl.maximum(0, (key_hi_0 + (BN - 1)) // BN * BN)
+        lo_1 = key_lo_1 // BN * BN
+        lo_1 = tl.maximum(lo_1, cursor)
+        full_start_1 = tl.minimum(
+            tl.maximum((full_lo_1 + (BN - 1)) // BN * BN, lo_1), tl.maximum((key_hi_1 + (BN - 1)) // BN * BN, lo_1),
+        )
+        full_end_1 = tl.maximum(tl.minimum(full_hi_1, key_hi_1) // BN * BN, full_start_1)
+        m = tl.full([BM], -1.7014118346046923e+38, tl.float32)  # running maximum, in units of log 2
+        l = tl.full([BM, 8], 0.0, tl.float32)  # running sum, in parts that one thread holds
+        acc = tl.full([BM, 128], 0.0, tl.float32)  # [BM, 128]
+        # tiles in which every pair counts
+        whole_0 = (tl.maximum(full_end_0, 0) + (BN - 1)) // BN
+        whole_1 = whole_0 + (tl.maximum(full_end_1 - full_start_1, 0) + (BN - 1)) // BN
+        for t in range(0, whole_1):
+            n = tl.where(t < whole_0, t * BN, full_start_1 + (t - whole_0) * BN)
+            acc, m, l = key_tile(
+                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask, c, False, False, BM, BN, TMA,
+            )
+        # tiles cut by the mask or by the end of the keys
+        cut_0 = (tl.maximum(key_hi_0 - full_end_0, 0) + (BN - 1)) // BN
+        cut_1 = cut_0 + (tl.maximum(full_start_1 - lo_1, 0) + (BN - 1)) // BN
+        cut_2 = cut_1 + (tl.maximum(key_hi_1 - full_end_1, 0) + (BN - 1)) // BN
+        for t in range(0, cut_2):
+            n = tl.where(
+                t < cut_0, full_end_0 + t * BN,
+                tl.where(t < cut_1, lo_1 + (t - cut_0) * BN, full_end_1 + (t - cut_1) * BN),
+            )
+            acc, m, l = key_tile(
+                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask, c, True, True, BM, BN, TMA,
+            )
+        total = tl.sum(l, 1)  # [BM]
+        empty = total <= 0.0
+        divisor = tl.where(empty, 1.0, total)
+        if WRITE_LSE > 0:
+            tl.store(
+                LSE + b * lse_s0 + h * lse_s1 + rows * lse_s2,
+                tl.where(empty, float("-inf"), (m + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453),
+                mask=rows < Sq,
+            )
+        store_tile(O, (acc / divisor[:, None]).to(BF16), b, h, row0, 0, o_b, o_h, o_s, Sq, 128, BM, 128, TMA)

@@ -1,0 +1,228 @@
+"""What a consumer of the Hopper engine does with a key tile: products, scores, softmax. `_hopper.py` has the rest."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from . import hopper as variant
+
+ROWS = gl.constexpr(64)
+"""Of a consumer: what one wgmma multiplies."""
+LETTER = gl.constexpr(8)
+"""Numbers that travel by mail before the variant's own."""
+LOWEST = gl.constexpr(-1.7014118346046923e38)
+"""Below every finite score in units of log 2, and finite: a row that sees no key keeps it."""
+FIRST_TURN = gl.constexpr(9)
+"""Named barriers from here on are ours; Triton takes those before."""
+
+
+@gluon.constexpr_function
+def _barrier(what, number):
+    return f"bar.{what} {number}, 256; mov.u32 $0, 0;"  # the threads of two consumers
+
+
+@gluon.jit
+def take_turn(NUMBER: gl.constexpr):
+    """Waits until the consumer before this one has issued its products."""
+    asm: gl.constexpr = _barrier("sync", FIRST_TURN + NUMBER)
+    gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def pass_turn(NUMBER: gl.constexpr):
+    asm: gl.constexpr = _barrier("arrive", FIRST_TURN + NUMBER)
+    gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def exp2(x):
+    """2**x by one instruction; what is below 2**-126 becomes 0."""
+    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def lane_sum(p):
+    """Row sums in eight parts, each of one thread: no shuffle in the loop."""
+    EIGHTHS: gl.constexpr = p.shape[1] // 8
+    return gl.sum(gl.reshape(p, [p.shape[0], EIGHTHS, 8]), 1)
+
+
+@gluon.jit
+def per_lane(x, l):
+    """A value a row as a column beside the parts of its sum."""
+    return gl.convert_layout(x, gl.SliceLayout(1, l.type.layout), assert_trivial=True)[:, None]
+
+
+@gluon.jit
+def softmax(x, m, c):
+    """Weights of a tile of scores x * c in units of log 2, the new maximum, and what older weights shrink by."""
+    m_new = gl.maximum(m, gl.max(x, 1) * c)
+    return exp2(x * c - m_new[:, None]), exp2(m - m_new), m_new
+
+
+@gluon.jit
+def tile_of(place, slot):
+    """A slot of shared memory as rows and columns."""
+    LINES: gl.constexpr = place.shape[3]
+    WIDTH: gl.constexpr = place.shape[4]
+    return place.index(slot).reshape([LINES, WIDTH])
+
+
+@gluon.jit
+def fetch(mail, at):
+    """A number of the mail, the same in every thread."""
+    return gl.max(mail.index(at).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+
+
+@gluon.jit
+def fetch_own(mail, at, FLOATS: gl.constexpr):
+    """What the variant knows of a query tile."""
+    s = ()
+    for n in gl.static_range(mail.shape[0] // 2 - LETTER):
+        number = fetch(mail, at + n)
+        if n < FLOATS:
+            number = number.to(gl.float32, bitcast=True)
+        s = s + (number,)
+    return s
+
+
+@gluon.jit
+def read_beside(places, bars, read, NUMBER: gl.constexpr, LAYOUT: gl.constexpr):
+    """What is read beside a tile's products, in their layout; 0 where nothing is."""
+    _, _, _, _, _, _, x_full, x_empty, _, _ = bars
+    _, _, _, x_s = places
+    x = 0
+    if len(x_s) > 0:
+        mbarrier.wait(x_full.index(NUMBER), read & 1)
+        x = tile_of(x_s[0], NUMBER).load(LAYOUT)
+        fence_async_shared()  # loads are on their way, and TMA would not wait for them
+        mbarrier.arrive(x_empty.index(NUMBER), count=1)
+    return x
+
+
+@gluon.jit
+def product(q, k_s, slot, LAYOUT: gl.constexpr):
+    """Issues Q K^T of a slot."""
+    BN: gl.constexpr = k_s[0].shape[3]
+    sent = gl.zeros([ROWS, BN], gl.float32, LAYOUT)
+    for n in gl.static_range(len(q)):
+        sent = warpgroup_mma(q[n], tile_of(k_s[n], slot).permute((1, 0)), sent, use_acc=n > 0, is_async=True)
+    return sent
+
+
+@gluon.jit
+def add_values(p, v_s, slot, acc):
+    """Issues acc + P V of a slot."""
+    sent = ()
+    for n in gl.static_range(len(acc)):
+        a = gl.convert_layout(p, gl.DotOperandLayout(0, acc[n].type.layout, 2))
+        sent = sent + (warpgroup_mma(a, tile_of(v_s[n], slot), acc[n], is_async=True),)
+    return sent
+
+
+@gluon.jit
+def arrived(sent):
+    """The accumulators, when nothing is left to come."""
+    if len(sent) == 1:
+        acc = (warpgroup_mma_wait(0, deps=sent),)
+    else:
+        acc = warpgroup_mma_wait(0, deps=sent)
+    return acc
+
+
+@gluon.jit
+def scaled(acc, factor):
+    """The accumulators, each row by its factor."""
+    made = ()
+    for n in gl.static_range(len(acc)):
+        made = made + (acc[n] * gl.convert_layout(factor, gl.SliceLayout(1, acc[n].type.layout))[:, None],)
+    return made
+
+
+@gluon.jit
+def scores(
+    qk, t, cuts, read, places, bars, mail, letter, known, r, s, args,
+    NUMBER: gl.constexpr, LAYOUT: gl.constexpr, CONFIG,
+):  # fmt: skip
+    """Scores of tile t, -inf for pairs that the mask hides, or the sequence's end; whole tiles are not asked."""
+    BN: gl.constexpr = CONFIG[0]
+    KEYS: gl.constexpr = CONFIG[13]
+    columns = gl.arange(0, BN, gl.SliceLayout(0, LAYOUT))
+    beside = read_beside(places, bars, read, NUMBER, LAYOUT)
+    if t < cuts:  # rare: what it needs is heard of again, and takes no registers from the other branch
+        s_cut = known + fetch_own(mail, letter + LETTER, CONFIG[10])
+        r_cut = r
+        if not CONFIG[14]:
+            rows = fetch(mail, letter + 2) + NUMBER * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+            r_cut = variant.rows(rows, s_cut, args)
+        j = variant.cut(t, s_cut, args, BN) + columns
+        inside = j < s_cut[KEYS]
+        j = gl.maximum(gl.minimum(j, s_cut[KEYS] - 1), 0)  # reads stay inside, even of no keys at all
+        x = variant.score(qk, beside, j, r_cut, s_cut, args)
+        x = gl.where(inside[None, :] & variant.keep(j, r_cut, s_cut, args), x, float("-inf"))
+    else:
+        x = variant.score(qk, beside, variant.whole(t - cuts, s, args, BN) + columns, r, s, args)
+    return x
+
+
+@gluon.jit
+def fill(
+    q, m, l, acc, cuts, read, places, bars, mail, letter, known, c, r, s, args,
+    NUMBER: gl.constexpr, S_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr, CONFIG,
+):  # fmt: skip
+    """Scores and weights of the tile that opens the pipeline; its values are still to come."""
+    _, _, k_full, k_empty, _, _, _, _, _, _ = bars
+    _, k_s, _, _ = places
+    CONSUMERS: gl.constexpr = CONFIG[1]
+    STAGES: gl.constexpr = CONFIG[2]
+    TURNS: gl.constexpr = CONFIG[4]
+    slot = read % STAGES
+    mbarrier.wait(k_full.index(slot), (read // STAGES) & 1)
+    if TURNS:
+        take_turn(NUMBER)
+    qk = product(q, k_s, slot, S_LAYOUT)
+    if TURNS:
+        pass_turn((NUMBER + 1) % CONSUMERS)
+    qk = warpgroup_mma_wait(0, deps=(qk,))
+    mbarrier.arrive(k_empty.index(slot), count=1)
+    x = scores(qk, 0, cuts, read, places, bars, mail, letter, known, r, s, args, NUMBER, S_LAYOUT, CONFIG)
+    p, alpha, m = softmax(x, m, c)
+    l = l * per_lane(alpha, l) + lane_sum(p)
+    return gl.convert_layout(p.to(k_s[0].dtype), P_LAYOUT), m, l, scaled(acc, alpha)
+
+
+@gluon.jit
+def overlap(
+    q, p16, m, l, acc, t, cuts, read, places, bars, mail, letter, known, c, r, s, args,
+    NUMBER: gl.constexpr, S_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr, CONFIG,
+):  # fmt: skip
+    """A turn of the main loop: Q K(n) and P V(n - 1) are issued together, the softmax of n follows."""
+    _, _, k_full, k_empty, v_full, v_empty, _, _, _, _ = bars
+    _, k_s, v_s, _ = places
+    CONSUMERS: gl.constexpr = CONFIG[1]
+    STAGES: gl.constexpr = CONFIG[2]
+    TURNS: gl.constexpr = CONFIG[4]
+    slot = read % STAGES
+    before = (read - 1) % STAGES
+    mbarrier.wait(k_full.index(slot), (read // STAGES) & 1)
+    if TURNS:
+        take_turn(NUMBER)
+    qk_sent = product(q, k_s, slot, S_LAYOUT)
+    mbarrier.wait(v_full.index(before), ((read - 1) // STAGES) & 1)
+    acc_sent = add_values(p16, v_s, before, acc)
+    if TURNS:
+        pass_turn((NUMBER + 1) % CONSUMERS)
+    qk = warpgroup_mma_wait(len(acc), deps=(qk_sent,))
+    mbarrier.arrive(k_empty.index(slot), count=1)
+    x = scores(qk, t, cuts, read, places, bars, mail, letter, known, r, s, args, NUMBER, S_LAYOUT, CONFIG)
+    p, alpha, m = softmax(x, m, c)
+    l = l * per_lane(alpha, l) + lane_sum(p)
+    p16_new = gl.convert_layout(p.to(k_s[0].dtype), P_LAYOUT)
+    acc = arrived(acc_sent)
+    mbarrier.arrive(v_empty.index(before), count=1)
+    return p16_new, m, l, scaled(acc, alpha)
