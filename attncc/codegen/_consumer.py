@@ -60,19 +60,19 @@ def _lines(width):
 
 
 @gluon.jit
-def write_lines(o, sinks, h, first, left, column0):
+def write_lines(o, sinks, h, first, left, column0, COLUMNS: gl.constexpr):
     """Writes the rows that are left of the sequence from shared memory by plain stores."""
-    out, out_h, out_s, columns, _, _, _, _, _, _ = sinks
+    out, out_h, out_s, _, _, _, _, _ = sinks
     WIDTH: gl.constexpr = o.shape[1]
     LINES: gl.constexpr = _lines(WIDTH)
     row = gl.arange(0, ROWS, gl.SliceLayout(1, LINES))
     column = column0 + gl.arange(0, WIDTH, gl.SliceLayout(0, LINES))
     to = out + h * out_h + (first + row).to(gl.int64)[:, None] * out_s + column[None, :]
-    gl.store(to, o.load(LINES), mask=(row < left)[:, None] & (column < columns)[None, :])
+    gl.store(to, o.load(LINES), mask=(row < left)[:, None] & (column < COLUMNS)[None, :])
 
 
 @gluon.jit
-def store(o, O, o_s, sinks, at, b, h, first, left):
+def store(o, O, o_s, sinks, at, b, h, first, left, COLUMNS: gl.constexpr):
     """Writes an output by way of its place in shared memory, but for what is behind the `left` rows of the sequence."""
     for n in gl.static_range(len(o)):
         tile_of(o_s[n], at).store(o[n].to(o_s[n].dtype))
@@ -82,7 +82,7 @@ def store(o, O, o_s, sinks, at, b, h, first, left):
         if len(O) > 0:  # TMA ends where the tensor does
             store_by_tma(O[n], [b, h, first, n * o[0].shape[1]], o_s[n].index(at))
         else:
-            write_lines(tile_of(o_s[n], at), sinks, h, first, left, n * o[0].shape[1])
+            write_lines(tile_of(o_s[n], at), sinks, h, first, left, n * o[0].shape[1], COLUMNS)
 
 
 # -- the loop over query tiles -------------------------------------------------------------------
@@ -116,7 +116,7 @@ def consume(NUMBER: gl.constexpr, O, sinks, places, o_s, mail, bars, args, OWN_R
     """One warpgroup's rows of each query tile of this block."""
     q_full, q_empty, _, _, v_full, v_empty, _, _, mail_full, mail_empty = bars
     q_s, _, v_s, _ = places
-    _, _, _, _, LSE, lse_b, lse_h, lse_s, lost, counter = sinks
+    _, _, _, LSE, lse_h, write_lse, lost, counter = sinks
     BN: gl.constexpr = CONFIG[0]
     CONSUMERS: gl.constexpr = CONFIG[1]
     STAGES: gl.constexpr = CONFIG[2]
@@ -137,8 +137,8 @@ def consume(NUMBER: gl.constexpr, O, sinks, places, o_s, mail, bars, args, OWN_R
         letter = (done & 1) * SIZE
         cuts = fetch(mail, letter + 1)
         row0 = fetch(mail, letter + 2)
-        s = known + fetch_own(mail, letter + LETTER, CONFIG[10])
-        c = s[CONFIG[11]]
+        s = known + fetch_own(mail, letter + LETTER, CONFIG[9])
+        c = s[CONFIG[10]]
         r = variant.rows(row0 + NUMBER * ROWS + gl.arange(0, ROWS, ROW), s, args)
         q_at = (done % Q_STAGES) * CONSUMERS + NUMBER
         q = tiles_of(q_s, q_at)
@@ -171,29 +171,28 @@ def consume(NUMBER: gl.constexpr, O, sinks, places, o_s, mail, bars, args, OWN_R
         factor, lse = variant.finish(m, total, r, s, args)
         b, h, first = fetch(mail, letter + 3), fetch(mail, letter + 4), fetch(mail, letter + 5) + NUMBER * ROWS
         left = fetch(mail, letter + 6) - NUMBER * ROWS
-        again = fetch(mail, letter + 7) + NUMBER * ROWS // CONFIG[7]
+        again = fetch(mail, letter + 7) + NUMBER * ROWS // CONFIG[6]
         mbarrier.arrive(mail_empty.index(done & 1), count=1)
         done += 1
         mbarrier.wait(mail_full.index(done & 1), (done >> 1) & 1)
         count = fetch(mail, (done & 1) * SIZE)
         acc = arrived(acc_sent)
         mbarrier.arrive(v_empty.index(before), count=1)
-        if CONFIG[8]:
+        if CONFIG[7]:
             mark_lost(acc, lost, counter, again, left)
         if OWN_ROOM:
             tma.store_wait(0)
             barrier()
-            store(scaled(acc, factor), O, o_s, sinks, NUMBER, b, h, first, left)
+            store(scaled(acc, factor), O, o_s, sinks, NUMBER, b, h, first, left, CONFIG[15])
         else:
-            store(scaled(acc, factor), O, o_s, sinks, q_at, b, h, first, left)
-        if CONFIG[5]:
+            store(scaled(acc, factor), O, o_s, sinks, q_at, b, h, first, left, CONFIG[15])
+        if write_lse > 0:
             row = gl.arange(0, ROWS, ROW)
-            to = LSE + b.to(gl.int64) * lse_b + h.to(gl.int64) * lse_h + (first + row) * lse_s
-            gl.store(to, lse, mask=row < left)
+            gl.store(LSE + (b * CONFIG[14] + h).to(gl.int64) * lse_h + (first + row), lse, mask=row < left)
         if Q_STAGES == 1:
             tma.store_wait(0)
             barrier()
             mbarrier.arrive(q_empty.index(NUMBER), count=1)
     tma.store_wait(0)
-    if CONFIG[8]:
+    if CONFIG[7]:
         leave(counter, lost, CONSUMERS + 1, True)

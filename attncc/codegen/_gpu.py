@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ._checks import Sizes, check_scale, check_tensors, default_scale, fill, keep
-from ._launch import INTERPRETED, TRITON, Launch, map_fits, operand_view
+from ._launch import INTERPRETED, TRITON, Launch, current_stream, map_fits, operand_view
 from ._runtime import Config, Kernel, Result, Variant
 
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
@@ -149,9 +149,9 @@ class Runner:
                     value = launch.own(at, parameter[0])
                 case ("tile", name, rows, columns) if flags["TMA"]:
                     block = [1, 1, *(numbers.get(d, d) for d in (rows, columns))]
-                    launch.tiles.append((at, order[name], axes[name], block))
+                    launch.bound.tiles.append((at, order[name], axes[name], block))
                 case ("tile", name, _, _) | ("tensor", name):
-                    launch.tensors.append((at, order[name]))
+                    launch.bound.tensors.append((at, order[name]))
                 case ("stride", name, axis):
                     t = operand_view(shapes[name], axes[name]) if name in axes else shapes[name]
                     value = t.stride(axis)
@@ -160,8 +160,8 @@ class Runner:
                 case ("flag", name):
                     value = flags[name]
                 case _:
-                    launch.scale_at = at
-            launch.arguments.append(value)
+                    launch.bound.at["scale"] = at
+            launch.bound.arguments.append(value)
         return launch
 
     def choose(self, device: torch.device, sizes: Sizes) -> tuple[Config, str]:
@@ -203,8 +203,9 @@ def run(plan: Plan, tensors: list[Any], scale: float) -> None:
         tensors = [widened(t) if t is not None and t.dtype == q.dtype else t for t in tensors]
     for shape, dtype in plan.scratch:
         tensors.append(q.new_empty(shape, dtype=dtype))
+    stream = current_stream(plan.device) if q.is_cuda else 0
     for launch in plan.launches:
-        launch(tensors, scale)
+        launch(tensors, scale, stream)
     if given is not tensors:
         o = len(given) - 2
         given[o].copy_(tensors[o])

@@ -59,6 +59,50 @@ def post(mail, slot, numbers):
 
 
 @gluon.jit
+def find(number, tiles, args, CONFIG):
+    """Where a query tile is, how many key tiles of it are cut and whole, and what is known of it; the last one's, too,
+    for numbers behind that."""
+    BM: gl.constexpr = ROWS * CONFIG[1]
+    at, where = variant.place(gl.minimum(number, tiles - 1), args, BM, CONFIG[5], CONFIG[6])
+    cuts, wholes, s = variant.walk(at, args, BM, CONFIG[0])
+    return at, where, cuts, wholes, s
+
+
+@gluon.jit
+def copy(t, copied, done, at, where, cuts, s, maps, places, bars, args, CONFIG):
+    """Copies key tile t of a query tile, and with the first one the queries."""
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, x_full, x_empty, _, _ = bars
+    Q, K, V, X = maps
+    q_s, k_s, v_s, x_s = places
+    b, h, hk, hv, first_query, first_key, row0, _ = where
+    BN: gl.constexpr = CONFIG[0]
+    CONSUMERS: gl.constexpr = CONFIG[1]
+    STAGES: gl.constexpr = CONFIG[2]
+    Q_STAGES: gl.constexpr = CONFIG[3]
+    if t < cuts:
+        n = variant.cut(t, s, args, BN)
+    else:
+        n = variant.whole(t - cuts, s, args, BN)
+    slot = copied % STAGES
+    phase = (copied // STAGES) & 1
+    mbarrier.wait(k_empty.index(slot), phase ^ 1)
+    load(K, b, hk, first_key + n, slot, k_full.index(slot), k_s)
+    if t == 0:
+        for c in gl.static_range(CONSUMERS):
+            place = (done % Q_STAGES) * CONSUMERS + c
+            mbarrier.wait(q_empty.index(place), ((done // Q_STAGES) & 1) ^ 1)
+            load(Q, b, h, first_query + c * ROWS, place, q_full.index(place), q_s)
+    if len(X) > 0:
+        for c in gl.static_range(CONSUMERS):
+            table, column = variant.beside(n, row0 + c * ROWS, at, args)
+            mbarrier.wait(x_empty.index(c), (copied & 1) ^ 1)
+            mbarrier.expect(x_full.index(c), X[0].block_type.nbytes)
+            load_by_tma(X[0], [0, table, 0, column], x_full.index(c), x_s[0].index(c))
+    mbarrier.wait(v_empty.index(slot), phase ^ 1)
+    load(V, b, hv, first_key + n, slot, v_full.index(slot), v_s)
+
+
+@gluon.jit
 def produce(maps, counter, lost, places, mail, bars, tiles, args, CONFIG):
     """Draws query tiles, tells the consumers about them, and copies what they will need in the order in which they do.
 
@@ -66,56 +110,37 @@ def produce(maps, counter, lost, places, mail, bars, tiles, args, CONFIG):
     first query's place in the sequence, its batch entry, head and row in the operands, how many queries are left from
     there, the program that would do the tile again, and the variant's own numbers.
     """
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, x_full, x_empty, mail_full, mail_empty = bars
-    Q, K, V, X = maps
-    q_s, k_s, v_s, x_s = places
-    BN: gl.constexpr = CONFIG[0]
+    mail_full, mail_empty = bars[8], bars[9]
     CONSUMERS: gl.constexpr = CONFIG[1]
     STAGES: gl.constexpr = CONFIG[2]
-    Q_STAGES: gl.constexpr = CONFIG[3]
-    BM: gl.constexpr = ROWS * CONSUMERS
     copied = 0  # tiles of K: slot = copied % STAGES, phase = copied // STAGES % 2
     done = 0  # query tiles
     number = gl.program_id(0)
+    at, where, cuts, wholes, s = find(number, tiles, args, CONFIG)
     while number < tiles:
         following = gl.atomic_add(counter, 1) + gl.num_programs(0)
-        at, where = variant.place(number, args, BM, CONFIG[6], CONFIG[7])
-        b, h, hk, hv, first_query, first_key, row0, again = where
-        cuts, wholes, s = variant.walk(at, args, BM, BN)
+        b, h, _, _, first_query, _, row0, again = where
         mbarrier.wait(mail_empty.index(done & 1), ((done >> 1) & 1) ^ 1)
         post(
-            mail, done & 1, (cuts + wholes, cuts, row0, b, h, first_query, s[CONFIG[12]] - row0, again) + s[CONFIG[9] :]
+            mail, done & 1, (cuts + wholes, cuts, row0, b, h, first_query, s[CONFIG[11]] - row0, again) + s[CONFIG[8] :]
         )
         mbarrier.arrive(mail_full.index(done & 1), count=1)
-        for t in range(0, cuts + wholes):
-            if t < cuts:
-                n = variant.cut(t, s, args, BN)
-            else:
-                n = variant.whole(t - cuts, s, args, BN)
-            slot = copied % STAGES
-            phase = (copied // STAGES) & 1
-            mbarrier.wait(k_empty.index(slot), phase ^ 1)
-            load(K, b, hk, first_key + n, slot, k_full.index(slot), k_s)
-            if t == 0:
-                for c in gl.static_range(CONSUMERS):
-                    place = (done % Q_STAGES) * CONSUMERS + c
-                    mbarrier.wait(q_empty.index(place), ((done // Q_STAGES) & 1) ^ 1)
-                    load(Q, b, h, first_query + c * ROWS, place, q_full.index(place), q_s)
-            if len(X) > 0:
-                for c in gl.static_range(CONSUMERS):
-                    table, column = variant.beside(n, row0 + c * ROWS, at, args)
-                    mbarrier.wait(x_empty.index(c), (copied & 1) ^ 1)
-                    mbarrier.expect(x_full.index(c), X[0].block_type.nbytes)
-                    load_by_tma(X[0], [0, table, 0, column], x_full.index(c), x_s[0].index(c))
-            mbarrier.wait(v_empty.index(slot), phase ^ 1)
-            load(V, b, hv, first_key + n, slot, v_full.index(slot), v_s)
+        count = cuts + wholes
+        early = gl.minimum(count, STAGES)
+        for t in range(0, early):
+            copy(t, copied, done, at, where, cuts, s, maps, places, bars, args, CONFIG)
             copied += 1
-        number = following
+        # the rings are full: time to look for the next query tile
+        next_at, next_where, next_cuts, next_wholes, next_s = find(following, tiles, args, CONFIG)
+        for t in range(early, count):
+            copy(t, copied, done, at, where, cuts, s, maps, places, bars, args, CONFIG)
+            copied += 1
+        number, at, where, cuts, wholes, s = following, next_at, next_where, next_cuts, next_wholes, next_s
         done += 1
     mbarrier.wait(mail_empty.index(done & 1), ((done >> 1) & 1) ^ 1)
     post(mail, done & 1, (done * 0,))
     mbarrier.arrive(mail_full.index(done & 1), count=1)
-    leave(counter, lost, CONSUMERS * CONFIG[8] + 1, CONFIG[8])
+    leave(counter, lost, CONSUMERS * CONFIG[7] + 1, CONFIG[7])
 
 
 # -- the kernel ----------------------------------------------------------------------------------
@@ -155,26 +180,28 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     return bars
 
 
-@gluon.jit
+# What numbers are must not make another kernel: this one was looked at.
+@gluon.jit(do_not_specialize=["out_h", "out_s", "lse_h", "write_lse", "tiles", "args"])
 def forward(
     Q0, Q1, K0, K1, V0, V1, O0, O1, X0, out, LSE, lost, counter,
-    out_h, out_s, columns, lse_b, lse_h, lse_s,
+    out_h, out_s, lse_h, write_lse,
     tiles, args,
     BN: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, GROUP: gl.constexpr,
-    TURNS: gl.constexpr, REGISTERS: gl.constexpr, AGAIN: gl.constexpr, WRITE_LSE: gl.constexpr,
+    TURNS: gl.constexpr, REGISTERS: gl.constexpr, AGAIN: gl.constexpr,
     MARK_LOST: gl.constexpr, NUMBERS: gl.constexpr, KNOWN: gl.constexpr, FLOATS: gl.constexpr,
     FACTOR: gl.constexpr, QUERIES: gl.constexpr, KEYS: gl.constexpr, READS_ROWS: gl.constexpr,
-    OWN_ROOM: gl.constexpr,
+    OWN_ROOM: gl.constexpr, HEADS: gl.constexpr, COLUMNS: gl.constexpr,
 ):  # fmt: skip
     """The forward pass.
 
     Args:
         Q0, Q1, K0, ...: tensor maps of [b, h, row, column], one for each piece of an operand.
         X0: a tensor map of what is read beside the products, as a tile for each of theirs; else None.
-        out: the output itself, of so many columns, where sequences are packed: TMA would write into the next one. Its
-            maps are None then.
+        out: the output itself where sequences are packed: TMA would write into the next one. Either it or its maps are
+            None.
         lost: int32: how many query tiles hold NaN in the output, and the programs that would do them again, of AGAIN
             rows each; where MARK_LOST.
+        write_lse: whether LSE, [b * HEADS + h, row], is to be written.
         counter: three zeros, and zeros again when the kernel ends.
         tiles: query tiles of all heads.
         args: what the variant's functions take.
@@ -182,6 +209,7 @@ def forward(
             there is one, and how many of the others are floats, which stand before integers.
         FACTOR, QUERIES, KEYS: which of them are the factor from scores to units of log 2, and the lengths.
         READS_ROWS: whether what the variant knows of rows comes from memory, and so is better kept than found again.
+        HEADS: query heads. COLUMNS: of the output.
         OWN_ROOM: whether the output does not leave by way of Q's shared memory, because its pieces are others.
     """
     maps = (pieces(Q0, Q1), pieces(K0, K1), pieces(V0, V1), pieces(X0, None))
@@ -202,33 +230,33 @@ def forward(
     x_full, x_empty = barriers(CONSUMERS, 1), barriers(CONSUMERS, 1)
     mail_full, mail_empty = barriers(2, 1), barriers(2, CONSUMERS)
     bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty, x_full, x_empty, mail_full, mail_empty)
-    sinks = (out, out_h, out_s, columns, LSE, lse_b, lse_h, lse_s, lost, counter)
+    sinks = (out, out_h, out_s, LSE, lse_h, write_lse, lost, counter)
     # constants stay constants only where they are written inside the call; the first entry runs on the kernel's warps
     if CONSUMERS == 2:
         gl.warp_specialize([
             (consume, (0, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
-                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, WRITE_LSE, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS))),
+                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS, HEADS, COLUMNS))),
             (consume, (1, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
-                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, WRITE_LSE, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS))),
+                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS, HEADS, COLUMNS))),
             (produce, (maps, counter, lost, places, mail, bars, tiles, args,
-                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, WRITE_LSE, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS))),
+                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS, HEADS, COLUMNS))),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.static_assert(CONSUMERS == 3)
         gl.warp_specialize([
             (consume, (0, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
-                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, WRITE_LSE, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS))),
+                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS, HEADS, COLUMNS))),
             (consume, (1, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
-                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, WRITE_LSE, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS))),
+                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS, HEADS, COLUMNS))),
             (consume, (2, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
-                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, WRITE_LSE, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS))),
+                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS, HEADS, COLUMNS))),
             (produce, (maps, counter, lost, places, mail, bars, tiles, args,
-                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, WRITE_LSE, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS))),
+                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS, HEADS, COLUMNS))),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +25,12 @@ ADDRESSES_KEPT = 256
 TRITON = triton.__version__
 
 
+ToMap = Callable[[int, torch.Tensor, str, list[int]], Any]
+Start = Callable[[int, list[Any]], None]
+Encode = Callable[[int, Any], list[Any]]
+"""What becomes of the descriptor at a place: the arguments that stand for it, the map itself first."""
+
+
 class Address:
     """Stands for a tensor in a kept descriptor, which must not keep the tensor's memory alive."""
 
@@ -36,65 +44,127 @@ class Address:
 
 
 @dataclass
-class Launch:
-    """One kernel of a plan: in every call its arguments are the same but for tensors and the scale."""
+class Bound:
+    """The arguments of a kernel, in their places: in every call the same but for tensors and the scale."""
 
-    function: Any
-    programs: int
-    options: dict[str, int]
     arguments: list[Any] = field(default_factory=list[Any])
     tensors: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
     """(place among the arguments, number of the tensor among those of the call)."""
     tiles: list[tuple[int, int, str, list[int]]] = field(default_factory=list[tuple[int, int, str, list[int]]])
     """The same for operands read through descriptors, with their axes and the block's shape."""
-    scale_at: int = -1
-    compiled: Any = None
-    descriptors: dict[tuple[int, int], Any] = field(default_factory=dict[tuple[int, int], Any])
+    at: dict[str, int] = field(default_factory=dict[str, int])
+    """Places of the scale, and of what only an engine has."""
 
-    def __call__(self, tensors: list[Any], scale: float) -> None:
+    def unfolded(self, encoded: Mapping[int, list[Any]]) -> Bound:
+        """With several arguments in the place of one: of those the first alone differs from call to call."""
+        to: list[int] = []
+        arguments: list[Any] = []
+        for at, value in enumerate(self.arguments):
+            to.append(len(arguments))
+            arguments += encoded.get(at, [value])
+        to.append(len(arguments))
+        tensors = [(to[at], number) for at, number in self.tensors]
+        tiles = [(to[at], number, axes, block) for at, number, axes, block in self.tiles]
+        return Bound(arguments, tensors, tiles, {name: to[at] for name, at in self.at.items()})
+
+
+@dataclass
+class Launch:
+    """One kernel of a plan."""
+
+    function: Any
+    programs: int
+    options: dict[str, int]
+    bound: Bound = field(default_factory=Bound)
+    compiled: Any = None
+    direct: Bound | None = None
+    """What the compiled kernel takes."""
+    start: Any = None
+    """What starts it on a stream with that."""
+    encode: dict[int, Callable[[Any], list[Any]]] = field(default_factory=dict[int, Callable[[Any], list[Any]]])
+    kept: dict[tuple[int, int], Any] = field(default_factory=dict[tuple[int, int], Any])
+
+    def __call__(self, tensors: list[Any], scale: float, stream: int) -> None:
         """Starts the kernel on the current stream: the first time through Triton's front door, then directly."""
-        arguments = self.prepared(tensors, scale)
-        compiled = self.compiled
-        if compiled is None or INTERPRETED or observed():
-            self.compiled = self.function[(self.programs,)](*arguments, **self.options)
+        if self.compiled is None or INTERPRETED or observed():
+            given = self.prepared(self.bound, tensors, scale, self.make_map)
+            self.compiled = self.function[(self.programs,)](*given, **self.options)
             return
-        active = triton.runtime.driver.active
-        stream = active.get_current_stream(active.get_current_device())
-        packed = compiled.packed_metadata
-        compiled.run(self.programs, 1, 1, stream, compiled.function, packed, None, None, None, *arguments)
+        direct = self.direct or self.enter(tensors)
+        self.start(stream, self.prepared(direct, tensors, scale, self.kept_map))
+
+    def enter(self, tensors: list[Any]) -> Bound:
+        """Finds the way past Triton's front door."""
+        tiles = self.bound.tiles
+        self.start, encode = entry(self.compiled, self.programs, [at for at, *_ in tiles])
+        made = {at: encode(at, self.make_map(at, tensors[number], axes, block)) for at, number, axes, block in tiles}
+        self.direct = self.bound.unfolded(made)
+        places = zip(tiles, self.direct.tiles, strict=True)
+        self.encode = {new[0]: partial(encode, old[0]) for old, new in places}
+        return self.direct
 
     def flat(self, parameters: Sequence[tuple[Any, ...]]) -> Sequence[tuple[Any, ...]]:
         """The parameters as they are bound; an engine's tuples are taken apart."""
         return parameters
 
-    def prepared(self, tensors: list[Any], scale: float) -> list[Any]:
+    def prepared(self, bound: Bound, tensors: list[Any], scale: float, to_map: ToMap) -> list[Any]:
         """The arguments of one call."""
-        arguments = self.arguments.copy()
-        for at, number in self.tensors:
+        arguments = bound.arguments.copy()
+        for at, number in bound.tensors:
             arguments[at] = tensors[number]
-        if self.scale_at >= 0:
-            arguments[self.scale_at] = scale
-        for at, number, axes, block in self.tiles:
-            arguments[at] = self.descriptor(at, tensors[number], axes, block)
+        if "scale" in bound.at:
+            arguments[bound.at["scale"]] = scale
+        for at, number, axes, block in bound.tiles:
+            arguments[at] = to_map(at, tensors[number], axes, block)
         return arguments
 
-    def descriptor(self, at: int, t: torch.Tensor, axes: str, block: list[int]) -> Any:
-        """A tensor map of [b, h, row, column], kept by address: shape and strides are the plan's."""
+    def make_map(self, at: int, t: torch.Tensor, axes: str, block: list[int]) -> Any:
+        """A tensor map of [b, h, row, column]."""
+        view = operand_view(t, axes)
+        return TensorDescriptor(view, list(view.shape), map_strides(view), block)
+
+    def kept_map(self, at: int, t: torch.Tensor, axes: str, block: list[int]) -> Any:
+        """The same as the compiled kernel takes it, kept by address: shape and strides are the plan's."""
         address = t.data_ptr()
-        found = self.descriptors.get((at, address))
+        found = self.kept.get((at, address))
         if found is None:
-            view = operand_view(t, axes)
-            made = self.make_map(view, map_strides(view), block)
-            if self.compiled is None:  # Triton compiles from the tensor itself
-                return made
+            made = self.make_map(at, t, axes, block)
             made.base = Address(address, t.dtype)
-            if len(self.descriptors) >= ADDRESSES_KEPT:
-                self.descriptors.clear()
-            self.descriptors[at, address] = found = made
+            if len(self.kept) >= ADDRESSES_KEPT:
+                self.kept.clear()
+            found = self.kept[at, address] = self.encode[at](made)[0]
         return found
 
-    def make_map(self, view: torch.Tensor, strides: list[int], block: list[int]) -> Any:
-        return TensorDescriptor(view, list(view.shape), strides, block)
+
+def entry(compiled: Any, programs: int, maps: Sequence[int]) -> tuple[Start, Encode]:
+    """What starts a compiled kernel, and what makes of the descriptors at these places what that takes.
+
+    Triton encodes descriptors in a wrapper around the function that starts a kernel, in every call and for some
+    microseconds each. Where that wrapper is found as Triton 3.6 has it we go past it, with maps that are encoded
+    already; elsewhere through it.
+    """
+    run, function, packed = compiled.run, compiled.function, compiled.packed_metadata
+    inner: Mapping[str, Any] = {}
+    if inspect.isfunction(getattr(run, "launch", None)):
+        inner = inspect.getclosurevars(run.launch).nonlocals
+    if not {"launcher", "tensordesc_meta"} <= inner.keys() or run.global_scratch_size or run.profile_scratch_size:
+        return (
+            lambda stream, given: run(programs, 1, 1, stream, function, packed, None, None, None, *given),
+            lambda at, descriptor: [descriptor],
+        )
+    metas = dict(zip(sorted(maps), inner["tensordesc_meta"], strict=True))
+    make: Any = sys.modules[run.launch.__module__]
+    launch = partial(inner["launcher"], programs, 1, 1)
+    between = (function, run.launch_cooperative_grid, run.launch_pdl, None, None, packed, None, None, None)
+    return (
+        lambda stream, given: launch(stream, *between, *given),
+        lambda at, descriptor: make.make_tensordesc_arg(descriptor, metas[at]),
+    )
+
+
+def current_stream(device: int) -> int:
+    """The stream's handle, without an object around it."""
+    return triton.runtime.driver.active.get_current_stream(device)
 
 
 def observed() -> bool:

@@ -151,13 +151,13 @@ def scores(
 ):  # fmt: skip
     """Scores of tile t, -inf for pairs that the mask hides, or the sequence's end; whole tiles are not asked."""
     BN: gl.constexpr = CONFIG[0]
-    KEYS: gl.constexpr = CONFIG[13]
+    KEYS: gl.constexpr = CONFIG[12]
     columns = gl.arange(0, BN, gl.SliceLayout(0, LAYOUT))
     beside = read_beside(places, bars, read, NUMBER, LAYOUT)
     if t < cuts:  # rare: what it needs is heard of again, and takes no registers from the other branch
-        s_cut = known + fetch_own(mail, letter + LETTER, CONFIG[10])
+        s_cut = known + fetch_own(mail, letter + LETTER, CONFIG[9])
         r_cut = r
-        if not CONFIG[14]:
+        if not CONFIG[13]:
             rows = fetch(mail, letter + 2) + NUMBER * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
             r_cut = variant.rows(rows, s_cut, args)
         j = variant.cut(t, s_cut, args, BN) + columns

@@ -13,20 +13,20 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
 
 from attncc.codegen import assembly
-from attncc.codegen.uniform import undefined
+from attncc.codegen.uniform import undefined, unwritten
 
 LENGTH: Final = 4096
 """Queries and keys of the call that it is compiled for; no constant depends on them."""
 PATIENCE: Final = 120
 """Seconds."""
-FEW: Final = 6
+FEW: Final = 8
 """Words that all consumers together may reload in a turn of some 450 instructions each."""
 
 
@@ -81,8 +81,8 @@ class Driver:
         return 0
 
 
-def _arguments(package: Any) -> tuple[Any, list[Any], dict[str, int]]:
-    """The engine's function, and the arguments and options of a large call."""
+def _launches(package: Any) -> list[tuple[Any, list[Any], dict[str, int]]]:
+    """The kernels of a large call, the engine's first, each with its arguments and options."""
     torch: Any = import_module("torch")
     variant, runner = package.VARIANT, package._RUNNER
     runner = getattr(runner, "gpu", runner)
@@ -93,14 +93,15 @@ def _arguments(package: Any) -> tuple[Any, list[Any], dict[str, int]]:
     plan = SimpleNamespace(output=fill(variant.output, sizes), lse=fill(variant.lse, sizes) if variant.lse else None)
     config = next(c for m in variant.configs.values() for _, c in m.TABLE if c.get("ENGINE"))
     numbers = sizes | dict(config) | {"WRITE_LSE": int(plan.lse is not None)}
-    kernel = next(k for k in variant.kernels if k.launcher is not None)
-    shapes = runner.shapes(tensors, plan, numbers, [kernel])
-    launch = runner.bind(kernel, shapes, numbers, {"TMA": True}, {})
+    due = sorted((k for k in variant.kernels if k.when(numbers)), key=lambda k: k.launcher is None)
+    shapes = runner.shapes(tensors, plan, numbers, due)
     made = {"o": tensors[0].dtype, "lse": torch.float32} | {
         s.name: s.dtype for s in variant.scratch if s.name in shapes
     }
     given = [*tensors, *(torch.zeros(shapes[name].shape, dtype=dtype) for name, dtype in made.items())]
-    return kernel.function, launch.prepared(given, 0.1), launch.options
+    options = {k: config[k] for k in import_module(f"{package.__name__}._gpu").OPTIONS if config.get(k)}
+    bound = [(k, runner.bind(k, shapes, numbers, {"TMA": True}, options)) for k in due]
+    return [(k.function, x.prepared(x.bound, given, 0.1, x.make_map), x.options) for k, x in bound]
 
 
 def _always(value: Any) -> Callable[..., Any]:
@@ -108,24 +109,36 @@ def _always(value: Any) -> Callable[..., Any]:
 
 
 def _judge(made: Any) -> Findings:
-    triton: Any = import_module("triton")
-    tools = triton.knobs.nvidia
+    """What is to be said of a compiled engine."""
+    ptxas = import_module("triton.backends.nvidia.compiler").get_ptxas(90).path
     with tempfile.TemporaryDirectory(prefix="attncc-gate-") as folder:
-        ptx, cubin = Path(folder, "engine.ptx"), Path(folder, "engine.cubin")
+        ptx = Path(folder, "engine.ptx")
         ptx.write_text(made.asm["ptx"])
-        cubin.write_bytes(made.asm["cubin"])
-        ptxas = import_module("triton.backends.nvidia.compiler").get_ptxas(90).path
         command = [ptxas, "-v", "-arch=sm_90a", str(ptx), "-o", os.devnull]
         said = subprocess.run(command, capture_output=True, text=True, check=False)
         if said.returncode:
             raise RuntimeError(said.stderr)
-        command = [tools.nvdisasm.path, "-c", str(cubin)]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text = _disassembled(made)
     counts = assembly.read(text, assembly.SASS)
     reasons = [f"ptxas serialises its products ({note})" for note in re.findall(r"C75\d\d", said.stdout + said.stderr)]
     reasons += [f"ptxas reads UR{u.register} before it is written: {u.instruction}" for u in undefined(text)[:1]]
+    reasons += [f"ptxas reads R{u.register} before it is written: {u.instruction}" for u in unwritten(text)[:1]]
     reasons += ["registers of the main loop spill"] * (counts.turn.get("spill_load", 0) > FEW)
     return Findings(tuple(dict.fromkeys(reasons)), dict(counts.total), dict(counts.turn), made.metadata.shared)
+
+
+def _judge_beside(made: Any) -> tuple[str, ...]:
+    """What is to be said against a kernel that runs beside the engine."""
+    found = unwritten(_disassembled(made))[:1]
+    return tuple(f"in {made.name} ptxas reads R{u.register} before it is written: {u.instruction}" for u in found)
+
+
+def _disassembled(made: Any) -> str:
+    with tempfile.TemporaryDirectory(prefix="attncc-gate-") as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(made.asm["cubin"])
+        command = [import_module("triton").knobs.nvidia.nvdisasm.path, "-c", str(cubin)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _main(folder: Path) -> None:
@@ -139,8 +152,10 @@ def _main(folder: Path) -> None:
     package = importlib.import_module(folder.name)
     engine: Any = import_module(f"{folder.name}._engine")
     engine.counter = lambda: torch.zeros(3, dtype=torch.int32)
-    function, given, options = _arguments(package)
-    print(json.dumps(asdict(_judge(function.warmup(*given, grid=(132,), **options)))))
+    made = [f.warmup(*given, grid=(132,), **options) for f, given, options in _launches(package)]
+    found = _judge(made[0])
+    beside = tuple(reason for x in made[1:] for reason in _judge_beside(x))
+    print(json.dumps(asdict(replace(found, reasons=(*found.reasons, *beside)))))
 
 
 if __name__ == "__main__":

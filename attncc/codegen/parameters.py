@@ -73,16 +73,16 @@ def engine_parameters(w: Writer, attn: Attention, engine: Engine) -> None:
     maps += _maps("o", "64", () if packed else engine.v)
     maps += ['("absent",)'] if engine.beside is None else [f'("tile", "{engine.beside.name}", 64, {keys})']
     lost = engine.scratch[0].name if engine.scratch else "lse"  # not written where nothing can be hidden
-    tensors = ['("tensor", "o")', '("tensor", "lse")', f'("tensor", "{lost}")', '("counter",)']
-    axes = (0, 0, 1) if packed else (0, 1, 2)  # where sequences are packed the batch entry is 0
-    numbers = ['("stride", "o", 1)', '("stride", "o", 2)', '("knob", "COLUMNS")']
-    numbers += [*(f'("stride", "lse", {axis})' for axis in axes), '("programs",)']
+    absent = '("absent",)'
+    out = ['("tensor", "o")', '("stride", "o", 1)', '("stride", "o", 2)'] if packed else [absent] * 3
+    tensors = [out[0], '("tensor", "lse")', f'("tensor", "{lost}")', '("counter",)']
+    numbers = [*out[1:], f'("stride", "lse", {0 if packed else 1})', '("knob", "WRITE_LSE")', '("programs",)']
     buffers = [p for p in engine.args if p.role == "buffer"]
     args = [
         *(e for p in buffers for e in (f'("tensor", "{_argument(p)}")', *_strides(p))),
         *(_number(p) for p in engine.args if p.role == "scalar"),
     ]
-    knobs = [f'("knob", "{k}")' for k in (*(k.name for k in engine.knobs), "BM", "WRITE_LSE", *constants(engine))]
+    knobs = [f'("knob", "{k}")' for k in (*(k.name for k in engine.knobs), "BM", *constants(attn, engine))]
     w.line("# parameters of _hopper.forward")
     w.line("HOPPER = (")
     with w.indented():
@@ -94,7 +94,7 @@ def engine_parameters(w: Writer, attn: Attention, engine: Engine) -> None:
     w.line(")")
 
 
-def constants(engine: Engine) -> dict[str, int]:
+def constants(attn: Attention, engine: Engine) -> dict[str, int]:
     """What is fixed of an engine's launch, in the order of its signature."""
     at = {str(e.attr): n for n, e in enumerate(engine.tile)}
     rows = next(f for f in engine.functions if f.name == "rows")
@@ -108,6 +108,8 @@ def constants(engine: Engine) -> dict[str, int]:
         "KEYS": at["Sk"],
         "READS_ROWS": int(any(buffers(e) for s in rows.body for e in reads(s))),
         "OWN_ROOM": int(engine.v != engine.qk[: len(engine.v)]),
+        "HEADS": attn.heads.q,
+        "COLUMNS": attn.dims.v,
     }
 
 
@@ -118,7 +120,7 @@ def engine_launch(w: Writer, attn: Attention, engine: Engine) -> None:
         w.line("_hopper.forward,")
         w.entry(host_function(engine.grid))
         w.line("HOPPER,")
-        fixed = {"COLUMNS": attn.dims.v, **constants(engine)}
+        fixed = constants(attn, engine)
         w.line("constants={")
         with w.indented():
             w.block(filled((f'"{name}": {number}' for name, number in fixed.items()), 96))

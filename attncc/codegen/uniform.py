@@ -1,8 +1,9 @@
-"""Uniform registers that disassembled GPU code may read before anything wrote them.
+"""Registers that disassembled GPU code reads before anything wrote them.
 
 ptxas 12.8, which Triton 3.6 ships, computes what two pieces of code share (parts of wgmma's matrix descriptors) at the
-entry of the first, even where that may be skipped: the second then multiplies whatever lies at some address. No
-message says so. This finds it, by the rule that no path from a kernel's entry may reach a read without a write.
+entry of the first, even where that may be skipped, or at the kernel's entry from what is not known there: the second
+then multiplies whatever lies at some address. No message says so. This finds it, by the rule that no path from a
+kernel's entry may reach a read of a uniform register without a write, nor all paths a read of another one.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ COPIES: Final = frozenset({"IMAD.U32", "MOV"})
 """What moves a register that is written under a predicate: it is used under that, too."""
 COPY: Final = re.compile(r"(P\d), PT, PT, PT, (UP\d), 0x80, 0x0")
 """Operands by which a predicate becomes a copy of a uniform one."""
+VECTOR: Final = re.compile(r"(?<!\w)R(\d+)\b")
+"""A register that each thread has its own of."""
+SPAN: Final = {"HGMMA": 128}
+"""So many registers an instruction writes from the one that is printed on; others up to 4."""
 ZERO: Final = 63
 """URZ, which is printed by name; and how many there are."""
 
@@ -57,7 +62,7 @@ class Undefined:
 
 
 def undefined(text: str) -> tuple[Undefined, ...]:
-    """Every such read of a kernel's SASS, as nvdisasm -c prints it."""
+    """Every such read of a uniform register in a kernel's SASS, as nvdisasm -c prints it."""
     code, labels = _parse(text)
     if not code:
         return ()
@@ -70,6 +75,49 @@ def undefined(text: str) -> tuple[Undefined, ...]:
         for r in sorted(x.reads)
         if not before[at] >> r & 1 and not (x.opcode in COPIES and r in writes[at].half)
     )
+
+
+def unwritten(text: str) -> tuple[Undefined, ...]:
+    """Every read of another register that no path has written: predicates aside, no sound read is among them."""
+    code, labels = _parse(text)
+    if not code:
+        return ()
+    follows = _edges(code, labels)
+    may = [_bits(_may_write(x)) for x in code]
+    before = [0] * len(code)
+    todo = [0]
+    seen = {0}
+    while todo:
+        at = todo.pop()
+        after = before[at] | may[at]
+        for to in follows[at]:
+            if to not in seen or after & ~before[to]:
+                before[to] |= after
+                seen.add(to)
+                todo.append(to)
+    found: list[Undefined] = []
+    for at in sorted(seen):
+        x = code[at]
+        read = {int(n) for operand in x.operands[not _stores(x) :] for n in VECTOR.findall(operand)}
+        if x.opcode.startswith("LOP3"):  # predicates are kept as bits of a register that nothing cleared
+            continue
+        if x.opcode.startswith(("HGMMA", "PRMT")):  # a product that adds to nothing, half of a register: both name it
+            read -= {int(n) for n in VECTOR.findall(x.operands[0])}
+        found += (Undefined(r, x.text) for r in sorted(read) if not before[at] >> r & 1)
+    return tuple(found)
+
+
+def _stores(x: Instruction) -> bool:
+    return x.opcode.startswith(("ST", "RED", "BAR", "SYNCS", "WARPSYNC", "NANOSLEEP", "CCTL"))
+
+
+def _may_write(x: Instruction) -> Iterator[int]:
+    """Registers of the first operands, of which one may be a predicate, and some behind them: rather too many."""
+    span = SPAN.get(x.opcode.partition(".")[0], 4)
+    if not _stores(x):
+        for operand in x.operands[:2]:
+            for found in VECTOR.finditer(operand):
+                yield from range(int(found[1]), int(found[1]) + span)
 
 
 def _parse(text: str) -> tuple[list[Instruction], dict[str, int]]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from attncc.ir.expr import Expr, const
-from attncc.ir.rewrite import transform
+from attncc.ir.rewrite import names, rebuild, transform
 
 
 def split_multiplier(score: Expr) -> tuple[Expr, Expr]:
-    """`score` as x * c with a positive c that no row, key or head moves; c joins log2(e) in the exponent's FMA."""
+    """`score` as x * c with a positive c that no row, key or head moves; c joins log2(e) in the exponent's FMA.
+
+    Of a sum, qk * scale + slope * (j - i), c leaves where the other term has a factor that takes it up before the loop.
+    """
     c: Expr = const(1.0)
     while True:
         match score:
@@ -17,6 +22,14 @@ def split_multiplier(score: Expr) -> tuple[Expr, Expr]:
                 score, c = x, c * y
             case Expr("div", (x, y)) if _positive(y):
                 score, c = x, c / y
+            case Expr("add" | "sub", (Expr("mul", (x, y)), Expr("mul", (slope, z)))) if _positive(y) and _is_still(
+                slope
+            ):
+                score, c = rebuild(score, (x, (slope / y) * z)), c * y
+            case Expr("add" | "sub", (Expr("mul", (x, y)), Expr("mul", (z, slope)))) if _positive(y) and _is_still(
+                slope
+            ):
+                score, c = rebuild(score, (x, z * (slope / y))), c * y
             case _:
                 return score, fold_constants(c)
 
@@ -40,6 +53,14 @@ def fold_constants(e: Expr) -> Expr:
         return None
 
     return transform(e, step)
+
+
+MOVING: Final = frozenset({"qk", "i", "j", "row"})
+
+
+def _is_still(e: Expr) -> bool:
+    """Whether `e` is the same for all pairs of a head."""
+    return not names(e) & MOVING
 
 
 def _positive(e: Expr) -> bool:

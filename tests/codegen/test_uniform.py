@@ -1,10 +1,10 @@
-"""Reads of uniform registers that some path reaches before a write, in machine code of a few lines."""
+"""Reads of registers before a write, in machine code of a few lines."""
 
 from __future__ import annotations
 
 import pytest
 
-from attncc.codegen.uniform import undefined
+from attncc.codegen.uniform import undefined, unwritten
 
 
 def sass(*lines: str) -> str:
@@ -94,3 +94,28 @@ def test_a_branch_on_a_copy_of_the_predicate() -> None:
     assert found(*code, ".L_x_1:", "UMOV UR8, UR7", "EXIT") == []
     other = code[4].replace("@P1", "@!P1")
     assert found(*code[:4], other, code[5], ".L_x_1:", "UMOV UR8, UR7", "EXIT") == [7]
+
+
+# -- registers of a thread -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lines", "registers"),
+    [
+        (("IADD3 R0, P0, R0, 0x20, RZ", "EXIT"), [0]),  # what ptxas made of a descriptor that nothing had computed
+        (("S2R R0, SR_TID.X", "IADD3 R0, P0, R0, 0x20, RZ", "EXIT"), []),
+        (("LDC.64 R2, c[0x0][0x10]", "IADD3 R4, R3, 0x1, RZ", "EXIT"), []),
+        (("@P0 S2R R0, SR_TID.X", "IADD3 R1, R0, 0x1, RZ", "EXIT"), []),
+        (("@P0 BRA `(.L_x_1)", "S2R R0, SR_TID.X", ".L_x_1:", "IADD3 R1, R0, 0x1, RZ", "EXIT"), []),
+        ((".L_x_1:", "IADD3 R1, R0, 0x1, RZ", "S2R R0, SR_TID.X", "@P0 BRA `(.L_x_1)", "EXIT"), []),
+        (("BRA `(.L_x_1)", "S2R R0, SR_TID.X", ".L_x_1:", "IADD3 R1, R0, 0x1, RZ", "EXIT"), [0]),
+        (("STG.E [R2.64], R4", "EXIT"), [2, 4]),
+        (("LOP3.LUT R15, R15, 0xffffffdf, RZ, 0xc0, !PT", "EXIT"), []),
+        (("PRMT R20, RZ, 0x7610, R20", "EXIT"), []),
+        (("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR16], R24, !UPT", "FADD R0, R100, R151", "EXIT"), []),
+        (("HGMMA.64x16x16.F32.BF16 R24, R8, gdesc[UR16], R24", "EXIT"), [8]),
+        ((), []),
+    ],
+)
+def test_reads_that_no_path_has_written(lines: tuple[str, ...], registers: list[int]) -> None:
+    assert [u.register for u in unwritten(sass(*lines))] == registers

@@ -48,7 +48,8 @@ def test_functions_are_annotated(module: Module) -> None:
 
 
 def _annotated(f: Function) -> bool:
-    if any(dotted(d) in ("triton.jit", "gluon.jit", "gluon.constexpr_function") for d in f.decorator_list):
+    decorators = (d.func if isinstance(d, ast.Call) else d for d in f.decorator_list)
+    if any(dotted(d) in ("triton.jit", "gluon.jit", "gluon.constexpr_function") for d in decorators):
         return True
     args = [*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs]
     args += [a for a in (f.args.vararg, f.args.kwarg) if a]

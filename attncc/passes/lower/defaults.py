@@ -216,6 +216,8 @@ def _engine_config(attn: Attention, device: Device) -> Config:
         return {}
     rule = next(r for r in ENGINE if r.applies(attn))
     portable = {"BM": 64, "num_stages": 1, "maxnreg": 0}
+    if _has_pieces(attn):
+        portable["num_warps"] = 8  # by four, ptxas 12.8 multiplies what lies at undefined addresses (heads of 80, 96)
     if _is_listed(attn):
         portable |= {"BM": 64 * rule.config["E_CONSUMERS"], "BN": rule.config["E_KEYS"], "num_warps": 8}
         return {**rule.config, **portable, "E_GROUP": 1, "ENGINE": 1}

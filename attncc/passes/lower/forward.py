@@ -223,8 +223,8 @@ def formulas_of(b: Builder, attn: Attention, t: QueryTile, rule: Rule) -> Formul
     c = t.scope.bind(fold_constants(multiplier * LOG2E) if rule.exponential else multiplier)
     if c.value is None:
         c = b.let("c", c, "to units of log 2" if rule.exponential else "")
-    score = hoist(b, score, columns, "score")
-    mask = hoist(b, part.mask, columns, "mask")
+    score = hoist(b, score, t.scope, "score")
+    mask = hoist(b, part.mask, t.scope, "mask")
     return Formulas(score, c, mask, {d.name: d for d in diagonals}, columns)
 
 

@@ -65,11 +65,6 @@ GAPS: Final = (
     Gap("products of fp32", lambda a: a.dtype == "fp32"),
     Gap("heads wider than 256", lambda a: max(a.dims.qk, a.dims.v) > WIDEST),
     Gap("rows that are no multiple of 16 bytes", lambda a: a.dims.qk % 8 > 0 or a.dims.v % 8 > 0),
-    Gap("packed sequences, of which no GPU has checked rows beside hidden NaN", is_varlen),
-    Gap(
-        "a mask over heads with a piece of 16 columns, on which a GPU read out of bounds",
-        lambda a: may_hide_values(a) and any(p.width == 16 for d in (a.dims.qk, a.dims.v) for p in pieces(d, PIECES)),
-    ),
     Gap("key tiles skipped by data", lambda a: key_tiles_of(a).skip is not None),
     Gap("a score without qk", lambda a: "qk" not in names(a.part.score)),
     Gap("several tables of relative positions", lambda a: len(skew.split_diagonals(a)[1]) > 1),

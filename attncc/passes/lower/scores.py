@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from attncc.ir.attention import Attention, Input
-from attncc.ir.build import Builder, fresh, read, reduce
+from attncc.ir.build import Builder, column, fresh, read, reduce
 from attncc.ir.expr import Dtype, Expr, Value, broadcast, cast_to, const, lift, name, where
 from attncc.ir.factors import fold_constants
 from attncc.ir.rewrite import names, rebuild, transform
@@ -165,7 +165,11 @@ def _is_below(e: Expr, size: Value) -> bool:
 
 
 def hoist(b: Builder, e: Expr, scope: Scope, prefix: str) -> Expr:
-    """Binds, before the loop, each largest part of `e` that no key moves; returns `e` over the new names."""
+    """Binds, before the loop, each largest part of `e` that no key moves; returns `e` over the new names.
+
+    Rows are [BM] in `scope`, and what is bound of them too; as columns a thread would find them once for every key that
+    it holds. They become columns, which broadcast to [BM, BN], where `e` uses them.
+    """
     bound: dict[Expr, Expr] = {}
 
     def go(node: Expr) -> Expr:
@@ -175,8 +179,9 @@ def hoist(b: Builder, e: Expr, scope: Scope, prefix: str) -> Expr:
             return rebuild(node, tuple(go(a) for a in node.args))
         if node not in bound:
             value = share_reads(b, node, scope)
-            named = value.op in ("const", "name")
-            bound[node] = value if named else b.let(b.fresh(prefix), value)
+            if value.op not in ("const", "name"):
+                value = b.let(b.fresh(prefix), value)
+            bound[node] = column(value) if value.shape else value
         return bound[node]
 
     return go(e)

@@ -110,7 +110,7 @@ def rows(rows, s, args):
     ) = args
     c, Sq, Sk, offset, last_row, b, listed, listed_cuts, last_tile = s
     i = gl.minimum(rows, last_row) + offset  # [BM] positions; past the end, the last one again
-    ids_rows = gl.load(ids_ptr + b * ids_s0 + i[:, None] * ids_s1, mask=(i[:, None] >= 0) & (i[:, None] < Sk), other=0)
+    ids_rows = gl.load(ids_ptr + b * ids_s0 + i * ids_s1, mask=(i >= 0) & (i < Sk), other=0)
     return (i, ids_rows)
 
 
@@ -130,7 +130,7 @@ def keep(j, r, s, args):
     ) = args
     c, Sq, Sk, offset, last_row, b, listed, listed_cuts, last_tile = s
     i, ids_rows = r
-    keep = (j[None, :] <= i[:, None]) & (ids_rows == gl.load(ids_ptr + b * ids_s0 + j[None, :] * ids_s1))
+    keep = (j[None, :] <= i[:, None]) & (ids_rows[:, None] == gl.load(ids_ptr + b * ids_s0 + j[None, :] * ids_s1))
     return keep
 
 

@@ -67,7 +67,7 @@ def key_tile(
     x = s  # [BM, BN]
     if MASKED:
         keep = inside[None, :] & (
-            (j[None, :] <= i[:, None]) & (ids_rows == tl.load(ids_ptr + b * ids_s0 + j[None, :] * ids_s1))
+            (j[None, :] <= i[:, None]) & (ids_rows[:, None] == tl.load(ids_ptr + b * ids_s0 + j[None, :] * ids_s1))
         )  # [BM, BN]
         x = tl.where(keep, x, float("-inf"))
     m_new = tl.maximum(m, tl.max(x, 1) * c)  # [BM]
@@ -106,7 +106,7 @@ def document_ids_classify(
     i1 = last_row + offset
     i = tl.minimum(rows, last_row) + offset  # [BM] positions; past the end, the last one again
     key_hi = tl.maximum(tl.minimum(i1 + 1, Sk), 0)
-    ids_rows = tl.load(ids_ptr + b * ids_s0 + i[:, None] * ids_s1, mask=(i[:, None] >= 0) & (i[:, None] < Sk), other=0)
+    ids_rows = tl.load(ids_ptr + b * ids_s0 + i * ids_s1, mask=(i >= 0) & (i < Sk), other=0)
     masked = 0
     whole = 0
     last_tile = tl.maximum((Sk + (BN - 1)) // BN, 1) - 1
@@ -114,7 +114,7 @@ def document_ids_classify(
         j = tile * BN + tl.arange(0, BN)  # [BN]
         seen = (
             (tl.minimum(j, Sk - 1)[None, :] <= i[:, None])
-            & (ids_rows == tl.load(ids_ptr + b * ids_s0 + tl.minimum(j, Sk - 1)[None, :] * ids_s1))
+            & (ids_rows[:, None] == tl.load(ids_ptr + b * ids_s0 + tl.minimum(j, Sk - 1)[None, :] * ids_s1))
         ).to(tl.int32)
         some = tl.max(seen * (j < Sk).to(tl.int32)[None, :])
         every = tl.min(seen * (j < Sk).to(tl.int32)[None, :])
@@ -161,9 +161,7 @@ def document_ids_forward(
         i = tl.minimum(rows, last_row) + offset  # [BM] positions; past the end, the last one again
         q = load_tile(Q, b, h, row0, 0, q_b, q_h, q_s, Sq, 128, BM, 128, TMA)  # [BM, 128]
         c = scale * 1.4426950408889634  # to units of log 2
-        ids_rows = tl.load(
-            ids_ptr + b * ids_s0 + i[:, None] * ids_s1, mask=(i[:, None] >= 0) & (i[:, None] < Sk), other=0,
-        )
+        ids_rows = tl.load(ids_ptr + b * ids_s0 + i * ids_s1, mask=(i >= 0) & (i < Sk), other=0)
         m = tl.full([BM], -1.7014118346046923e+38, tl.float32)  # running maximum, in units of log 2
         l = tl.full([BM, 8], 0.0, tl.float32)  # running sum, in parts that one thread holds
         acc = tl.full([BM, 128], 0.0, tl.float32)  # [BM, 128]
@@ -244,9 +242,7 @@ def document_ids_again(
         i = tl.minimum(rows, last_row) + offset  # [BM] positions; past the end, the last one again
         q = load_tile(Q, b, h, row0, 0, q_b, q_h, q_s, Sq, 128, BM, 128, TMA)  # [BM, 128]
         c = scale * 1.4426950408889634  # to units of log 2
-        ids_rows = tl.load(
-            ids_ptr + b * ids_s0 + i[:, None] * ids_s1, mask=(i[:, None] >= 0) & (i[:, None] < Sk), other=0,
-        )
+        ids_rows = tl.load(ids_ptr + b * ids_s0 + i * ids_s1, mask=(i >= 0) & (i < Sk), other=0)
         m = tl.full([BM], -1.7014118346046923e+38, tl.float32)  # running maximum, in units of log 2
         l = tl.full([BM, 8], 0.0, tl.float32)  # running sum, in parts that one thread holds
         acc = tl.full([BM, 128], 0.0, tl.float32)  # [BM, 128]

@@ -108,7 +108,7 @@ def rows(rows, s, args):
     """What the formulas know of rows, [rows] or [rows, 1] each."""
     c, Sq, Sk, offset, score, last_row, cut_0, lo, full_end, full_start = s
     i = gl.minimum(rows, last_row) + offset  # [BM] positions; past the end, the last one again
-    mask = i[:, None] - 4095
+    mask = i - 4095
     return (i, mask)
 
 
@@ -124,7 +124,7 @@ def score(qk, beside, j, r, s, args):
 def keep(j, r, s, args):
     """Which pairs count; keys behind the last aside."""
     i, mask = r
-    keep = (j[None, :] <= i[:, None]) & ((j[None, :] >= mask) & (j[None, :] <= i[:, None]))
+    keep = (j[None, :] <= i[:, None]) & ((j[None, :] >= mask[:, None]) & (j[None, :] <= i[:, None]))
     return keep
 
 

@@ -72,7 +72,7 @@ def key_tile(
     x = tanh(s * score)  # [BM, BN]
     if MASKED:
         keep = inside[None, :] & (
-            (j[None, :] <= i[:, None]) & ((j[None, :] >= mask) & (j[None, :] <= i[:, None]))
+            (j[None, :] <= i[:, None]) & ((j[None, :] >= mask[:, None]) & (j[None, :] <= i[:, None]))
         )  # [BM, BN]
         x = tl.where(keep, x, float("-inf"))
     m_new = tl.maximum(m, tl.max(x, 1) * 72.13475204444816)  # [BM]
@@ -126,7 +126,7 @@ def gemma2_local_forward(
         i = tl.minimum(rows, last_row) + offset  # [BM] positions; past the end, the last one again
         q = load_tile(Q, b, h, row0, 0, q_b, q_h, q_s, Sq, 128, BM, 128, TMA)  # [BM, 128]
         score = scale * 0.02
-        mask = i[:, None] - 4095
+        mask = i - 4095
         key_lo = tl.maximum(tl.minimum(i0 - 4095, Sk), 0)
         key_hi = tl.maximum(tl.minimum(i1 + 1, Sk), 0)
         full_lo = tl.maximum(tl.minimum(i1 - 4095, Sk), 0)
@@ -215,7 +215,7 @@ def gemma2_local_again(
         i = tl.minimum(rows, last_row) + offset  # [BM] positions; past the end, the last one again
         q = load_tile(Q, b, h, row0, 0, q_b, q_h, q_s, Sq, 128, BM, 128, TMA)  # [BM, 128]
         score = scale * 0.02
-        mask = i[:, None] - 4095
+        mask = i - 4095
         key_lo = tl.maximum(tl.minimum(i0 - 4095, Sk), 0)
         key_hi = tl.maximum(tl.minimum(i1 + 1, Sk), 0)
         full_lo = tl.maximum(tl.minimum(i1 - 4095, Sk), 0)

@@ -111,7 +111,7 @@ def rows(rows, s, args):
     """What the formulas know of rows, [rows] or [rows, 1] each."""
     c, Sq, Sk, offset, last_row, cut_0, full_end_0, cut_1, lo_1, full_end_1, whole_0, full_start_1 = s
     i = gl.minimum(rows, last_row) + offset  # [BM] positions; past the end, the last one again
-    mask = i[:, None] - 1023
+    mask = i - 1023
     return (i, mask)
 
 
@@ -126,7 +126,7 @@ def score(qk, beside, j, r, s, args):
 def keep(j, r, s, args):
     """Which pairs count; keys behind the last aside."""
     i, mask = r
-    keep = (j[None, :] <= i[:, None]) & ((j[None, :] <= 3) | (j[None, :] >= mask) & (j[None, :] <= i[:, None]))
+    keep = (j[None, :] <= i[:, None]) & ((j[None, :] <= 3) | (j[None, :] >= mask[:, None]) & (j[None, :] <= i[:, None]))
     return keep
 
 

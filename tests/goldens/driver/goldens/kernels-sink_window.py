@@ -66,7 +66,8 @@ def key_tile(
     x = s  # [BM, BN]
     if MASKED:
         keep = inside[None, :] & (
-            (j[None, :] <= i[:, None]) & ((j[None, :] <= 3) | (j[None, :] >= mask) & (j[None, :] <= i[:, None]))
+            (j[None, :] <= i[:, None])
+            & ((j[None, :] <= 3) | (j[None, :] >= mask[:, None]) & (j[None, :] <= i[:, None]))
         )  # [BM, BN]
         x = tl.where(keep, x, float("-inf"))
     m_new = tl.maximum(m, tl.max(x, 1) * c)  # [BM]
@@ -120,7 +121,7 @@ def sink_window_forward(
         i = tl.minimum(rows, last_row) + offset  # [BM] positions; past the end, the last one again
         q = load_tile(Q, b, h, row0, 0, q_b, q_h, q_s, Sq, 128, BM, 128, TMA)  # [BM, 128]
         c = scale * 1.4426950408889634  # to units of log 2
-        mask = i[:, None] - 1023
+        mask = i - 1023
         key_hi_0 = tl.maximum(tl.minimum(tl.minimum(i1 + 1, 4), Sk), 0)
         full_hi_0 = tl.maximum(tl.minimum(tl.minimum(i0 + 1, 4), Sk), 0)
         key_lo_1 = tl.maximum(tl.minimum(i0 - 1023, Sk), 0)
@@ -228,7 +229,7 @@ def sink_window_again(
         i = tl.minimum(rows, last_row) + offset  # [BM] positions; past the end, the last one again
         q = load_tile(Q, b, h, row0, 0, q_b, q_h, q_s, Sq, 128, BM, 128, TMA)  # [BM, 128]
         c = scale * 1.4426950408889634  # to units of log 2
-        mask = i[:, None] - 1023
+        mask = i - 1023
         key_hi_0 = tl.maximum(tl.minimum(tl.minimum(i1 + 1, 4), Sk), 0)
         full_hi_0 = tl.maximum(tl.minimum(tl.minimum(i0 + 1, 4), Sk), 0)
         key_lo_1 = tl.maximum(tl.minimum(i0 - 1023, Sk), 0)
