@@ -25,7 +25,7 @@ TORCH_DTYPE: Final[Mapping[str, str]] = {
 }  # fmt: skip
 SCRATCH_DTYPE: Final[Mapping[Dtype, str]] = {
     "i32": "int32", "i64": "int64", "i8": "int8", "u8": "uint8", "f16": "float16", "bf16": "bfloat16", "f32": "float32",
-    "bool": "bool",
+    "bool": "bool", "f8e4m3": "uint8", "f8e5m2": "uint8",
 }  # fmt: skip
 STRIDED: Final[Mapping[str, str]] = {"bhsd": "bhsd", "bshd": "bshd", "varlen": "shd"}
 
@@ -316,8 +316,9 @@ def _launches(program: Program) -> list[Launch]:
 
 def _operand_axes(attn: Attention, program: Program) -> dict[str, str]:
     """Where each operand's axes are; scratch operands have them in the kernel's order."""
-    scratch = {p.name: "bhsd" for k in program.kernels for p in k.params if p.role == "operand" and p.extent is None}
-    return dict.fromkeys("qkvo", STRIDED[attn.layout]) | scratch
+    made = {s.name for s in program.scratch}
+    read = {p.name: None for k in program.kernels for p in k.params if p.role == "operand" and p.name in made}
+    return dict.fromkeys("qkvo", STRIDED[attn.layout]) | dict.fromkeys(read, "bhsd")
 
 
 def _quoted(target: str) -> str:
