@@ -14,7 +14,7 @@ from attncc.codegen.engine import print_engine
 from attncc.codegen.host import host_expr, host_function
 from attncc.codegen.parameters import engine_launch, engine_parameters, kernel_parameters, mapping, parameters_name
 from attncc.codegen.source import Writer, filled, module_text
-from attncc.codegen.triton import print_kernels
+from attncc.codegen.triton import lower_name, print_kernels
 from attncc.ir.attention import SIZE_NAMES, Attention, Size
 from attncc.ir.expr import Dtype, const, eq, name
 from attncc.ir.tile import Kernel, Launch, Program, Scratch
@@ -296,7 +296,7 @@ def _gpu_fields(w: Writer, attn: Attention, program: Program, targets: Sequence[
     with w.indented():
         for s in scratch:
             shape = tuple_text(map(host_expr, s.shape))
-            w.entry(f'Scratch("{s.name}", lambda n: {shape}, torch.{SCRATCH_DTYPE[s.dtype]})')
+            w.entry(f'Scratch("{lower_name(s.name)}", lambda n: {shape}, torch.{SCRATCH_DTYPE[s.dtype]})')
     w.block(["),"] * bool(scratch))
     w.line(f"configs={{{', '.join(_quoted(t.target) for t in sorted(targets, key=lambda t: t.target))}}},")
     if program.engine is not None:

@@ -41,7 +41,7 @@ def scratch(attn: Attention, h: Held) -> tuple[Scratch, ...]:
     peaks = Scratch(_peaks_of(attn, h).name, (b, heads, cdiv(h.tokens, SPAN), const(_wide(h))), "f32")
     return (
         Scratch(h.tensor, (b, heads, h.tokens, const(h.width)), h.format.dtype),
-        Scratch(h.scales.name, h.scale_shape, "f32"),
+        Scratch(input_param(h.scales).name, h.scale_shape, "f32"),
         *([peaks] if h.per in ACROSS else []),
     )
 
