@@ -7,11 +7,14 @@ from itertools import permutations
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from codegen.emitted import Package, normal, package
 from torch import Tensor
 
 from attncc import reference
 from attncc.check.cases import Case, Trait
+from attncc.codegen.helpers import from_fp8, to_fp8
 from attncc.ir.attention import Attention
 
 HEADS = "heads: {q: 4, kv: 2}\n"
@@ -169,3 +172,29 @@ def test_a_group_of_zeros_is_zero() -> None:
     o = p(q, k, v)
     assert not o[:, :2].any()
     assert reference.acceptance(o, p.attn, q, k, v).ok
+
+
+# -- the conversions themselves ------------------------------------------------------------------
+
+
+@triton.jit
+def convert(X, Codes, Back, MANTISSA: tl.constexpr, BIAS: tl.constexpr, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(Codes + at, to_fp8(tl.load(X + at), MANTISSA, BIAS))
+    tl.store(Back + at, from_fp8(tl.load(Codes + at), MANTISSA, BIAS).to(tl.float32))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "shape"), [(torch.float8_e4m3fn, (3, 7)), (torch.float8_e5m2, (2, 15))], ids=["e4m3", "e5m2"]
+)
+def test_fp8_has_the_bits_that_torch_gives_it(theirs: torch.dtype, shape: tuple[int, int]) -> None:
+    """Every number of the format, halfway to the next one, close to that, and zero's sign."""
+    numbers = torch.arange(256).to(torch.uint8).view(theirs).float()
+    numbers = numbers[numbers.isfinite()]
+    halves = (numbers.unique()[1:] + numbers.unique()[:-1]) / 2
+    x = torch.cat([numbers, halves, halves * (1 + 1e-6), halves * (1 - 1e-6)])
+    x = torch.cat([x, x.new_zeros(1024 - len(x))])
+    codes, back = torch.empty(x.shape, dtype=torch.uint8), torch.empty_like(x)
+    convert[(1,)](x, codes, back, *shape, len(x))
+    assert torch.equal(codes, x.to(theirs).view(torch.uint8))
+    assert torch.equal(back, x.to(theirs).float())
