@@ -281,7 +281,10 @@ def _variant(
 
 def _gpu_fields(w: Writer, attn: Attention, program: Program, targets: Sequence[TargetConfigs]) -> None:
     """What Triton kernels need beside the variant."""
-    w.line(f"axes={_strings(_operand_axes(attn, program))},")
+    w.line("axes={")
+    with w.indented():
+        w.block(filled(f'"{operand}": "{axes}"' for operand, axes in _operand_axes(attn, program).items()))
+    w.line("},")
     w.line("kernels=(")
     with w.indented():
         for launch in _launches(program):
@@ -323,10 +326,6 @@ def _operand_axes(attn: Attention, program: Program) -> dict[str, str]:
 
 def _quoted(target: str) -> str:
     return f'"{target}": {target}'
-
-
-def _strings(m: Mapping[str, str]) -> str:
-    return "{" + ", ".join(f'"{k}": "{v}"' for k, v in m.items()) + "}"
 
 
 def _fixed(attn: Attention, text: str) -> str:
