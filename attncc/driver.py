@@ -15,7 +15,7 @@ from attncc import passes, spec
 from attncc.check.run import Outcome, Report, check_package
 from attncc.check.stand_in import stand_in
 from attncc.codegen.backends import share_out
-from attncc.codegen.cpu import decodes
+from attncc.codegen.cpu import decodes, is_carried
 from attncc.codegen.cuda import Cubin
 from attncc.codegen.gate import examine
 from attncc.codegen.package import TargetConfigs, emit, uses_engine
@@ -52,8 +52,12 @@ Progress = Callable[[str, int, int], None]
 SPEC_STAGE: Final = "spec"
 PROGRAM_STAGE: Final = "lower"
 EXAMPLES: Final = Path(__file__).parents[1] / "examples"
-LOWERINGS: Final = ("triton: forward", "tvm: forward")
-"""What every skeleton there is gives."""
+LOWERINGS: Final[Mapping[str, Callable[[Attention], bool]]] = {
+    "triton: forward": lambda attn: True,
+    "tvm: forward": is_carried,
+    "tvm: decode": lambda attn: is_carried(attn) and decodes(attn),
+}
+"""What there is for the variants that a skeleton carries."""
 STAGES: Final = (SPEC_STAGE, *(name for name, _ in passes.PIPELINE), PROGRAM_STAGE)
 
 
@@ -204,7 +208,9 @@ def _lowered(attn: Attention) -> Stage:
         missing = missing or [(error.key, f"{error.message}; {error.hint}")]
         lines = "".join(f"# {line}\n" for _, line in missing)
         return Stage(
-            PROGRAM_STAGE, f"# no skeleton carries this variant yet\n{lines}", tuple(key for key, _ in missing)
+            PROGRAM_STAGE,
+            f"# no skeleton carries this variant yet\n{lines}",
+            tuple(dict.fromkeys(key for key, _ in missing)),
         )
     verify_program(program)
     why = f"# skeleton: {program.skeleton}\n# because: {program.why}\n"
@@ -228,7 +234,7 @@ def _system(path: Path) -> System:
         lowered = _lowered(rewritten)
     except SpecError as error:
         return System(path.name, path.stem, error=str(error))
-    found = () if lowered.missing else (*LOWERINGS, *(["tvm: decode"] if decodes(rewritten) else []))
+    found = () if lowered.missing else tuple(name for name, holds in LOWERINGS.items() if holds(rewritten))
     return System(path.name, attn.name, attn.family, attn.source, primitives(attn), found, lowered.missing)
 
 

@@ -1,8 +1,21 @@
-"""What CPU libraries hold, known without TVM."""
+"""What TVM makes kernels of, known without TVM."""
 
 from __future__ import annotations
 
+from attncc.errors import Unsupported
 from attncc.ir.attention import Attention
+
+
+def is_carried(attn: Attention) -> bool:
+    """Whether a variant that has a skeleton has TVM's kernels too: they read operands as they come."""
+    return not attn.quantize
+
+
+def check_carried(attn: Attention) -> None:
+    """Raises Unsupported for what TVM's kernels would compute as if it were not there."""
+    if not is_carried(attn):
+        hint = "Triton kernels store operands in few bits: choose a GPU, or --target interpreter"
+        raise Unsupported("TVM's kernels, which CPUs have, do not quantise operands", "quantize", hint=hint)
 
 
 def decodes(attn: Attention) -> bool:

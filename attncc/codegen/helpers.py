@@ -123,3 +123,25 @@ def power(x, y):
     odd = tl.floor(y * 0.5) * 2.0 != y
     signed = tl.where(whole, tl.where(odd, -size, size), float("nan"))
     return tl.where(y == 0.0, 1.0, tl.where(x < 0.0, signed, size))
+
+
+@triton.jit
+def to_fp8(x, MANTISSA: tl.constexpr, BIAS: tl.constexpr):
+    """The bits of the fp8 number next to x, the even one of two; x is within the format's range."""
+    bits = x.to(tl.uint32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    half = (1 << (22 - MANTISSA)) - 1 + ((size >> (23 - MANTISSA)) & 1)
+    normal = ((size + half) >> (23 - MANTISSA)) - ((127 - BIAS) << MANTISSA)
+    # numbers below the least normal one are as far apart as those of fp32 behind this power of 2
+    shifted = (tl.abs(x) + 2.0 ** (24 - BIAS - MANTISSA)).to(tl.uint32, bitcast=True)
+    small = shifted - ((151 - BIAS - MANTISSA) << 23)
+    code = tl.where(size < ((128 - BIAS) << 23), small, normal)
+    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def from_fp8(x, MANTISSA: tl.constexpr, BIAS: tl.constexpr):
+    """The number of these bits, in fp16; what would be no number or infinite is not stored."""
+    bits = x.to(tl.uint16)
+    half = ((bits & 0x80) << 8) | ((bits & 0x7F) << (10 - MANTISSA))
+    return half.to(tl.float16, bitcast=True) * 2.0 ** (15 - BIAS)

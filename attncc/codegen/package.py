@@ -14,7 +14,7 @@ from attncc.codegen.engine import print_engine
 from attncc.codegen.host import host_expr, host_function
 from attncc.codegen.parameters import engine_launch, engine_parameters, kernel_parameters, mapping, parameters_name
 from attncc.codegen.source import Writer, filled, module_text
-from attncc.codegen.triton import print_kernels
+from attncc.codegen.triton import lower_name, print_kernels
 from attncc.ir.attention import SIZE_NAMES, Attention, Size
 from attncc.ir.expr import Dtype, const, eq, name
 from attncc.ir.tile import Kernel, Launch, Program, Scratch
@@ -25,7 +25,7 @@ TORCH_DTYPE: Final[Mapping[str, str]] = {
 }  # fmt: skip
 SCRATCH_DTYPE: Final[Mapping[Dtype, str]] = {
     "i32": "int32", "i64": "int64", "i8": "int8", "u8": "uint8", "f16": "float16", "bf16": "bfloat16", "f32": "float32",
-    "bool": "bool",
+    "bool": "bool", "f8e4m3": "uint8", "f8e5m2": "uint8",
 }  # fmt: skip
 STRIDED: Final[Mapping[str, str]] = {"bhsd": "bhsd", "bshd": "bshd", "varlen": "shd"}
 
@@ -281,7 +281,10 @@ def _variant(
 
 def _gpu_fields(w: Writer, attn: Attention, program: Program, targets: Sequence[TargetConfigs]) -> None:
     """What Triton kernels need beside the variant."""
-    w.line(f"axes={_strings(_operand_axes(attn, program))},")
+    w.line("axes={")
+    with w.indented():
+        w.block(filled(f'"{operand}": "{axes}"' for operand, axes in _operand_axes(attn, program).items()))
+    w.line("},")
     w.line("kernels=(")
     with w.indented():
         for launch in _launches(program):
@@ -296,7 +299,7 @@ def _gpu_fields(w: Writer, attn: Attention, program: Program, targets: Sequence[
     with w.indented():
         for s in scratch:
             shape = tuple_text(map(host_expr, s.shape))
-            w.entry(f'Scratch("{s.name}", lambda n: {shape}, torch.{SCRATCH_DTYPE[s.dtype]})')
+            w.entry(f'Scratch("{lower_name(s.name)}", lambda n: {shape}, torch.{SCRATCH_DTYPE[s.dtype]})')
     w.block(["),"] * bool(scratch))
     w.line(f"configs={{{', '.join(_quoted(t.target) for t in sorted(targets, key=lambda t: t.target))}}},")
     if program.engine is not None:
@@ -316,16 +319,13 @@ def _launches(program: Program) -> list[Launch]:
 
 def _operand_axes(attn: Attention, program: Program) -> dict[str, str]:
     """Where each operand's axes are; scratch operands have them in the kernel's order."""
-    scratch = {p.name: "bhsd" for k in program.kernels for p in k.params if p.role == "operand" and p.extent is None}
-    return dict.fromkeys("qkvo", STRIDED[attn.layout]) | scratch
+    made = {s.name for s in program.scratch}
+    read = {p.name: None for k in program.kernels for p in k.params if p.role == "operand" and p.name in made}
+    return dict.fromkeys("qkvo", STRIDED[attn.layout]) | dict.fromkeys(read, "bhsd")
 
 
 def _quoted(target: str) -> str:
     return f'"{target}": {target}'
-
-
-def _strings(m: Mapping[str, str]) -> str:
-    return "{" + ", ".join(f'"{k}": "{v}"' for k, v in m.items()) + "}"
 
 
 def _fixed(attn: Attention, text: str) -> str:

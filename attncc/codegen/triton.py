@@ -9,7 +9,7 @@ from typing import Final
 
 from attncc.codegen.source import Writer, definitions, filled, function_names
 from attncc.errors import CompilerBug
-from attncc.ir.expr import FLOATS, INTS, Dim, Dtype, Expr
+from attncc.ir.expr import FLOATS, INTS, STORED, Dim, Dtype, Expr
 from attncc.ir.tile import CallFn, For, Function, If, Let, Note, Param, Program, Statement, Store, StoreTile
 
 INFIX: Final[dict[str, tuple[str, int]]] = {
@@ -26,8 +26,11 @@ CALL: Final[dict[str, str]] = {
 }  # fmt: skip
 DTYPE: Final[dict[Dtype, str]] = {
     "bool": "tl.int1", "i8": "tl.int8", "u8": "tl.uint8", "i32": "tl.int32", "i64": "tl.int64",
-    "f16": "tl.float16", "bf16": "BF16", "f32": "tl.float32", "f64": "tl.float64",
+    "f8e4m3": "tl.uint8", "f8e5m2": "tl.uint8", "f16": "tl.float16", "bf16": "BF16", "f32": "tl.float32",
+    "f64": "tl.float64",
 }  # fmt: skip
+FP8: Final[dict[Dtype, str]] = {"f8e4m3": "3, 7", "f8e5m2": "2, 15"}
+"""Bits of the mantissa, and the exponent's bias. Kernels see the bits, for not every target converts these itself."""
 ATOM: Final = 10
 UNARY: Final = 9
 
@@ -78,6 +81,8 @@ class Printer:
         self.flags: set[str] = set()
 
     def expr(self, e: Expr, outer: int = 0) -> str:
+        if e.op == "div" and e.attr == "rounded":
+            return f"tl.div_rn({', '.join(map(self.expr, e.args))})"
         if e.op in INFIX or (e.op in MACHINE_DIVISION and e.attr == "nonneg"):
             sign, strength = INFIX.get(e.op) or MACHINE_DIVISION[e.op]
             left = self.expr(e.args[0], strength + (strength == 4))
@@ -102,6 +107,11 @@ class Printer:
                 return f"({text})" if text.startswith("-") and outer > 7 else text
             case "name":
                 return str(e.attr)
+            case "cast" if e.dtype in STORED:
+                return f"to_fp8({self.expr(a[0])}, {FP8[e.dtype]})"
+            case "cast" if a[0].dtype in STORED:
+                half = f"from_fp8({self.expr(a[0])}, {FP8[a[0].dtype]})"
+                return half if e.dtype == "f16" else f"{half}{self.suffix(e)}"
             case "cast" if not e.shape:  # a number may be Python's own in the interpreter
                 return f"tl.cast({self.expr(a[0])}, {DTYPE[e.dtype]})"
             case "expand" | "trans" | "cast":

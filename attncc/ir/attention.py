@@ -156,6 +156,8 @@ class Quantizer:
     symmetric: bool = True
     smooth: str = ""
     staircase: tuple[tuple[int | None, str], ...] = ()
+    scales: str = ""
+    """Set when lowered: the input that holds the scales of its groups, which the program makes itself."""
 
 
 @dataclass(frozen=True, slots=True)

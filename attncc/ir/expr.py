@@ -16,10 +16,12 @@ import numpy as np
 
 Dim = str | int
 Shape = tuple[Dim, ...]
-Dtype = Literal["bool", "i8", "u8", "i32", "i64", "f16", "bf16", "f32", "f64"]
+Dtype = Literal["bool", "i8", "u8", "i32", "i64", "f8e4m3", "f8e5m2", "f16", "bf16", "f32", "f64"]
 Attr = bool | int | float | str | tuple["str | int", ...] | None
 
 FLOATS: Final[tuple[Dtype, ...]] = ("f16", "bf16", "f32", "f64")
+STORED: Final[tuple[Dtype, ...]] = ("f8e4m3", "f8e5m2")
+"""Floats that memory holds and no operator takes: they are cast to one of `FLOATS` first."""
 INTS: Final[tuple[Dtype, ...]] = ("i8", "u8", "i32", "i64")
 
 STRUCTURAL: Final[dict[str, str]] = {
@@ -204,6 +206,12 @@ def minimum(a: Value, b: Value) -> Expr:
 
 def maximum(a: Value, b: Value) -> Expr:
     return ew("max", a, b)
+
+
+def divide_exactly(a: Value, b: Value) -> Expr:
+    """a / b as IEEE rounds it, where the plain division of a GPU may be off by an ulp or two."""
+    e = lift(a) / b
+    return Expr(e.op, e.args, "rounded", e.dtype, e.shape)
 
 
 def cast_to(e: Expr, dtype: Dtype) -> Expr:

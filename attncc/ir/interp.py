@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 
 from attncc.errors import CompilerBug
-from attncc.ir.expr import FLOATS, Expr
+from attncc.ir.expr import FLOATS, STORED, Expr
 from attncc.ir.meaning import NUMPY, Array, Frame, Tensor, convert, evaluate, place, window
 from attncc.ir.tile import CallFn, For, Function, If, Kernel, Let, Note, Program, Statement, Store, StoreTile
 
@@ -40,7 +40,7 @@ def run(
     with np.errstate(all="ignore"):
         for scratch in program.scratch:
             shape = [int(_number(n, {**scalars, **config})) for n in scratch.shape]
-            fill = math.nan if scratch.dtype in FLOATS else POISON
+            fill = math.nan if scratch.dtype in (*FLOATS, *STORED) else POISON
             tensors[scratch.name] = np.full(shape, fill).astype(NUMPY[scratch.dtype])
         for launch in program.launches:
             if launch.when is not None and not _number(launch.when, {**scalars, **config}):

@@ -1,6 +1,6 @@
 """What an expression of tile IR means: its value as a NumPy array, given the values of its names.
 
-Values of dtype f16, bf16 and f32 are float32 arrays, the first two rounded to their dtype after every
+Values of dtype f8, f16, bf16 and f32 are float32 arrays, all but the last rounded to their dtype after every
 operation. An access outside of its tensor raises `CompilerBug`: no target defines it.
 """
 
@@ -24,11 +24,16 @@ NUMPY: Final[Mapping[Dtype, type[np.generic]]] = {
     "u8": np.uint8,
     "i32": np.int32,
     "i64": np.int64,
+    "f8e4m3": np.float32,
+    "f8e5m2": np.float32,
     "f16": np.float32,
     "bf16": np.float32,
     "f32": np.float32,
     "f64": np.float64,
 }
+
+FP8: Final[Mapping[Dtype, tuple[int, int, float]]] = {"f8e4m3": (3, -6, 448.0), "f8e5m2": (2, -14, 57344.0)}
+"""Bits of the mantissa, the exponent of the least normal number, and the greatest number."""
 
 REDUCTIONS: Final[Mapping[str, Callable[..., Any]]] = {"max": np.max, "min": np.min, "sum": np.sum}
 
@@ -55,7 +60,9 @@ class Frame:
 
 
 def convert(x: Any, dtype: Dtype) -> Array:
-    """`x` as a value of `dtype`; f16 and bf16 round to nearest even."""
+    """`x` as a value of `dtype`; narrow floats round to nearest even."""
+    if dtype in FP8:
+        return _round_f8(np.asarray(x).astype(np.float32), *FP8[dtype])
     if dtype == "f16":
         return np.asarray(x).astype(np.float16).astype(np.float32)
     if dtype == "bf16":
@@ -67,6 +74,13 @@ def _round_bf16(x: Array) -> Array:
     bits = x.view(np.uint32).astype(np.uint64)
     rounded = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
     return np.where(np.isnan(x), x, rounded.astype(np.uint32).view(np.float32))
+
+
+def _round_f8(x: Array, mantissa: int, least: int, greatest: float) -> Array:
+    """Numbers within the format's range; what is beyond it is the program's fault, and becomes no number."""
+    exponent = np.maximum(np.frexp(x)[1] - 1, least) - mantissa
+    rounded = np.ldexp(np.rint(np.ldexp(x, -exponent)), exponent)
+    return np.where(np.abs(rounded) <= greatest, rounded, np.float32(np.nan)).astype(np.float32)
 
 
 def evaluate(e: Expr, frame: Frame) -> Array:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Final, Literal
 
-from attncc.ir.expr import FLOATS, INTS, OPS, Dim, Dtype, Expr, Shape, broadcast
+from attncc.ir.expr import FLOATS, INTS, OPS, STORED, Dim, Dtype, Expr, Shape, broadcast
 
 Level = Literal["scalar", "tile"]
 Type = tuple[Dtype, Shape]
@@ -78,6 +78,14 @@ def _type(e: Expr, tensors: Mapping[str, Tensor], level: Level) -> Type:
     return rule.type(e, tensors)
 
 
+KINDS: Final[Mapping[str, tuple[str, tuple[Dtype, ...]]]] = {
+    "floordiv": ("nonneg", INTS),
+    "mod": ("nonneg", INTS),
+    "div": ("rounded", FLOATS),
+}
+"""Operators that have a second kind, the attribute that says so, and the dtypes it is for."""
+
+
 def _elementwise(e: Expr) -> Type:
     row = OPS[e.op]
     require(len(e.args) == row.arity, f"'{e.op}' takes {row.arity} arguments, got {len(e.args)}")
@@ -88,8 +96,10 @@ def _elementwise(e: Expr) -> Type:
         require(dtypes[0] == "bool", f"'where' chooses by a boolean, got {dtypes[0]}")
         require((dtypes[1] == "bool") == (dtypes[2] == "bool"), f"'where' chooses {dtypes[1]} or {dtypes[2]}")
     if e.attr is not None:
-        plain = e.op in ("floordiv", "mod") and e.attr == "nonneg" and set(dtypes) <= set(INTS)
-        require(plain, f"'{e.op}' has no attribute {e.attr!r}")
+        word, kind = KINDS.get(e.op, ("", ()))
+        require(e.attr == word and set(dtypes) <= set(kind), f"'{e.op}' has no attribute {e.attr!r}")
+    for dtype in STORED:
+        require(dtype not in dtypes, f"'{e.op}' takes no {dtype}: cast it first")
     return row.dtype(dtypes), _joined(e.args)
 
 
@@ -208,7 +218,7 @@ def _dot(e: Expr, tensors: Mapping[str, Tensor]) -> Type:
     a, b = e.args[:2]
     require(len(a.shape) == len(b.shape) == 2, f"'dot' takes matrices, got {list(a.shape)} and {list(b.shape)}")
     require(a.shape[1] == b.shape[0], f"'dot' of {list(a.shape)} and {list(b.shape)}: inner dims differ")
-    require(a.dtype == b.dtype, f"'dot' of {a.dtype} and {b.dtype}")
+    require(a.dtype == b.dtype and a.dtype not in STORED, f"'dot' of {a.dtype} and {b.dtype}")
     out: Type = ("f32" if a.dtype in FLOATS else "i32", (a.shape[0], b.shape[1]))
     for acc in e.args[2:]:
         require((acc.dtype, acc.shape) == out, f"'dot' adds to {show(*out)}, got {show(acc.dtype, acc.shape)}")

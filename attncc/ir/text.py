@@ -7,7 +7,7 @@ tensor's dtype stands where it is bound. Formulas read as in a spec, with no mor
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, fields
 from hashlib import sha256
 from typing import Any, Final, cast
@@ -57,8 +57,12 @@ INFIX: Final[dict[str, tuple[str, int]]] = {
     "pow": ("**", POWER),
 }
 PREFIX: Final = {"neg": "-", "not": "~"}
-MACHINE: Final = {"floordiv": "quotient", "mod": "remainder"}
-"""Divisions of numbers known to be non-negative."""
+KINDS: Final[Mapping[tuple[str, object], str]] = {
+    ("floordiv", "nonneg"): "quotient",
+    ("mod", "nonneg"): "remainder",
+    ("div", "rounded"): "ratio",
+}
+"""Second kinds of operators: divisions of numbers known to be non-negative, and one that rounds as IEEE does."""
 
 
 def text(x: Attention | Program | Kernel | Expr) -> str:
@@ -87,8 +91,8 @@ def _expr(e: Expr) -> tuple[str, int]:
     """The text of an expression and how tightly its outermost operator binds."""
     if e.op in STRUCTURES:
         return STRUCTURES[e.op](e)
-    if e.attr == "nonneg" and e.op in MACHINE:
-        return f"{MACHINE[e.op]}({_list(e.args)})", ATOM
+    if (e.op, e.attr) in KINDS:
+        return f"{KINDS[e.op, e.attr]}({_list(e.args)})", ATOM
     if e.op in PREFIX:
         operand = e.args[0]
         inner = f"({text(operand)})" if operand.op == "const" else _inside(operand, UNARY)

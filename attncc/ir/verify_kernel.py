@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from attncc.ir.expr import FLOATS, INTS, Dtype, Expr, Shape, broadcast
+from attncc.ir.expr import FLOATS, INTS, STORED, Dtype, Expr, Shape, broadcast
 from attncc.ir.rewrite import buffers, names, walk
 from attncc.ir.rules import Tensor, Type, faults, leaves_first, malformed, show
 from attncc.ir.text import statement_lines, text
@@ -159,6 +159,8 @@ def _broadcast(scope: Scope, where: str, *shapes: Shape) -> Shape:
 
 
 def _kind(dtype: Dtype) -> str:
+    if dtype in STORED:
+        return dtype
     return "float" if dtype in FLOATS else "bool" if dtype == "bool" else "int"
 
 

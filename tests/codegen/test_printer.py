@@ -33,7 +33,7 @@ from attncc.ir.build import (
     tile,
     trans,
 )
-from attncc.ir.expr import OPS, Expr, cast_to, const, eq, ew, maximum, minimum, name, where
+from attncc.ir.expr import OPS, Expr, cast_to, const, divide_exactly, eq, ew, maximum, minimum, name, where
 from attncc.ir.tile import (
     CallFn,
     For,
@@ -130,6 +130,20 @@ EXPRESSIONS: dict[str, Expr] = {
     "load_tile(V_64, a, b, n, 128, v_b, v_h, v_s, Sk, 192, BN, 64, TMA)": tile(V, a, b, n, 128, ("BN", 64)),
     "load_block(skew_0, 0, b, 0, 0, skew_0_b, skew_0_h, skew_0_s, BM, BN, TMA)": tile(SKEW, 0, b, 0, 0, ("BM", "BN")),
 }
+
+
+NARROW: dict[str, Expr] = {
+    "to_fp8(x, 3, 7)": cast_to(x, "f8e4m3"),
+    "to_fp8(x + 1.0, 2, 15)": cast_to(x + 1.0, "f8e5m2"),
+    "from_fp8(to_fp8(x, 3, 7), 3, 7)": cast_to(cast_to(x, "f8e4m3"), "f16"),
+    "from_fp8(to_fp8(x, 2, 15), 2, 15).to(BF16)": cast_to(cast_to(x, "f8e5m2"), "bf16"),
+    "tl.div_rn(x, y + 1.0) * 2.0": divide_exactly(x, y + 1.0) * 2.0,
+}
+
+
+@pytest.mark.parametrize("text", NARROW)
+def test_narrow_floats(text: str) -> None:
+    assert printer().expr(NARROW[text]) == text
 
 
 @pytest.mark.parametrize("text", EXPRESSIONS)

@@ -145,7 +145,7 @@ for system in driver.systems("examples"):
         ("dropout: 0.1", "dropout"),
         ("kv: paged(16)", "kv"),
         ("modes: [prefill, backward]", "modes"),
-        ("quantize: {q: int8(per=token)}", "quantize"),
+        ("quantize: {q: int4(per=token)}", "quantize"),
     ],
 )
 def test_what_is_unsupported_has_its_line(line: str, key: str, tmp_path: Path) -> None:
@@ -156,6 +156,55 @@ def test_what_is_unsupported_has_its_line(line: str, key: str, tmp_path: Path) -
         assert error.value.key == key
         assert error.value.location is not None
         assert error.value.location.line == 10
+    assert not list(tmp_path.iterdir())
+
+
+QUANTISED = [
+    ("cache: int8", "q, k, v and p, each with a quantizer of its own"),
+    ("k: nvfp4", "fp8_e4m3, fp8_e5m2, int8"),
+    ("p: int4", "fp8_e4m3, fp8_e5m2, int8"),
+    ("k: int8(symmetric=false)", "symmetric formats"),
+    ("k: int8(smooth=mean)", "operands whose mean stays in them"),
+    ("q: int8(per=thread)", "q and k per tensor, head, block, token"),
+    ("k: int8(per=channel)", "q and k per tensor, head, block, token"),
+    ("v: int8(per=token)", "v per tensor, head, channel"),
+    ("p: int8(per=group(16))", "p per token, relative to the greatest weight of its row"),
+]
+
+
+@pytest.mark.parametrize(("quantizer", "supported"), QUANTISED)
+def test_quantizers_that_nothing_carries_say_what_is(quantizer: str, supported: str, tmp_path: Path) -> None:
+    text = f"attncc: 1\nname: t\nheads: 2\ndims: 32\nquantize:\n  {quantizer}\n"
+    with pytest.raises(Unsupported) as error:
+        driver.compile(spec.loads(text), tmp_path, ["sm_90"])
+    assert (error.value.key, error.value.hint) == ("quantize", f"supported: {supported}")
+    assert "has no lowering for this value yet" in str(error.value)
+    assert error.value.location is not None
+    assert error.value.location.line == 5
+
+
+@pytest.mark.parametrize(
+    ("more", "supported"),
+    [
+        ("layout: varlen", "the layouts bhsd and bshd"),
+        ("normalizer: relu\noutputs: [o]", "q and k where the normalizer is no softmax"),
+    ],
+)
+def test_what_does_not_go_with_quantised_values(more: str, supported: str, tmp_path: Path) -> None:
+    text = f"attncc: 1\nname: t\nheads: 2\ndims: 32\nquantize: {{v: int8}}\n{more}\n"
+    with pytest.raises(Unsupported) as error:
+        driver.compile(spec.loads(text), tmp_path, ["sm_90"])
+    assert (error.value.key, error.value.hint) == ("quantize", f"supported: {supported}")
+
+
+@pytest.mark.parametrize(("target", "backend"), [("cpu", None), ("sm_90", "tvm")])
+def test_tvm_refuses_what_it_would_leave_out(target: str, backend: str | None, tmp_path: Path) -> None:
+    text = "attncc: 1\nname: t\nheads: 2\ndims: 32\nquantize: {q: int8}\n"
+    with pytest.raises(Unsupported, match="do not quantise") as error:
+        driver.compile(spec.loads(text), tmp_path, [target], backend=backend)
+    assert error.value.key == "quantize"
+    assert error.value.location is not None
+    assert "--target interpreter" in error.value.hint
     assert not list(tmp_path.iterdir())
 
 

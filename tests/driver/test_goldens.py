@@ -23,6 +23,7 @@ VARIANTS = (
     "varlen_causal",  # packed sequences
     "relative_bias",  # a table by distance, skewed first
     "d192_128",  # a head dim in two pieces, and another one for values
+    "fp8_heads",  # operands and weights in fp8: peaks, then stored bits and scales, then the products
 )
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 

@@ -20,7 +20,12 @@ from attncc.codegen.backends import BACKENDS
 pytestmark = pytest.mark.gpu
 
 FOLDER = Path(__file__).parents[2] / "examples"
-EXAMPLES = [FOLDER / system.file for system in driver.systems(FOLDER) if system.lowerings]
+EXAMPLES = [
+    pytest.param(FOLDER / system.file, backend, id=f"{backend}-{system.name}")
+    for system in driver.systems(FOLDER)
+    for backend in BACKENDS
+    if f"{backend}: forward" in system.lowerings
+]
 CUDA = "cuda"
 
 
@@ -64,7 +69,7 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
     assert float((got.double() - want).norm() / want.norm()) < 5e-3
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
+@pytest.mark.parametrize(("path", "backend"), EXAMPLES)
 def test_examples_agree_with_the_oracle(path: Path, backend: str) -> None:
     report = driver.check(path, backend=backend)
     wrong = [o for o in report.outcomes if not o.passed]

@@ -16,7 +16,7 @@ from tile_samples import KNOBS, attention, builder, copy, matmul, scalars, singl
 from attncc.errors import CompilerBug
 from attncc.ir import interp
 from attncc.ir.build import Builder, column, full, iota, program, quotient, read, reduce, remainder, reshape, row, tile
-from attncc.ir.expr import OPS, Expr, Value, cast_to, const, eq, ew, name, where
+from attncc.ir.expr import OPS, Dtype, Expr, Value, cast_to, const, eq, ew, name, where
 from attncc.ir.meaning import convert
 from attncc.ir.tile import Kernel, Launch, Let, Param, Program, Scratch
 
@@ -170,6 +170,17 @@ def test_bf16_rounds_as_torch_does(x: float) -> None:
 def test_f16_rounds_as_torch_does(x: float) -> None:
     with np.errstate(over="ignore"):
         np.testing.assert_array_equal(convert(np.float32(x), "f16"), torch.tensor(x).half().float().numpy())
+
+
+@pytest.mark.parametrize(("dtype", "theirs"), [("f8e4m3", torch.float8_e4m3fn), ("f8e5m2", torch.float8_e5m2)])
+def test_f8_rounds_as_torch_does(dtype: Dtype, theirs: torch.dtype) -> None:
+    """Every number of the format, halfway to the next one, and close to that."""
+    codes = torch.arange(256).to(torch.uint8).view(theirs).float()
+    numbers = codes[codes.isfinite()].unique()
+    halves = (numbers[1:] + numbers[:-1]) / 2
+    x = torch.cat([numbers, halves, halves * (1 + 1e-6), halves * (1 - 1e-6), torch.tensor([torch.nan])])
+    np.testing.assert_array_equal(convert(x.numpy(), dtype), x.to(theirs).float().numpy())
+    assert np.isnan(convert(np.float32(1e6), dtype)).all()
 
 
 def test_every_operation_in_bf16_rounds() -> None:

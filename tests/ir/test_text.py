@@ -18,7 +18,7 @@ from tile_samples import attention, copy
 
 from attncc.ir.attention import Align, Input
 from attncc.ir.build import column, dot, expand, full, iota, program, quotient, reduce, remainder, reshape, row, trans
-from attncc.ir.expr import FALSE, TRUE, Expr, bucket, cast_to, const, eq, ew, load, maximum, name, where
+from attncc.ir.expr import FALSE, TRUE, Expr, bucket, cast_to, const, divide_exactly, eq, ew, load, maximum, name, where
 from attncc.ir.text import digest, text
 
 SQUARE = name("s", "f32", ("BM", "BM"))
@@ -56,6 +56,7 @@ EXPRESSIONS = {
     "f16(qk)": cast_to(qk, "f16"),
     "f16(0.5)": const(0.5, "f16"),
     "quotient(i, 4)": quotient(i, 4),
+    "ratio(qk, 3.0) / 2.0": divide_exactly(qk, 3.0) / 2.0,
     "remainder(i, 4) + 1": remainder(i, 4) + 1,
     "x[rows, mask=rows < Sq]": Expr(
         "load", (name("rows", shape=("BM",)), name("rows", shape=("BM",)) < name("Sq")), "x", "f32", ("BM",)

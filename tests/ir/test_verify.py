@@ -27,6 +27,7 @@ def test_legal_programs_pass(sample: str) -> None:
 
 
 X = Param("x", "buffer", "f32", rank=1)
+E = Param("e", "buffer", "f8e5m2", rank=1)
 T = Param("t", "operand", "f32", tiles=(("BM", 16),), extent=(name("N"), 16))
 S = name("s", "f32", ("BM", "BN"))
 Write = Callable[[Builder], object]
@@ -54,6 +55,7 @@ def rebound(value: Expr) -> Let:
 
 A = rebound(const(0.0))
 SQUARE = full(("BM", "BN"), 0.0)
+STORED = cast_to(SQUARE, "f8e4m3")
 
 FAULTS: dict[str, tuple[Write, str]] = {
     "unbound": (let(name("z") + 1), "'z' is not bound here"),
@@ -94,6 +96,14 @@ FAULTS: dict[str, tuple[Write, str]] = {
     "inner dims differ": (let(dot(SQUARE, SQUARE)), "inner dims differ"),
     "dot of a vector": (let(Expr("dot", (iota("BM"), SQUARE), None, "f32", ("BM", "BN"))), "'dot' takes matrices"),
     "dot of two dtypes": (let(dot(cast_to(SQUARE, "bf16"), trans(SQUARE))), "'dot' of bf16 and f32"),
+    "dot of stored floats": (let(dot(STORED, trans(STORED))), "'dot' of f8e4m3 and f8e4m3"),
+    "sum of stored floats": (let(Expr("add", (STORED, STORED), None, "f8e4m3", STORED.shape)), "cast it first"),
+    "store of another narrow float": (
+        written(Store("e", (iota("BM"),), cast_to(full(("BM",), 1.0), "f8e4m3"))),
+        "'e' holds f8e5m2",
+    ),
+    "a rounded sum": (let(Expr("add", (SQUARE, SQUARE), "rounded", "f32", SQUARE.shape)), "no attribute 'rounded'"),
+    "a rounded quotient of integers": (let(Expr("floordiv", (const(3), const(2)), "rounded", "i32")), "no attribute"),
     "dot on a foreign accumulator": (let(dot(SQUARE, trans(SQUARE), SQUARE)), r"'dot' adds to f32\[BM, BM\]"),
     "dot of one": (let(Expr("dot", (SQUARE,))), "'dot' takes"),
     "reshape to another size": (let(reshape(SQUARE, ("BM", "BN/8", 4))), "differ in size"),
@@ -127,7 +137,7 @@ FAULTS: dict[str, tuple[Write, str]] = {
 @pytest.mark.parametrize("case", FAULTS)
 def test_broken_programs_are_refused(case: str) -> None:
     write, message = FAULTS[case]
-    b = builder(X, T, *scalars("N"))
+    b = builder(X, E, T, *scalars("N"))
     write(b)
     with pytest.raises(CompilerBug, match=message):
         verify_program(single("fault", b, const(1)))

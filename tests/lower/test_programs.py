@@ -13,8 +13,8 @@ from torch import Tensor
 
 from attncc import passes, reference
 from attncc.ir import interp
-from attncc.ir.attention import Align, Attention, Dims, Heads, Input, Normalizer, Part
-from attncc.ir.expr import TRUE, Expr, bucket, eq, ew, load, name, where
+from attncc.ir.attention import Align, Attention, Call, Dims, Heads, Input, Normalizer, Part, Quantizer
+from attncc.ir.expr import TRUE, Expr, bucket, const, eq, ew, load, name, where
 from attncc.ir.tile import Program
 from attncc.ir.verify import verify_attention, verify_program
 from attncc.passes.lower.select import select
@@ -71,6 +71,13 @@ VARIANTS: dict[str, Attention] = {
     "top left": variant(mask=j <= i, align=Align("top_left")),
     "offsets": variant(mask=j <= i, align=Align("input", "lim"), **inputs(Input("lim", ("B",), "int32"))),
 }
+QUANTISED: dict[str, Attention] = {
+    "heads": variant(mask=j <= i, quantize=tuple(Quantizer(x, "fp8_e4m3", Call("head")) for x in ("q", "k", "v"))),
+    "tensors": variant(mask=j <= i, quantize=tuple(Quantizer(x, "fp8_e5m2") for x in ("q", "k", "v", "p"))),
+    "tokens": variant(mask=j <= i, quantize=tuple(Quantizer(x, "int8", Call("token")) for x in ("q", "k"))),
+    "blocks": variant(quantize=tuple(Quantizer(x, "int8", Call("block", (const(9),))) for x in ("q", "k"))),
+    "channels": variant(quantize=(Quantizer("v", "int8", Call("channel")), Quantizer("p", "int8"))),
+}
 SHAPES = [(2, 21, 37, {"BM": 16, "BN": 16}), (1, 37, 21, {"BM": 16, "BN": 32}), (2, 33, 33, {"BM": 32, "BN": 16})]
 
 
@@ -113,9 +120,9 @@ def agree(attn: Attention, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tens
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("case", VARIANTS)
+@pytest.mark.parametrize("case", [*VARIANTS, *QUANTISED])
 def test_dense(case: str, shape: tuple[int, int, int, dict[str, int]]) -> None:
-    attn, (B, Sq, Sk, knobs) = VARIANTS[case], shape
+    attn, (B, Sq, Sk, knobs) = (VARIANTS | QUANTISED)[case], shape
     generator = torch.Generator().manual_seed(Sq)
     heads, dims = attn.heads, attn.dims
     q, k, v = (

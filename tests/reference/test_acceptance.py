@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from naive import i, j, plain, qk, scale
 from torch import Tensor
 
 from attncc import reference
-from attncc.ir.attention import Dims, Heads, Normalizer
+from attncc.ir.attention import Dims, Heads, Normalizer, Quantizer
 from attncc.reference.acceptance import distance, judge
 
 ATTN = plain(mask=j <= i, heads=Heads(4, 2, 2), dims=Dims(32, 32))
@@ -101,6 +102,33 @@ def test_other_normalizers_have_one_output() -> None:
     agreement = reference.acceptance(reference.attention(attn, q, k, v, dtype=torch.float32), attn, q, k, v)
     assert agreement.ok
     assert len(agreement.deviations) == 1
+
+
+WEIGHTS = replace(ATTN, quantize=(Quantizer("p", "fp8_e4m3"),))
+
+
+def test_weights_may_be_rounded_as_eagerly_as_their_format() -> None:
+    """Relative to another weight of the row, or not at all: both are as near to what is not rounded."""
+    q, k, v = operands(torch.float32)
+    for attn in (ATTN, WEIGHTS):
+        for computing in (None, torch.float64):
+            o = reference.attention(attn, q, k, v, dtype=computing).float()
+            assert reference.acceptance(o, WEIGHTS, q, k, v).ok
+
+
+@pytest.mark.parametrize("form", ["int4", "nvfp4"])
+def test_weights_of_fewer_bits_are_caught(form: str) -> None:
+    q, k, v = operands(torch.float32)
+    coarse = replace(ATTN, quantize=(Quantizer("p", form),))
+    assert not reference.acceptance(reference.attention(coarse, q, k, v).float(), WEIGHTS, q, k, v).ok
+    assert not reference.acceptance(reference.attention(WEIGHTS, q, k, v).float(), ATTN, q, k, v).ok
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_rounded_weights_excuse_no_fault(fault: str) -> None:
+    q, k, v = operands(torch.float32)
+    o, lse = reference.attention(WEIGHTS, q, k, v, dtype=torch.float32, return_lse=True)
+    assert not reference.acceptance(FAULTS[fault](o, lse), WEIGHTS, q, k, v).ok
 
 
 def test_wrong_shapes_are_an_error_not_a_deviation() -> None:

@@ -22,7 +22,7 @@ from attncc.errors import AttnccError, SpecError, Unsupported
 from attncc.ir.attention import Attention, Dims
 
 FOLDER = Path(__file__).parents[2] / "examples"
-EXAMPLES = [FOLDER / system.file for system in driver.systems(FOLDER) if system.lowerings]
+EXAMPLES = [FOLDER / system.file for system in driver.systems(FOLDER) if "tvm: forward" in system.lowerings]
 HEADS = "heads: {q: 4, kv: 2}\n"
 CAUSAL = f"{HEADS}dims: 64\nmask: causal"
 

@@ -6,7 +6,7 @@ import platform
 from collections.abc import Mapping
 from typing import Any
 
-from attncc.codegen.cpu import decodes
+from attncc.codegen.cpu import check_carried, decodes
 from attncc.codegen.tvm import decode, forward
 from attncc.codegen.tvm.build import library
 from attncc.codegen.tvm.formulas import unknown_operators
@@ -21,6 +21,7 @@ def libraries(attn: Attention) -> Mapping[str, bytes]:
     Raises:
         Unsupported: names the spec's key that CPU kernels do not carry.
     """
+    check_carried(attn)
     for key, e in (("score", attn.part.score), ("mask", attn.part.mask)):
         if unknown := unknown_operators(e):
             raise Unsupported(f"CPU kernels have no '{min(unknown)}'", key)

@@ -1,7 +1,8 @@
 """Launch configs where nothing was tuned: ordered rules an architecture, the first that holds wins.
 
 The rules for sm_90 were measured on an H200 (`benchmarks/results/`): what wins there is three or four programs on a
-multiprocessor rather than a deep pipeline, so few registers and one stage. The others are safe, not tuned.
+multiprocessor rather than a deep pipeline, so few registers and one stage. The others are safe, not tuned; those for
+operands of few bits are the largest tiles whose conversions fit a thread's registers.
 """
 
 from __future__ import annotations
@@ -57,6 +58,10 @@ def _widest(attn: Attention) -> int:
 
 def _is_fp32(attn: Attention) -> bool:
     return attn.dtype == "fp32"
+
+
+def _is_quantised(attn: Attention) -> bool:
+    return bool(attn.quantize)
 
 
 def _up_to(dim: int) -> Condition:
@@ -123,6 +128,8 @@ def _has_pieces(attn: Attention) -> bool:
 HOPPER: Final = (
     Rule("fp32 products, which take no tensor core", _fp32_up_to(128), _config(64, 32, 4, 1, tma=1)),
     Rule("fp32 products, wide heads", _is_fp32, _config(32, 16, 4, 1, tma=1)),
+    Rule("operands of few bits, heads up to 128", _both(_is_quantised, _up_to(128)), _config(64, 64, 4, 1, tma=1)),
+    Rule("operands of few bits, heads up to 256", _both(_is_quantised, _up_to(256)), _config(64, 32, 4, 1, tma=1)),
     Rule(
         "a bias tile beside the scores", _both(_reads_tiles, _up_to(128)), _config(128, 64, 8, 2, 128, tma=1, group=2)
     ),
@@ -159,6 +166,7 @@ ENGINE: Final = (
 """Of the Hopper engine."""
 BLACKWELL: Final = (
     Rule("fp32 products", _is_fp32, _config(32, 16, 4, 1, tma=1)),
+    Rule("operands of few bits", _both(_is_quantised, _up_to(256)), _config(64, 64, 4, 1, tma=1)),
     Rule("heads up to 128", _up_to(128), _config(128, 64, 4, 2, tma=1)),
     Rule("heads up to 256", _up_to(256), _config(64, 64, 4, 1, tma=1)),
     Rule("the widest heads", _always, _config(64, 32, 8, 1, tma=1)),

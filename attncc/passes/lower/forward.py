@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from functools import reduce as fold
 from typing import Final
 
@@ -26,14 +27,13 @@ from attncc.ir.build import (
     reduce,
     reduce_all,
     row,
-    tile,
     trans,
 )
 from attncc.ir.expr import TRUE, Expr, cast_to, const, eq, ew, maximum, minimum, name, where
 from attncc.ir.factors import fold_constants, split_multiplier
 from attncc.ir.rewrite import names, transform, walk
 from attncc.ir.tile import Function, Kernel, Launch, Param, Program, Scratch
-from attncc.passes.lower import classify, skew
+from attncc.passes.lower import classify, quantize, skew, stored
 from attncc.passes.lower.grid import CU_K, CU_Q, QueryTile, is_varlen, programs, query_tile, size_parameters
 from attncc.passes.lower.knobs import KNOBS, ONE_PASS, WRITE_LSE
 from attncc.passes.lower.normalizers import LOG2E, NORMALIZERS, VALUE_DTYPE, Rule, Tile
@@ -78,6 +78,7 @@ def dense_forward(attn: Attention) -> Program:
     every call registers, so the kernel is launched twice: the first pass marks tiles that hold NaN, the second, which
     ends at once for all others, redoes those with care.
     """
+    attn = quantize.with_scales(attn)
     hides = may_hide_values(attn)
     b = Builder(parameters(attn))
     if hides:
@@ -105,6 +106,8 @@ def dense_forward(attn: Attention) -> Program:
     scratch = skew.scratch(attn, diagonals)
     if key_tiles_of(attn).listed:
         kernels, scratch = (classify.kernel(attn), *kernels), (*classify.scratch(attn), *scratch)
+    for h in quantize.all_held(attn):
+        kernels, scratch = (*stored.kernels(attn, h), *kernels), (*stored.scratch(attn, h), *scratch)
     launches = tuple(Launch(k.name) for k in kernels)
     knobs = (*KNOBS, WRITE_LSE) if _writes_lse(attn) else KNOBS
     if hides:
@@ -139,7 +142,8 @@ def parameters(attn: Attention) -> dict[str, Param]:
 
     def operand(text: str, knob: str, rows: Expr, dim: int, doc: str) -> Param:
         shapes = tuple(dict.fromkeys((knob, p.width) for p in pieces(dim)))
-        return Param(text, "operand", dtype, tiles=shapes, extent=(rows, dim), doc=doc)
+        given = Param(text, "operand", dtype, tiles=shapes, extent=(rows, dim), doc=doc)
+        return quantize.operand(attn, text.lower(), given)
 
     out = [
         operand("Q", "BM", rows_q, attn.dims.qk, "queries"),
@@ -176,9 +180,10 @@ def one_tile(b: Builder, attn: Attention, t: QueryTile, careful: Expr) -> Functi
     """
     rule = NORMALIZERS[attn.part.normalizer.kind](attn.part.normalizer)
     columns = pieces(attn.dims.qk)
+    quantize.bind_unit(b, attn, t.batch, {"q": t.h, "k": t.scope.values["hk"]})
     for p in columns:
-        q = tile(b.params["Q"], t.batch, t.h, t.first_query + t.row0, p.column, ("BM", p.width))
-        b.let("q" + p.suffix(columns), q, f"[BM, {p.width}]")
+        q = quantize.read_tile(b, attn, "q", (t.batch, t.h, t.first_query + t.row0), "BM", p)
+        b.let("q" + p.suffix(columns), quantize.poison(attn, q), f"[BM, {p.width}]")
     if attn.heads.v != attn.heads.kv:
         b.let("hv", t.key_head(attn, attn.heads.v))
     formulas = formulas_of(b, attn, t, rule)
@@ -219,7 +224,7 @@ def formulas_of(b: Builder, attn: Attention, t: QueryTile, rule: Rule) -> Formul
     part = attn.part
     columns = t.scope.with_(i=column(t.scope.values["i"]), row=column(t.scope.values["row"]))
     score, diagonals = skew.split_diagonals(attn)
-    score, multiplier = split_multiplier(regroup(score))
+    score, multiplier = quantize.with_unit(attn, *split_multiplier(regroup(score)))
     c = t.scope.bind(fold_constants(multiplier * LOG2E) if rule.exponential else multiplier)
     if c.value is None:
         c = b.let("c", c, "to units of log 2" if rule.exponential else "")
@@ -260,7 +265,7 @@ def _key_tile(outer: Builder, attn: Attention, t: QueryTile, rule: Rule, formula
     keys = [
         b.let(
             "k" + p.suffix(columns),
-            tile(b.params["K"], t.batch, t.scope.values["hk"], at, p.column, ("BN", p.width)),
+            quantize.read_tile(b, attn, "k", (t.batch, t.scope.values["hk"], at), "BN", p),
             f"[BN, {p.width}]",
         )
         for p in columns
@@ -284,17 +289,21 @@ def _key_tile(outer: Builder, attn: Attention, t: QueryTile, rule: Rule, formula
         return b.let("keep", row(INSIDE) & mask, "[BM, BN]") if mask != TRUE else b.let("keep", row(INSIDE), "[1, BN]")
 
     def load_values() -> tuple[Expr, ...]:
-        hv = t.scope.values["hk"] if attn.heads.v == attn.heads.kv else name("hv")
+        place = (t.batch, _value_head(attn, t), at)
         return tuple(
-            _values(b, attn, tile(b.params["V"], t.batch, hv, at, p.column, ("BN", p.width)), p.suffix(values))
-            for p in values
+            _values(b, attn, quantize.read_tile(b, attn, "v", place, "BN", p), p.suffix(values)) for p in values
         )
 
     accumulators = tuple("acc" + p.suffix(values) for p in values)
-    rule.step(b, Tile(x, formulas.c, MASKED, keep, load_values, accumulators))
+    weigh = partial(quantize.weigh, attn)
+    rule.step(b, Tile(x, formulas.c, MASKED, keep, load_values, accumulators, weigh))
     state = [name(a, "f32", ("BM", p.width)) for a, p in zip(accumulators, values, strict=True)]
     flags = ("MASKED", "CAREFUL") if may_hide_values(attn) else ("MASKED",)
     return function("key_tile", b, [*state, *rule.state], (*flags, "BM", "BN"), "Adds the keys from n on to the state.")
+
+
+def _value_head(attn: Attention, t: QueryTile) -> Expr:
+    return t.scope.values["hk"] if attn.heads.v == attn.heads.kv else name("hv")
 
 
 def _reads_at_keys(e: Expr, tiled: Collection[str] = ()) -> bool:
@@ -340,8 +349,11 @@ def _values(b: Builder, attn: Attention, v: Expr, suffix: str) -> Expr:
 
 
 def may_hide_values(attn: Attention) -> bool:
-    """Whether a tile can hold keys that some of its rows must not see: their values, even NaN, must not matter."""
-    return attn.part.mask != TRUE or is_varlen(attn)
+    """Whether a tile can hold keys that some of its rows must not see: their values, even NaN, must not matter.
+
+    Stored values are numbers always.
+    """
+    return quantize.held(attn, "v") is None and (attn.part.mask != TRUE or is_varlen(attn))
 
 
 def _finish(b: Builder, attn: Attention, t: QueryTile, rule: Rule) -> None:
@@ -357,7 +369,7 @@ def _finish(b: Builder, attn: Attention, t: QueryTile, rule: Rule) -> None:
         with b.when(name(WRITE_LSE.name) > 0):
             b.store(b.params["LSE"], at, end.lse, rows < t.queries)
     for p, o in zip(values, map(end.of, accumulators), strict=True):
-        o = cast_to(o, VALUE_DTYPE[attn.dtype])
+        o = cast_to(quantize.rescale(b, attn, o, t.batch, _value_head(attn, t), p), VALUE_DTYPE[attn.dtype])
         if not is_varlen(attn):
             b.store_tile(b.params["O"], t.batch, t.h, t.row0, p.column, o)
             continue

@@ -62,6 +62,7 @@ class Gap:
 
 GAPS: Final = (
     Gap("a normalizer other than softmax", lambda a: a.part.normalizer.kind != "softmax"),
+    Gap("quantised operands", lambda a: bool(a.quantize)),
     Gap("products of fp32", lambda a: a.dtype == "fp32"),
     Gap("heads wider than 256", lambda a: max(a.dims.qk, a.dims.v) > WIDEST),
     Gap("rows that are no multiple of 16 bytes", lambda a: a.dims.qk % 8 > 0 or a.dims.v % 8 > 0),

@@ -38,6 +38,8 @@ class Tile:
     """Loads V as [BN, width] pieces; called after the scores, so that K and V can share shared memory."""
     accumulators: tuple[str, ...]
     """Names of the [BM, width] accumulators, one a piece."""
+    weigh: Callable[[Expr, Dtype], Expr] = cast_to
+    """Weights as the product with values of a dtype takes them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ class Rule:
 def _accumulate(b: Builder, tile: Tile, p: Expr, decay: Expr | None) -> None:
     for text, v in zip(tile.accumulators, tile.values(), strict=True):
         acc = name(text, "f32", ("BM", v.shape[1]))
-        b.let(text, dot(cast_to(p, v.dtype), v, acc if decay is None else acc * column(decay)))
+        b.let(text, dot(tile.weigh(p, v.dtype), v, acc if decay is None else acc * column(decay)))
 
 
 M: Final = name("m", "f32", ("BM",))

@@ -115,6 +115,8 @@ class Scope:
     def _is_position(self, index: Expr, size: Value) -> bool:
         """Whether an index needs no check: a position on an axis of its own length."""
         owners = {"b": "B", "h": "Hq", "hk": "Hk", "row": "Sq", "j": "Sk"}
+        if index.op == "floordiv" and index.attr == "nonneg" and (index.args[1].value or 0) >= 1:
+            index = index.args[0]  # of blocks there are no more than positions
         return any(
             index == self.values.get(position) and size == self.values.get(axis, name(axis))
             for position, axis in owners.items()

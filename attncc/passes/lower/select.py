@@ -16,6 +16,7 @@ from attncc.passes.lower.forward import dense_forward
 from attncc.passes.lower.hopper import accelerated
 from attncc.passes.lower.normalizers import NORMALIZERS
 from attncc.passes.lower.pieces import MAX_DIM
+from attncc.passes.lower.quantize import LIMITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ GAPS: Final = (
     Gap("select", _any(lambda p: p.select is not None), "a mask, which may read inputs (block tables)"),
     Gap("kv", _any(lambda p: p.kv.kind != "dense"), "dense"),
     Gap("dropout", _any(lambda p: p.dropout > 0), "0"),
-    Gap("quantize", lambda a: bool(a.quantize), "no quantisation"),
+    *(Gap("quantize", holds, supported) for holds, supported in LIMITS),
     Gap("prologue", lambda a: bool(a.prologue), "no steps"),
     Gap("epilogue", lambda a: bool(a.epilogue), "no steps"),
     Gap("normalizer", _any(lambda p: p.normalizer.kind not in NORMALIZERS), ", ".join(NORMALIZERS)),

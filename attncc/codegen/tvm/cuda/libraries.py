@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Final
 
+from attncc.codegen.cpu import check_carried
 from attncc.codegen.cuda import Cubin
 from attncc.codegen.tvm.cuda import cubin, forward, warps
 from attncc.codegen.tvm.cuda.fragments import NAMES
@@ -24,6 +25,7 @@ def cubins(attn: Attention, devices: Iterable[Device]) -> Mapping[str, Cubin]:
     Raises:
         Unsupported: names the spec's key that these kernels do not carry, or says why the target is not theirs.
     """
+    check_carried(attn)
     for key, e in (("score", attn.part.score), ("mask", attn.part.mask)):
         if unknown := unknown_operators(e):
             raise Unsupported(f"TVM's kernels have no '{min(unknown)}'", key)
