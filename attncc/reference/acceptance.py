@@ -16,6 +16,7 @@ from torch import Tensor
 
 from attncc.ir.attention import Attention
 from attncc.ir.rewrite import walk
+from attncc.reference.formats import read_back
 from attncc.reference.forward import Outputs, outputs
 
 ATOL: Final[dict[torch.dtype, float]] = {
@@ -78,13 +79,42 @@ def acceptance(
     """
     o, lse = out if isinstance(out, tuple) else (out, None)
     with torch.no_grad():
-        exact = outputs(_unrounded(attn), q, k, v, **arguments, dtype=torch.float64)
-        eager = _eager(attn, q, k, v, arguments)
+        attn, (sq, sk, sv) = stored(attn, q, k, v)
+        exact = outputs(_unrounded(attn), sq, sk, sv, **arguments, dtype=torch.float64)
+        eager = _eager(attn, sq.to(q.dtype), sk.to(q.dtype), None if sv is None else sv.to(q.dtype), arguments)
     pairs = [("o", o, exact.o, eager.o, q.dtype)]
     if lse is not None and exact.lse is not None and eager.lse is not None:
         pairs.append(("lse", lse, exact.lse, eager.lse, eager.lse.dtype))
     fast = TANH if _has_fast_tanh(attn) else 0.0
     return Agreement(tuple(judge(*p, atol=atol, relative=fast if p[0] == "lse" else 0.0) for p in pairs))
+
+
+Operands = tuple[Tensor, Tensor, Tensor | None]
+
+
+def stored(attn: Attention, q: Tensor, k: Tensor, v: Tensor | None) -> tuple[Attention, Operands]:
+    """The operands as their quantizers hold them, found in fp32 as every kernel does, and the variant without those.
+
+    Of bf16 numbers many lie half way between two of a format, and fall to one side or the other by the last bit of a
+    quotient. Where steps come before a quantizer, or it does more than round, everything stays as it is.
+    """
+    plain = [z for z in attn.quantize if z.operand in "qkv" and not (z.smooth or z.staircase)]
+    others = [z for z in attn.quantize if z not in plain and z.operand != "p"]
+    if not plain or others or attn.prologue or q.dim() != 4 or any(x is None or x.dim() != 4 for x in (k, v)):
+        return attn, (q, k, v)
+    by = {z.operand: z for z in plain}
+    axis = attn.layout.index("h")
+
+    def held(x: Tensor, operand: str) -> Tensor:
+        z = by.get(operand)
+        if z is None or not x.numel():
+            return x
+        heads = x.float().movedim(axis, 1)
+        kept = [read_back(sequence, z.dtype, z.per, z.symmetric, operand) for sequence in heads]
+        return torch.stack(kept).movedim(1, axis)
+
+    rest = replace(attn, quantize=tuple(z for z in attn.quantize if z.operand == "p"))
+    return rest, (held(q, "q"), held(k, "k"), None if v is None else held(v, "v"))
 
 
 def _unrounded(attn: Attention) -> Attention:
