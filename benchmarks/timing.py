@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -121,10 +122,13 @@ def alternating(
 
 
 def _rounds(measurements: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, Timing]:
+    """In another order every round: a GPU at its power limit is slower behind one that heats it more."""
     seen: dict[str, list[float]] = {name: [] for name in measurements}
+    order, chance = [*measurements], random.Random(0)
     for _ in range(rounds):
-        for name, measure in measurements.items():
-            seen[name].append(measure())
+        chance.shuffle(order)
+        for name in order:
+            seen[name].append(measurements[name]())
     return {name: Timing(tuple(times)) for name, times in seen.items()}
 
 

@@ -106,10 +106,10 @@ def stored(attn: Attention, q: Tensor, k: Tensor, v: Tensor | None) -> tuple[Att
     axis = attn.layout.index("h")
 
     def held(x: Tensor, operand: str) -> Tensor:
-        z = by.get(operand)
+        z, x = by.get(operand), x.float()
         if z is None or not x.numel():
             return x
-        heads = x.float().movedim(axis, 1)
+        heads = x.movedim(axis, 1)
         kept = [read_back(sequence, z.dtype, z.per, z.symmetric, operand) for sequence in heads]
         return torch.stack(kept).movedim(1, axis)
 

@@ -38,7 +38,8 @@ def read_back(x: Tensor, dtype: str, per: Call | None, symmetric: bool = True, o
         step = _nonzero((high - low) / (2 ** BITS[dtype] - 1))
         return torch.round((x - low) / step) * step + low
     most = GREATEST[dtype]
-    scale = greatest(x.abs(), per, operand) / most
+    peak = greatest(x.abs(), per, operand)
+    scale = peak / torch.full_like(peak, most)  # by a Python number, a GPU would multiply by a rounded 1 / most
     scale = _nonzero(_cast(scale, "fp8_e4m3") if dtype == "nvfp4" else scale)
     return _rounded((x / scale).clamp(-most, most), dtype) * scale
 
