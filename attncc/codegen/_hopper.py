@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from . import hopper as variant
 from ._consumer import consume, leave, load_by_tma
-from ._steps import LETTER, ROWS
+from ._steps import LETTER, ROWS, few_bits
 
 # -- the producer --------------------------------------------------------------------------------
 
@@ -44,6 +44,20 @@ def load(X, b, h, row, slot, bar, X_s):
         mbarrier.expect(bar, X[0].block_type.nbytes + X[1].block_type.nbytes)
     for n in gl.static_range(len(X)):
         load_by_tma(X[n], [b, h, row, n * X[0].block_type.shape[3]], bar, X_s[n].index(slot))
+
+
+@gluon.jit
+def load_values(V, b, h, key, slot, bar, V_s):
+    """The same of values, which come as [column, key] where they are turned."""
+    if few_bits(V[0].dtype):
+        if len(V) == 1:
+            mbarrier.expect(bar, V[0].block_type.nbytes)
+        else:
+            mbarrier.expect(bar, V[0].block_type.nbytes + V[1].block_type.nbytes)
+        for n in gl.static_range(len(V)):
+            load_by_tma(V[n], [b, h, n * V[0].block_type.shape[2], key], bar, V_s[n].index(slot))
+    else:
+        load(V, b, h, key, slot, bar, V_s)
 
 
 @gluon.jit
@@ -99,7 +113,7 @@ def copy(t, copied, done, at, where, cuts, s, maps, places, bars, args, CONFIG):
             mbarrier.expect(x_full.index(c), X[0].block_type.nbytes)
             load_by_tma(X[0], [0, table, 0, column], x_full.index(c), x_s[0].index(c))
     mbarrier.wait(v_empty.index(slot), phase ^ 1)
-    load(V, b, hv, first_key + n, slot, v_full.index(slot), v_s)
+    load_values(V, b, hv, first_key + n, slot, v_full.index(slot), v_s)
 
 
 @gluon.jit
@@ -215,10 +229,14 @@ def forward(
     maps = (pieces(Q0, Q1), pieces(K0, K1), pieces(V0, V1), pieces(X0, None))
     O = pieces(O0, O1)
     q_s = rooms(maps[0], CONSUMERS * Q_STAGES, ROWS)
-    k_s, v_s, x_s = rooms(maps[1], STAGES, BN), rooms(maps[2], STAGES, BN), rooms(maps[3], CONSUMERS, ROWS)
+    k_s, v_s = rooms(maps[1], STAGES, BN), rooms(maps[2], STAGES, V0.block_type.shape[2])
+    x_s = rooms(maps[3], CONSUMERS, ROWS)
     places = (q_s, k_s, v_s, x_s)
     if OWN_ROOM:
-        o_s = rooms(maps[2], CONSUMERS, ROWS)
+        if len(O) > 0:
+            o_s = rooms(O, CONSUMERS, ROWS)
+        else:  # packed
+            o_s = rooms(maps[2], CONSUMERS, ROWS)
     else:
         o_s = q_s
     mail = gl.allocate_shared_memory(
