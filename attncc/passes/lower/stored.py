@@ -107,7 +107,7 @@ def store(attn: Attention, h: Held) -> Kernel:
 
 def turn(attn: Attention, h: Held) -> Kernel:
     """One program a span of positions of a head, each of which holds the key that `key_at` says."""
-    into = Param(turned(attn, h).name, "buffer", h.format.dtype, rank=4, doc="the operand as it is stored, turned")
+    into = Param(turned(attn, h).name, "operand", h.format.dtype, rank=4, doc="the operand as it is stored, turned")
     b = _builder(attn, h, into)
     batch, head, begin = _bind_place(b, h, SPAN)
     end = b.let("end", minimum(begin + SPAN, _positions(h)))
@@ -150,11 +150,11 @@ def _kernel(attn: Attention, h: Held, b: Builder, what: str, span: int, doc: str
 
 
 def _given(attn: Attention, h: Held) -> Param:
-    return Param(h.operand.upper(), "buffer", VALUE_DTYPE[attn.dtype], rank=4, doc="the operand as it came")
+    return Param(h.operand.upper(), "operand", VALUE_DTYPE[attn.dtype], rank=4, doc="the operand as it came")
 
 
 def _stored(h: Held) -> Param:
-    return Param(h.tensor, "buffer", h.format.dtype, rank=4, doc="the operand as it is stored")
+    return Param(h.tensor, "operand", h.format.dtype, rank=4, doc="the operand as it is stored")
 
 
 def _peaks_of(attn: Attention, h: Held) -> Param:
