@@ -178,11 +178,20 @@ def room(X, COUNT: gl.constexpr, LINES: gl.constexpr):
 
 
 @gluon.jit
-def rooms(X, COUNT: gl.constexpr, LINES: gl.constexpr):
-    """Shared memory for so many tiles of so many rows and an operand's columns, piece by piece."""
+def rooms(X, COUNT: gl.constexpr):
+    """Shared memory for so many tiles of an operand, piece by piece."""
     made = ()
     for n in gl.static_range(len(X)):
-        made = made + (room(X[n], COUNT, LINES),)
+        made = made + (room(X[n], COUNT, X[n].block_type.shape[2]),)
+    return made
+
+
+@gluon.jit
+def rooms_of_rows(X, COUNT: gl.constexpr):
+    """The same for as many rows as a consumer has."""
+    made = ()
+    for n in gl.static_range(len(X)):
+        made = made + (room(X[n], COUNT, ROWS),)
     return made
 
 
@@ -228,15 +237,14 @@ def forward(
     """
     maps = (pieces(Q0, Q1), pieces(K0, K1), pieces(V0, V1), pieces(X0, None))
     O = pieces(O0, O1)
-    q_s = rooms(maps[0], CONSUMERS * Q_STAGES, ROWS)
-    k_s, v_s = rooms(maps[1], STAGES, BN), rooms(maps[2], STAGES, V0.block_type.shape[2])
-    x_s = rooms(maps[3], CONSUMERS, ROWS)
+    q_s = rooms(maps[0], CONSUMERS * Q_STAGES)
+    k_s, v_s, x_s = rooms(maps[1], STAGES), rooms(maps[2], STAGES), rooms(maps[3], CONSUMERS)
     places = (q_s, k_s, v_s, x_s)
     if OWN_ROOM:
         if len(O) > 0:
-            o_s = rooms(O, CONSUMERS, ROWS)
-        else:  # packed
-            o_s = rooms(maps[2], CONSUMERS, ROWS)
+            o_s = rooms(O, CONSUMERS)
+        else:  # packed sequences
+            o_s = rooms_of_rows(maps[2], CONSUMERS)
     else:
         o_s = q_s
     mail = gl.allocate_shared_memory(

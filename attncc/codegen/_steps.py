@@ -19,7 +19,6 @@ LOWEST = gl.constexpr(-1.7014118346046923e38)
 """Below every finite score in units of log 2, and finite: a row that sees no key keeps it."""
 MOST = gl.constexpr(448.0)
 """Weights of few bits are multiples of it, the greatest number of fp8: their format's range is all used."""
-LOG2_MOST = gl.constexpr(8.807354922057604)
 FIRST_TURN = gl.constexpr(9)
 """Named barriers from here on are ours; Triton takes those before."""
 
@@ -80,11 +79,18 @@ def width_of(place):
 
 
 @gluon.jit
+def less_log2_most(m):
+    """m - log2(MOST), rounded up: weights reach MOST and not further, however large scores are."""
+    asm: gl.constexpr = "sub.rp.f32 $0, $1, 0f410CEAED;"
+    return gl.inline_asm_elementwise(asm, "=f,f", [m], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
 def softmax(x, m, c, FEW_BITS: gl.constexpr):
     """Weights of a tile of scores x * c in units of log 2, the new maximum, and what older weights shrink by."""
     m_new = gl.maximum(m, gl.max(x, 1) * c)
     if FEW_BITS:
-        p = exp2(x * c - (m_new - LOG2_MOST)[:, None])
+        p = exp2(x * c - less_log2_most(m_new)[:, None])
     else:
         p = exp2(x * c - m_new[:, None])
     return p, exp2(m - m_new), m_new

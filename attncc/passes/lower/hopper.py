@@ -64,7 +64,7 @@ class Gap:
 
 GAPS: Final = (
     Gap("a normalizer other than softmax", lambda a: a.part.normalizer.kind != "softmax"),
-    Gap("quantised operands that are not fp8_e4m3 all: q, k, v and p", lambda a: _is_mixed(a)),
+    Gap("quantised operands that are not fp8_e4m3 all: q, k, v and p", _is_mixed),
     Gap("quantised values per channel", lambda a: _per(a, "v") == "channel"),
     Gap("quantised heads wider than 128", lambda a: bool(a.quantize) and max(a.dims.qk, a.dims.v) > WIDEST_QUANTISED),
     Gap("products of fp32", lambda a: a.dtype == "fp32"),
