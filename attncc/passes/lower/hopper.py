@@ -46,6 +46,8 @@ ROWS: Final = 64
 PIECES: Final = 2
 """At most, of a head dim."""
 WIDEST: Final = 256
+MULTIPLIED: Final = dict.fromkeys("qkvp", "fp8_e4m3")
+"""The one way in which operands of few bits are multiplied as they are stored."""
 WIDEST_QUANTISED: Final = 128
 """Their values take accumulators twice: wgmma's own keep some 14 bits, sums of them are ours."""
 FIXED: Final = (name("c", "f32"), name("Sq"), name("Sk"))
@@ -64,7 +66,7 @@ class Gap:
 
 GAPS: Final = (
     Gap("a normalizer other than softmax", lambda a: a.part.normalizer.kind != "softmax"),
-    Gap("quantised operands that are not fp8_e4m3 all: q, k, v and p", _is_mixed),
+    Gap("quantised operands other than q, k, v and p, all of fp8_e4m3", lambda a: _formats(a) not in ({}, MULTIPLIED)),
     Gap("quantised values per channel", lambda a: _per(a, "v") == "channel"),
     Gap("quantised heads wider than 128", lambda a: bool(a.quantize) and max(a.dims.qk, a.dims.v) > WIDEST_QUANTISED),
     Gap("products of fp32", lambda a: a.dtype == "fp32"),
@@ -187,9 +189,8 @@ def _bounds(attn: Attention) -> Iterator[Expr]:
         yield from (r.lo, r.hi, r.full_lo, r.full_hi)
 
 
-def _is_mixed(attn: Attention) -> bool:
-    """Whether some operands are quantised, and not all of them to the one format that is multiplied as it is."""
-    return bool(attn.quantize) and {z.operand: z.dtype for z in attn.quantize} != dict.fromkeys("qkvp", "fp8_e4m3")
+def _formats(attn: Attention) -> dict[str, str]:
+    return {z.operand: z.dtype for z in attn.quantize}
 
 
 def _per(attn: Attention, operand: str) -> str:
