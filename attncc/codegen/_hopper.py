@@ -17,6 +17,10 @@ what a product becomes, and how a row ends. Everything here is about keeping the
 A head dim is one piece, a power of two wide, or two: 80 is 64 + 16, and 192 is 128 + 64. Operands are tuples of their
 pieces, and so are their places in shared memory.
 
+Operands of fp8 are multiplied as they are stored. Values come turned, as [column, key], which is how wgmma wants bytes,
+and with keys in the order in which a thread has its weights. wgmma keeps some 14 bits of a sum of fp8 products: what
+it makes of a tile is added up in fp32.
+
 Barriers: a ring's slot is `full` when TMA has filled it and `empty` when every consumer has read it. A fresh barrier's
 odd phase counts as over, so a producer waits for `phase ^ 1` and finds the first slots empty.
 
@@ -233,7 +237,7 @@ def forward(
         FACTOR, QUERIES, KEYS: which of them are the factor from scores to units of log 2, and the lengths.
         READS_ROWS: whether what the variant knows of rows comes from memory, and so is better kept than found again.
         HEADS: query heads. COLUMNS: of the output.
-        OWN_ROOM: whether the output does not leave by way of Q's shared memory, because its pieces are others.
+        OWN_ROOM: whether the output does not leave by way of Q's shared memory, because its pieces or dtype are others.
     """
     maps = (pieces(Q0, Q1), pieces(K0, K1), pieces(V0, V1), pieces(X0, None))
     O = pieces(O0, O1)

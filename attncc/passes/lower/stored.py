@@ -3,6 +3,8 @@
 Groups of all tokens need two launches: `peaks` has one number a span of tokens, of which every program of `store` takes
 the greatest. Blocks and single tokens are the affair of one program. A group in which something is NaN or infinite has
 a scale of NaN, and 1 in all its places: what is stored is a number always.
+
+For an engine that multiplies bytes as they are, `turn` writes values in place of `store`: a column's keys side by side.
 """
 
 from __future__ import annotations
