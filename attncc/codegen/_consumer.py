@@ -8,17 +8,22 @@ from . import hopper as variant
 from ._steps import (
     LETTER,
     LOWEST,
+    MOST,
     ROWS,
+    accumulator,
     add_values,
     arrived,
     fetch,
     fetch_own,
+    few_bits,
     fill,
+    joined,
     lane_sum,
     overlap,
     pass_turn,
     scaled,
     tile_of,
+    width_of,
 )
 
 # what newer versions of Triton call otherwise
@@ -90,8 +95,8 @@ def store(o, O, o_s, sinks, at, b, h, first, left, COLUMNS: gl.constexpr):
 
 @gluon.jit
 def zeros(place):
-    WIDTH: gl.constexpr = place.shape[4]
-    return gl.zeros([ROWS, WIDTH], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16]))
+    WIDTH: gl.constexpr = width_of(place)
+    return gl.zeros([ROWS, WIDTH], gl.float32, accumulator(WIDTH, place.dtype))
 
 
 @gluon.jit
@@ -122,9 +127,10 @@ def consume(NUMBER: gl.constexpr, O, sinks, places, o_s, mail, bars, args, OWN_R
     STAGES: gl.constexpr = CONFIG[2]
     Q_STAGES: gl.constexpr = CONFIG[3]
     SIZE: gl.constexpr = mail.shape[0] // 2
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
-    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, v_s[0].shape[4], 16])
-    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
+    FEW_BITS: gl.constexpr = few_bits(v_s[0].dtype)
+    S_LAYOUT: gl.constexpr = accumulator(BN, v_s[0].dtype)
+    O_LAYOUT: gl.constexpr = accumulator(width_of(v_s[0]), v_s[0].dtype)
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 32 // v_s[0].dtype.primitive_bitwidth)
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     read = 0  # tiles of K
     done = 0  # query tiles
@@ -151,14 +157,14 @@ def consume(NUMBER: gl.constexpr, O, sinks, places, o_s, mail, bars, args, OWN_R
         l = lane_sum(gl.zeros([ROWS, BN], gl.float32, S_LAYOUT))
         acc = nothing(v_s)
 
-        p16, m, l, acc = fill(
+        p, m, l, acc, late = fill(
             q, m, l, acc, cuts, read, places, bars, mail, letter, known, c, r, s, args,
             NUMBER, S_LAYOUT, P_LAYOUT, CONFIG,
         )  # fmt: skip
         read += 1
         for t in range(1, count):
-            p16, m, l, acc = overlap(
-                q, p16, m, l, acc, t, cuts, read, places, bars, mail, letter, known, c, r, s, args,
+            p, m, l, acc, late = overlap(
+                q, p, m, l, acc, late, t, cuts, read, places, bars, mail, letter, known, c, r, s, args,
                 NUMBER, S_LAYOUT, P_LAYOUT, CONFIG,
             )  # fmt: skip
             read += 1
@@ -166,9 +172,13 @@ def consume(NUMBER: gl.constexpr, O, sinks, places, o_s, mail, bars, args, OWN_R
         # the pipeline drains; while it does, the row's end and the next letter's first number
         before = (read - 1) % STAGES
         mbarrier.wait(v_full.index(before), ((read - 1) // STAGES) & 1)
-        acc_sent = add_values(p16, v_s, before, acc)
+        acc_sent = add_values(p, v_s, before, acc)
         total = gl.convert_layout(gl.sum(l, 1), ROW)
-        factor, lse = variant.finish(m, total, r, s, args)
+        if FEW_BITS:  # what only the end needs is heard of again, and takes no registers from the loop
+            s_end = known + fetch_own(mail, letter + LETTER, CONFIG[9])
+            factor, lse = variant.finish(m, total * (1.0 / MOST), r, s_end, args)
+        else:
+            factor, lse = variant.finish(m, total, r, s, args)
         b, h, first = fetch(mail, letter + 3), fetch(mail, letter + 4), fetch(mail, letter + 5) + NUMBER * ROWS
         left = fetch(mail, letter + 6) - NUMBER * ROWS
         again = fetch(mail, letter + 7) + NUMBER * ROWS // CONFIG[6]
@@ -176,7 +186,7 @@ def consume(NUMBER: gl.constexpr, O, sinks, places, o_s, mail, bars, args, OWN_R
         done += 1
         mbarrier.wait(mail_full.index(done & 1), (done >> 1) & 1)
         count = fetch(mail, (done & 1) * SIZE)
-        acc = arrived(acc_sent)
+        acc = joined(arrived(acc_sent), acc, late)
         mbarrier.arrive(v_empty.index(before), count=1)
         if CONFIG[7]:
             mark_lost(acc, lost, counter, again, left)

@@ -13,7 +13,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ._launch import Bound, Launch, ToMap, current_stream, map_strides, operand_view
 
-DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+DTYPES = {
+    torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32,
+    torch.float8_e4m3fn: gl.float8e4nv,
+}  # fmt: skip
 
 
 @dataclass
@@ -53,6 +56,8 @@ class EngineLaunch(Launch):
 
     def make_map(self, at: int, t: torch.Tensor, axes: str, block: list[int]) -> Any:
         view = operand_view(t, axes)
+        if view.dtype == torch.uint8:  # what an operand of few bits is stored as
+            view = view.view(torch.float8_e4m3fn)
         layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[view.dtype])
         return TensorDescriptor(view, list(view.shape), map_strides(view), block, layout)
 

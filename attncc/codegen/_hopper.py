@@ -17,6 +17,10 @@ what a product becomes, and how a row ends. Everything here is about keeping the
 A head dim is one piece, a power of two wide, or two: 80 is 64 + 16, and 192 is 128 + 64. Operands are tuples of their
 pieces, and so are their places in shared memory.
 
+Operands of fp8 are multiplied as they are stored. Values come turned, as [column, key], which is how wgmma wants bytes,
+and with keys in the order in which a thread has its weights. wgmma keeps some 14 bits of a sum of fp8 products: what
+it makes of a tile is added up in fp32.
+
 Barriers: a ring's slot is `full` when TMA has filled it and `empty` when every consumer has read it. A fresh barrier's
 odd phase counts as over, so a producer waits for `phase ^ 1` and finds the first slots empty.
 
@@ -30,7 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from . import hopper as variant
 from ._consumer import consume, leave, load_by_tma
-from ._steps import LETTER, ROWS
+from ._steps import LETTER, ROWS, few_bits
 
 # -- the producer --------------------------------------------------------------------------------
 
@@ -44,6 +48,20 @@ def load(X, b, h, row, slot, bar, X_s):
         mbarrier.expect(bar, X[0].block_type.nbytes + X[1].block_type.nbytes)
     for n in gl.static_range(len(X)):
         load_by_tma(X[n], [b, h, row, n * X[0].block_type.shape[3]], bar, X_s[n].index(slot))
+
+
+@gluon.jit
+def load_values(V, b, h, key, slot, bar, V_s):
+    """The same of values, which come as [column, key] where they are turned."""
+    if few_bits(V[0].dtype):
+        if len(V) == 1:
+            mbarrier.expect(bar, V[0].block_type.nbytes)
+        else:
+            mbarrier.expect(bar, V[0].block_type.nbytes + V[1].block_type.nbytes)
+        for n in gl.static_range(len(V)):
+            load_by_tma(V[n], [b, h, n * V[0].block_type.shape[2], key], bar, V_s[n].index(slot))
+    else:
+        load(V, b, h, key, slot, bar, V_s)
 
 
 @gluon.jit
@@ -99,7 +117,7 @@ def copy(t, copied, done, at, where, cuts, s, maps, places, bars, args, CONFIG):
             mbarrier.expect(x_full.index(c), X[0].block_type.nbytes)
             load_by_tma(X[0], [0, table, 0, column], x_full.index(c), x_s[0].index(c))
     mbarrier.wait(v_empty.index(slot), phase ^ 1)
-    load(V, b, hv, first_key + n, slot, v_full.index(slot), v_s)
+    load_values(V, b, hv, first_key + n, slot, v_full.index(slot), v_s)
 
 
 @gluon.jit
@@ -164,11 +182,20 @@ def room(X, COUNT: gl.constexpr, LINES: gl.constexpr):
 
 
 @gluon.jit
-def rooms(X, COUNT: gl.constexpr, LINES: gl.constexpr):
-    """Shared memory for so many tiles of so many rows and an operand's columns, piece by piece."""
+def rooms(X, COUNT: gl.constexpr):
+    """Shared memory for so many tiles of an operand, piece by piece."""
     made = ()
     for n in gl.static_range(len(X)):
-        made = made + (room(X[n], COUNT, LINES),)
+        made = made + (room(X[n], COUNT, X[n].block_type.shape[2]),)
+    return made
+
+
+@gluon.jit
+def rooms_of_rows(X, COUNT: gl.constexpr):
+    """The same for as many rows as a consumer has."""
+    made = ()
+    for n in gl.static_range(len(X)):
+        made = made + (room(X[n], COUNT, ROWS),)
     return made
 
 
@@ -210,15 +237,18 @@ def forward(
         FACTOR, QUERIES, KEYS: which of them are the factor from scores to units of log 2, and the lengths.
         READS_ROWS: whether what the variant knows of rows comes from memory, and so is better kept than found again.
         HEADS: query heads. COLUMNS: of the output.
-        OWN_ROOM: whether the output does not leave by way of Q's shared memory, because its pieces are others.
+        OWN_ROOM: whether the output does not leave by way of Q's shared memory, because its pieces or dtype are others.
     """
     maps = (pieces(Q0, Q1), pieces(K0, K1), pieces(V0, V1), pieces(X0, None))
     O = pieces(O0, O1)
-    q_s = rooms(maps[0], CONSUMERS * Q_STAGES, ROWS)
-    k_s, v_s, x_s = rooms(maps[1], STAGES, BN), rooms(maps[2], STAGES, BN), rooms(maps[3], CONSUMERS, ROWS)
+    q_s = rooms(maps[0], CONSUMERS * Q_STAGES)
+    k_s, v_s, x_s = rooms(maps[1], STAGES), rooms(maps[2], STAGES), rooms(maps[3], CONSUMERS)
     places = (q_s, k_s, v_s, x_s)
     if OWN_ROOM:
-        o_s = rooms(maps[2], CONSUMERS, ROWS)
+        if len(O) > 0:
+            o_s = rooms(O, CONSUMERS)
+        else:  # packed sequences
+            o_s = rooms_of_rows(maps[2], CONSUMERS)
     else:
         o_s = q_s
     mail = gl.allocate_shared_memory(

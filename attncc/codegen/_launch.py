@@ -129,7 +129,7 @@ class Launch:
         found = self.kept.get((at, address))
         if found is None:
             made = self.make_map(at, t, axes, block)
-            made.base = Address(address, t.dtype)
+            made.base = Address(address, made.base.dtype)
             if len(self.kept) >= ADDRESSES_KEPT:
                 self.kept.clear()
             found = self.kept[at, address] = self.encode[at](made)[0]

@@ -17,6 +17,8 @@ LETTER = gl.constexpr(8)
 """Numbers that travel by mail before the variant's own."""
 LOWEST = gl.constexpr(-1.7014118346046923e38)
 """Below every finite score in units of log 2, and finite: a row that sees no key keeps it."""
+MOST = gl.constexpr(448.0)
+"""Weights of few bits are multiples of it, the greatest number of fp8: their format's range is all used."""
 FIRST_TURN = gl.constexpr(9)
 """Named barriers from here on are ours; Triton takes those before."""
 
@@ -58,11 +60,72 @@ def per_lane(x, l):
     return gl.convert_layout(x, gl.SliceLayout(1, l.type.layout), assert_trivial=True)[:, None]
 
 
+@gluon.constexpr_function
+def few_bits(dtype):
+    """Whether products are of fp8: values then come turned, and are summed in full by us, for wgmma does not."""
+    return dtype == gl.float8e4nv
+
+
+@gluon.constexpr_function
+def accumulator(width, dtype):
+    """The layout of 64 rows of so many columns that wgmma makes of operands of a dtype."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 256 // dtype.primitive_bitwidth])
+
+
+@gluon.constexpr_function
+def width_of(place):
+    """Columns of the output that a tile of values has, which come as [column, key] where they are turned."""
+    return place.shape[3] if few_bits(place.dtype) else place.shape[4]
+
+
 @gluon.jit
-def softmax(x, m, c):
+def less_log2_most(m):
+    """m - log2(MOST), rounded up: weights reach MOST and not further, however large scores are."""
+    asm: gl.constexpr = "sub.rp.f32 $0, $1, 0f410CEAED;"
+    return gl.inline_asm_elementwise(asm, "=f,f", [m], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def softmax(x, m, c, FEW_BITS: gl.constexpr):
     """Weights of a tile of scores x * c in units of log 2, the new maximum, and what older weights shrink by."""
     m_new = gl.maximum(m, gl.max(x, 1) * c)
-    return exp2(x * c - m_new[:, None]), exp2(m - m_new), m_new
+    if FEW_BITS:
+        p = exp2(x * c - less_log2_most(m_new)[:, None])
+    else:
+        p = exp2(x * c - m_new[:, None])
+    return p, exp2(m - m_new), m_new
+
+
+@gluon.jit
+def rounded(p, dtype: gl.constexpr, LAYOUT: gl.constexpr):
+    """Weights as they are kept until the second product takes them, in the registers in which the first one left them.
+
+    Four of fp8 are one number, for ptxas gives each byte a register. Their keys are those of a thread's two neighbours
+    in each half of 16, where a tensor core takes four in a row: values are in that order (`key_at` in attncc).
+    """
+    if few_bits(dtype):
+        BN: gl.constexpr = p.shape[1]
+        parts = gl.permute(gl.reshape(p, [ROWS, BN // 16, 2, 4, 2]), (0, 1, 3, 2, 4))
+        even, odd = gl.split(parts)
+        a, c = gl.split(even)
+        b, d = gl.split(odd)
+        asm: gl.constexpr = (
+            "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; "
+            "cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }"
+        )
+        made = gl.inline_asm_elementwise(asm, "=r,f,f,f,f", [a, b, c, d], dtype=gl.int32, is_pure=True, pack=1)
+    else:
+        made = gl.convert_layout(p.to(dtype), LAYOUT)
+    return made
+
+
+@gluon.jit
+def unpacked(p, LAYOUT: gl.constexpr):
+    """Weights of fp8 out of numbers of four; by halves, which LLVM sees through, so that no instruction is left."""
+    pairs = gl.join(p.to(gl.int16), (p >> 16).to(gl.int16))
+    ones = gl.join(pairs.to(gl.int8), (pairs >> 8).to(gl.int8))
+    x = gl.reshape(ones, [ROWS, p.shape[1] * 16]).to(gl.float8e4nv, bitcast=True)
+    return gl.convert_layout(x, LAYOUT, assert_trivial=True)
 
 
 @gluon.jit
@@ -116,12 +179,24 @@ def product(q, k_s, slot, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def value_product(p, place, slot, acc):
+    if few_bits(place.dtype):
+        LAYOUT: gl.constexpr = acc.type.layout
+        a = unpacked(p, gl.DotOperandLayout(0, LAYOUT, 4))
+        none = gl.zeros([acc.shape[0], acc.shape[1]], gl.float32, LAYOUT)
+        sent = warpgroup_mma(a, tile_of(place, slot).permute((1, 0)), none, use_acc=False, is_async=True)
+    else:
+        a = gl.convert_layout(p, gl.DotOperandLayout(0, acc.type.layout, 2))
+        sent = warpgroup_mma(a, tile_of(place, slot), acc, is_async=True)
+    return sent
+
+
+@gluon.jit
 def add_values(p, v_s, slot, acc):
-    """Issues acc + P V of a slot."""
+    """Issues acc + P V of a slot; of few bits P V alone, to be `joined`."""
     sent = ()
     for n in gl.static_range(len(acc)):
-        a = gl.convert_layout(p, gl.DotOperandLayout(0, acc[n].type.layout, 2))
-        sent = sent + (warpgroup_mma(a, tile_of(v_s[n], slot), acc[n], is_async=True),)
+        sent = sent + (value_product(p, v_s[n], slot, acc[n]),)
     return sent
 
 
@@ -142,6 +217,28 @@ def scaled(acc, factor):
     for n in gl.static_range(len(acc)):
         made = made + (acc[n] * gl.convert_layout(factor, gl.SliceLayout(1, acc[n].type.layout))[:, None],)
     return made
+
+
+@gluon.jit
+def joined(arrived_, acc, late):
+    """The accumulators with a product that is their own already, or else is added in fp32 to what they shrink to."""
+    made = arrived_
+    if len(late) > 0:
+        made = ()
+        for n in gl.static_range(len(acc)):
+            alpha = gl.convert_layout(late[0], gl.SliceLayout(1, acc[n].type.layout))
+            made = made + (acc[n] * alpha[:, None] + arrived_[n],)
+    return made
+
+
+@gluon.jit
+def shrunk(acc, alpha, FEW_BITS: gl.constexpr):
+    """The accumulators times alpha; of few bits that is left for when the next product joins them."""
+    if FEW_BITS:
+        made, late = acc, (alpha,)
+    else:
+        made, late = scaled(acc, alpha), ()
+    return made, late
 
 
 @gluon.jit
@@ -191,14 +288,17 @@ def fill(
     qk = warpgroup_mma_wait(0, deps=(qk,))
     mbarrier.arrive(k_empty.index(slot), count=1)
     x = scores(qk, 0, cuts, read, places, bars, mail, letter, known, r, s, args, NUMBER, S_LAYOUT, CONFIG)
-    p, alpha, m = softmax(x, m, c)
+    FEW_BITS: gl.constexpr = few_bits(k_s[0].dtype)
+    p, alpha, m = softmax(x, m, c, FEW_BITS)
     l = l * per_lane(alpha, l) + lane_sum(p)
-    return gl.convert_layout(p.to(k_s[0].dtype), P_LAYOUT), m, l, scaled(acc, alpha)
+    p_new = rounded(p, k_s[0].dtype, P_LAYOUT)
+    acc, late = shrunk(acc, alpha, FEW_BITS)
+    return p_new, m, l, acc, late
 
 
 @gluon.jit
 def overlap(
-    q, p16, m, l, acc, t, cuts, read, places, bars, mail, letter, known, c, r, s, args,
+    q, p, m, l, acc, late, t, cuts, read, places, bars, mail, letter, known, c, r, s, args,
     NUMBER: gl.constexpr, S_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr, CONFIG,
 ):  # fmt: skip
     """A turn of the main loop: Q K(n) and P V(n - 1) are issued together, the softmax of n follows."""
@@ -207,6 +307,7 @@ def overlap(
     CONSUMERS: gl.constexpr = CONFIG[1]
     STAGES: gl.constexpr = CONFIG[2]
     TURNS: gl.constexpr = CONFIG[4]
+    FEW_BITS: gl.constexpr = few_bits(k_s[0].dtype)
     slot = read % STAGES
     before = (read - 1) % STAGES
     mbarrier.wait(k_full.index(slot), (read // STAGES) & 1)
@@ -214,15 +315,20 @@ def overlap(
         take_turn(NUMBER)
     qk_sent = product(q, k_s, slot, S_LAYOUT)
     mbarrier.wait(v_full.index(before), ((read - 1) // STAGES) & 1)
-    acc_sent = add_values(p16, v_s, before, acc)
+    acc_sent = add_values(p, v_s, before, acc)
     if TURNS:
         pass_turn((NUMBER + 1) % CONSUMERS)
     qk = warpgroup_mma_wait(len(acc), deps=(qk_sent,))
     mbarrier.arrive(k_empty.index(slot), count=1)
     x = scores(qk, t, cuts, read, places, bars, mail, letter, known, r, s, args, NUMBER, S_LAYOUT, CONFIG)
-    p, alpha, m = softmax(x, m, c)
-    l = l * per_lane(alpha, l) + lane_sum(p)
-    p16_new = gl.convert_layout(p.to(k_s[0].dtype), P_LAYOUT)
-    acc = arrived(acc_sent)
+    weights, alpha, m = softmax(x, m, c, FEW_BITS)
+    l = l * per_lane(alpha, l) + lane_sum(weights)
+    if FEW_BITS:  # what the next product reads must not be written while this one runs
+        got = arrived(acc_sent)
+        p_new = rounded(weights, k_s[0].dtype, P_LAYOUT)
+    else:
+        p_new = rounded(weights, k_s[0].dtype, P_LAYOUT)
+        got = arrived(acc_sent)
     mbarrier.arrive(v_empty.index(before), count=1)
-    return p16_new, m, l, scaled(acc, alpha)
+    acc, late = shrunk(joined(got, acc, late), alpha, FEW_BITS)
+    return p_new, m, l, acc, late

@@ -16,7 +16,7 @@ from attncc.codegen.parameters import engine_launch, engine_parameters, kernel_p
 from attncc.codegen.source import Writer, filled, module_text
 from attncc.codegen.triton import lower_name, print_kernels
 from attncc.ir.attention import SIZE_NAMES, Attention, Size
-from attncc.ir.expr import Dtype, const, eq, name
+from attncc.ir.expr import Dtype, Expr, const, eq, name
 from attncc.ir.tile import Kernel, Launch, Program, Scratch
 
 TORCH_DTYPE: Final[Mapping[str, str]] = {
@@ -46,8 +46,10 @@ def uses_engine(configs: TargetConfigs) -> bool:
 
 def without_engine(program: Program) -> Program:
     """The program of portable kernels alone."""
-    behind = {launch.kernel for launch in program.engine.after} if program.engine else frozenset[str]()
-    return replace(program, engine=None, kernels=tuple(k for k in program.kernels if k.name not in behind))
+    if program.engine is None:
+        return program
+    beside = {launch.kernel for launch in (*program.engine.before, *program.engine.after)}
+    return replace(program, engine=None, kernels=tuple(k for k in program.kernels if k.name not in beside))
 
 
 def scratch_of(program: Program) -> tuple[Scratch, ...]:
@@ -287,12 +289,13 @@ def _gpu_fields(w: Writer, attn: Attention, program: Program, targets: Sequence[
     w.line("},")
     w.line("kernels=(")
     with w.indented():
-        for launch in _launches(program):
+        before, after = _launches(program)
+        for launch in before:
             _launch(w, attn, program.kernel(launch.kernel), launch)
         if program.engine is not None:
             engine_launch(w, attn, program.engine)
-            for launch in program.engine.after:
-                _launch(w, attn, program.kernel(launch.kernel), replace(launch, when=name("ENGINE") > 0))
+        for launch in after:
+            _launch(w, attn, program.kernel(launch.kernel), launch)
     w.line("),")
     scratch = scratch_of(program)
     w.line("scratch=(" + ("),") * (not scratch))
@@ -306,21 +309,29 @@ def _gpu_fields(w: Writer, attn: Attention, program: Program, targets: Sequence[
         w.line(f'examined="{version("triton")}",')
 
 
-def _launches(program: Program) -> list[Launch]:
-    """Of portable kernels: where an engine takes the place of one, that is for calls which it does not serve."""
-    if program.engine is None:
-        return [*program.launches]
-    idle, replaced = eq(name("ENGINE"), const(0)), program.engine.replaces
-    return [
-        replace(x, when=idle if x.when is None else idle & x.when) if x.kernel == replaced else x
-        for x in program.launches
-    ]
+def _launches(program: Program) -> tuple[list[Launch], list[Launch]]:
+    """Of portable kernels, before an engine and after it.
+
+    Those in whose place it stands are for calls which it does not serve, those that serve it for the others.
+    """
+    engine = program.engine
+    if engine is None:
+        return [*program.launches], []
+    idle, busy = eq(name("ENGINE"), const(0)), name("ENGINE") > 0
+    before = [_only(x, idle) if x.kernel in engine.replaces else x for x in program.launches]
+    return [*before, *(_only(x, busy) for x in engine.before)], [_only(x, busy) for x in engine.after]
+
+
+def _only(launch: Launch, where: Expr) -> Launch:
+    """A launch where this holds, too."""
+    return replace(launch, when=where if launch.when is None else where & launch.when)
 
 
 def _operand_axes(attn: Attention, program: Program) -> dict[str, str]:
     """Where each operand's axes are; scratch operands have them in the kernel's order."""
-    made = {s.name for s in program.scratch}
-    read = {p.name: None for k in program.kernels for p in k.params if p.role == "operand" and p.name in made}
+    made = {s.name for s in scratch_of(program)}
+    operands = [p.name for k in program.kernels for p in k.params if p.role == "operand"]
+    read = [text for text in (*operands, *(program.engine.tensors if program.engine else ())) if text in made]
     return dict.fromkeys("qkvo", STRIDED[attn.layout]) | dict.fromkeys(read, "bhsd")
 
 

@@ -60,19 +60,21 @@ def _size(text: str) -> str:
 # -- an engine ---------------------------------------------------------------------------------
 
 
-def _maps(tensor: str, rows: str, widths: Sequence[int]) -> list[str]:
-    """Two places for the pieces of an operand."""
-    maps = [f'("tile", "{tensor}", {rows}, {width})' for width in widths]
+def _maps(tensor: str, rows: str, widths: Sequence[int], turned: bool = False) -> list[str]:
+    """Two places for the pieces of an operand, whose rows are its last axis where it is turned."""
+    axes = [(str(width), rows) if turned else (rows, str(width)) for width in widths]
+    maps = [f'("tile", "{tensor}", {", ".join(pair)})' for pair in axes]
     return [*maps, *['("absent",)'] * (2 - len(maps))]
 
 
 def engine_parameters(w: Writer, attn: Attention, engine: Engine) -> None:
     """A table of the engine's parameters, in the order of its signature."""
     packed, keys = attn.layout == "varlen", '"E_KEYS"'
-    maps = [*_maps("q", "64", engine.qk), *_maps("k", keys, engine.qk), *_maps("v", keys, engine.v)]
+    q, k, v = engine.tensors
+    maps = [*_maps(q, "64", engine.qk), *_maps(k, keys, engine.qk), *_maps(v, keys, engine.v, engine.turned)]
     maps += _maps("o", "64", () if packed else engine.v)
     maps += ['("absent",)'] if engine.beside is None else [f'("tile", "{engine.beside.name}", 64, {keys})']
-    lost = engine.scratch[0].name if engine.scratch else "lse"  # not written where nothing can be hidden
+    lost = engine.scratch[0].name if engine.after else "lse"  # not written where nothing can be hidden
     absent = '("absent",)'
     out = ['("tensor", "o")', '("stride", "o", 1)', '("stride", "o", 2)'] if packed else [absent] * 3
     tensors = [out[0], '("tensor", "lse")', f'("tensor", "{lost}")', '("counter",)']
@@ -107,7 +109,7 @@ def constants(attn: Attention, engine: Engine) -> dict[str, int]:
         "QUERIES": at["Sq"],
         "KEYS": at["Sk"],
         "READS_ROWS": int(any(buffers(e) for s in rows.body for e in reads(s))),
-        "OWN_ROOM": int(engine.v != engine.qk[: len(engine.v)]),
+        "OWN_ROOM": int(engine.turned or engine.v != engine.qk[: len(engine.v)]),
         "HEADS": attn.heads.q,
         "COLUMNS": attn.dims.v,
     }

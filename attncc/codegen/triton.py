@@ -179,14 +179,14 @@ class Printer:
         return p.name if len(p.tiles) < 2 else f"{p.name}_{shape[1]}"
 
     def pointer(self, p: Param, index: Iterable[Expr]) -> str:
-        names = strides(p)
+        index, names = tuple(index), strides(p)
         terms = [
             s if i.value == 1 else f"{self.expr(i, 8)} * {s}"
             for i, s in zip(index, names, strict=False)  # an operand's columns, last, have no stride
             if i.value != 0
         ]
         if p.role == "operand":
-            terms.append(self.expr(list(index)[-1], 7))
+            terms.append(self.expr(index[-1], 7))
         return " + ".join([p.name, *terms])
 
     def flag(self, text: str) -> str:

@@ -26,7 +26,7 @@ COPY: Final = re.compile(r"(P\d), PT, PT, PT, (UP\d), 0x80, 0x0")
 """Operands by which a predicate becomes a copy of a uniform one."""
 VECTOR: Final = re.compile(r"(?<!\w)R(\d+)\b")
 """A register that each thread has its own of."""
-SPAN: Final = {"HGMMA": 128}
+SPAN: Final = {"HGMMA": 128, "QGMMA": 128}
 """So many registers an instruction writes from the one that is printed on; others up to 4."""
 ZERO: Final = 63
 """URZ, which is printed by name; and how many there are."""
@@ -101,7 +101,7 @@ def unwritten(text: str) -> tuple[Undefined, ...]:
         read = {int(n) for operand in x.operands[not _stores(x) :] for n in VECTOR.findall(operand)}
         if x.opcode.startswith("LOP3"):  # predicates are kept as bits of a register that nothing cleared
             continue
-        if x.opcode.startswith(("HGMMA", "PRMT")):  # a product that adds to nothing, half of a register: both name it
+        if x.opcode.startswith((*SPAN, "PRMT")):  # a product that adds to nothing, half of a register: both name it
             read -= {int(n) for n in VECTOR.findall(x.operands[0])}
         found += (Undefined(r, x.text) for r in sorted(read) if not before[at] >> r & 1)
     return tuple(found)

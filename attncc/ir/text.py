@@ -291,7 +291,8 @@ def _engine(engine: Engine) -> Iterator[str]:
         yield f"{INDENT}{label}: {', '.join(map(_typed, vars_))}"
     yield from (f"{INDENT}{_param(p)}" for p in engine.args)
     yield from (f"{INDENT}{_knob(knob)}" for knob in engine.knobs)
-    yield from (f"{INDENT}after: {_launch(launch)}" for launch in engine.after)
+    for label, launches in (("before", engine.before), ("after", engine.after)):
+        yield from (f"{INDENT}{label}: {_launch(launch)}" for launch in launches)
     for function in engine.functions:
         yield ""
         yield from _function(function)

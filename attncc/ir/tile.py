@@ -228,8 +228,8 @@ class Engine:
     """
 
     name: str
-    replaces: str
-    """The portable kernel in whose place it is launched."""
+    replaces: tuple[str, ...]
+    """The portable kernels that are launched only where it is not: it stands in their place."""
     functions: tuple[Function, ...]
     args: tuple[Param, ...]
     known: tuple[Expr, ...]
@@ -246,10 +246,16 @@ class Engine:
     beside: Param | None = None
     """What is read beside the products, as a tile for each of theirs."""
     knobs: tuple[Knob, ...] = ()
+    before: tuple[Launch, ...] = ()
+    """Launches of portable kernels that make what it alone reads."""
     after: tuple[Launch, ...] = ()
     """Launches of portable kernels that do what it leaves."""
     scratch: tuple[Scratch, ...] = ()
-    """What those read, and it alone writes."""
+    """What only it and those read or write."""
+    tensors: tuple[str, str, str] = ("q", "k", "v")
+    """Where its tiles of queries, keys and values come from."""
+    turned: bool = False
+    """Whether values come as [b, h, column, key]."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,11 +22,13 @@ from attncc.codegen.parameters import constants
 from attncc.device import find
 from attncc.errors import CompilerBug
 from attncc.ir.tile import Program
+from attncc.passes.lower import hopper
 from attncc.passes.lower.defaults import default_configs
 from attncc.passes.lower.hopper import engine, gap
 
 HEADS = "heads: {q: 6, kv: 2}\n"
 PLAIN = f"{HEADS}dims: 128\n"
+FP8 = "quantize: {q: fp8_e4m3(per=head), k: fp8_e4m3(per=head), v: fp8_e4m3(per=head), p: fp8_e4m3}"
 MASKS = {
     "none": ("true", lambda i, j: i == i),
     "causal": ("causal", lambda i, j: j <= i),
@@ -73,8 +75,9 @@ def functions(body: str) -> Any:
     attn = lowered(body)[0]
     made = engine(attn)
     numpy = SimpleNamespace(
-        constexpr=int, minimum=np.minimum, maximum=np.maximum, where=np.where, log2=np.log2, load=load, int64=np.int64
-    )
+        constexpr=int, minimum=np.minimum, maximum=np.maximum, where=np.where, log2=np.log2, exp2=np.exp2, load=load,
+        int64=np.int64,
+    )  # fmt: skip
     scope: dict[str, Any] = {"gl": numpy, "gluon": SimpleNamespace(jit=lambda f: f)}
     exec("\n".join(print_engine(made)), scope)
     return SimpleNamespace(**scope, engine=made, factor=constants(attn, made)["FACTOR"])
@@ -251,6 +254,12 @@ def test_a_row_s_end() -> None:
             "beside listed",
         ),
         (f"{PLAIN}score: i * 0.1 - j * 0.2", "without qk"),
+        (f"{PLAIN}quantize: {{q: fp8_e4m3, k: fp8_e4m3, v: fp8_e4m3}}", "all of fp8_e4m3"),
+        (f"{PLAIN}quantize: {{q: fp8_e4m3, k: fp8_e4m3, v: fp8_e5m2, p: fp8_e4m3}}", "all of fp8_e4m3"),
+        (f"{PLAIN}quantize: {{q: int8, k: int8}}", "all of fp8_e4m3"),
+        (f"{PLAIN}quantize: {{q: fp8_e4m3, k: fp8_e4m3, v: fp8_e4m3(per=channel), p: fp8_e4m3}}", "per channel"),
+        (f"{HEADS}dims: 160\n{FP8}", "wider than 128"),
+        (f"{PLAIN}mask: causal\n{FP8}", "no GPU has accepted"),
     ],
 )
 def test_what_keeps_the_engine_out(body: str, why: str) -> None:
@@ -301,10 +310,13 @@ def test_only_elementwise_code_becomes_gluon() -> None:
         f"{HEADS}dims: 80\ninputs: {{w: {{shape: [Hq, n], dtype: bf16}}}}\nscore: qk * scale + w[h, i - j + n // 2]",
         f"{PLAIN}inputs: {{on: {{shape: [m, n], dtype: bool}}}}\nmask: on[i // 64, j // 64]",
         f"{PLAIN}inputs: {{x: {{shape: [Hq]}}}}\nscore: qk * scale + x[h] * (j - i)\nmask: causal\nlayout: bshd",
+        f"{PLAIN}mask: causal\n{FP8}",
+        f"{HEADS}dims: 96\nmask: causal & window(100)\nlayout: bshd\n{FP8}",
     ],
 )
-def test_engines_pass_the_gate(body: str, tmp_path: Path) -> None:
+def test_engines_pass_the_gate(body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No product is serialised, nothing is read undefined, and the main loop keeps to its registers."""
+    monkeypatch.setattr(hopper, "GAPS", tuple(g for g in hopper.GAPS if g is not hopper.UNCHECKED))
     out = driver.compile(spec.loads(f"attncc: 1\nname: gated\n{body}\n"), tmp_path, ["sm_90"])
     assert (out / "_hopper.py").exists()
     found = examine(out)

@@ -113,6 +113,7 @@ def test_a_branch_on_a_copy_of_the_predicate() -> None:
         (("LOP3.LUT R15, R15, 0xffffffdf, RZ, 0xc0, !PT", "EXIT"), []),
         (("PRMT R20, RZ, 0x7610, R20", "EXIT"), []),
         (("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR16], R24, !UPT", "FADD R0, R100, R151", "EXIT"), []),
+        (("QGMMA.64x64x32.F32.E4M3.E4M3 R88, gdesc[UR16], RZ, !UPT", "FADD R0, R88, R119", "EXIT"), []),
         (("HGMMA.64x16x16.F32.BF16 R24, R8, gdesc[UR16], R24", "EXIT"), [8]),
         ((), []),
     ],

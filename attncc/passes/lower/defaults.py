@@ -16,6 +16,7 @@ from attncc.errors import Unsupported
 from attncc.ir.attention import Attention
 from attncc.ir.expr import TRUE
 from attncc.ir.rewrite import buffers, names
+from attncc.passes.lower import quantize
 from attncc.passes.lower.hopper import gap
 from attncc.passes.lower.pieces import pieces
 from attncc.passes.lower.skew import split_diagonals
@@ -40,9 +41,11 @@ def _config(bm: int, bn: int, warps: int, stages: int, registers: int = 0, *, tm
     return {**knobs, "num_warps": warps, "num_stages": stages, "maxnreg": registers}
 
 
-def _engine(keys: int, consumers: int, q_stages: int = 2, turns: int = 0, registers: int = 240) -> Config:
+def _engine(
+    keys: int, consumers: int, q_stages: int = 2, turns: int = 0, registers: int = 240, stages: int = 2
+) -> Config:
     return {
-        "E_KEYS": keys, "E_CONSUMERS": consumers, "E_STAGES": 2, "E_Q_STAGES": q_stages, "E_GROUP": 8,
+        "E_KEYS": keys, "E_CONSUMERS": consumers, "E_STAGES": stages, "E_Q_STAGES": q_stages, "E_GROUP": 8,
         "E_TURNS": turns, "E_REGISTERS": registers,
     }  # fmt: skip
 
@@ -62,6 +65,11 @@ def _is_fp32(attn: Attention) -> bool:
 
 def _is_quantised(attn: Attention) -> bool:
     return bool(attn.quantize)
+
+
+def _has_scaled_rows(attn: Attention) -> bool:
+    """Whether scores read scales, which differ inside a tile."""
+    return any(h.operand in "qk" and h.per not in quantize.WHOLE for h in quantize.all_held(attn))
 
 
 def _up_to(dim: int) -> Condition:
@@ -156,6 +164,9 @@ HOPPER: Final = (
     Rule("the widest heads", _always, _config(64, 32, 8, 1, tma=1)),
 )
 ENGINE: Final = (
+    Rule("operands of few bits, a table beside", _both(_is_quantised, _reads_tiles), _engine(128, 2, q_stages=1)),
+    Rule("operands of few bits, scales of rows or keys", _has_scaled_rows, _engine(64, 2, stages=3)),
+    Rule("operands of few bits", _is_quantised, _engine(128, 2, stages=3)),
     Rule("heads up to 64", _both(_up_to(64), _is_light), _engine(keys=128, consumers=3, turns=1, registers=160)),
     Rule("a wide table beside the scores", _both(_reads_wide_tiles, _up_to(128)), _engine(128, 2, q_stages=1)),
     Rule("heads up to 128", _up_to(128), _engine(keys=128, consumers=2)),

@@ -16,7 +16,7 @@ from attncc.ir.build import Builder, function, quotient, read, row
 from attncc.ir.expr import FLOATS, Expr, const, eq, maximum, name, where
 from attncc.ir.rewrite import names, substitute, walk
 from attncc.ir.tile import Engine, Function, Launch, Let, Note, Param, Program, Scratch, Statement, binds, block, reads
-from attncc.passes.lower import again, classify, skew
+from attncc.passes.lower import again, classify, quantize, skew, stored
 from attncc.passes.lower.forward import Formulas, formulas_of, may_hide_values, read_early
 from attncc.passes.lower.grid import (
     CU_K,
@@ -46,6 +46,10 @@ ROWS: Final = 64
 PIECES: Final = 2
 """At most, of a head dim."""
 WIDEST: Final = 256
+MULTIPLIED: Final = dict.fromkeys("qkvp", "fp8_e4m3")
+"""The one way in which operands of few bits are multiplied as they are stored."""
+WIDEST_QUANTISED: Final = 128
+"""Their values take accumulators twice: wgmma's own keep some 14 bits, sums of them are ours."""
 FIXED: Final = (name("c", "f32"), name("Sq"), name("Sk"))
 """What the engine itself reads of a tile: the factor from scores to units of log 2, how many queries, how many keys."""
 DENSE_AT: Final = ("b", "h", "number", "row0")
@@ -60,9 +64,12 @@ class Gap:
     holds: Callable[[Attention], bool]
 
 
+UNCHECKED: Final = Gap("quantised operands, whose results no GPU has accepted yet", lambda a: bool(a.quantize))
 GAPS: Final = (
     Gap("a normalizer other than softmax", lambda a: a.part.normalizer.kind != "softmax"),
-    Gap("quantised operands", lambda a: bool(a.quantize)),
+    Gap("quantised operands other than q, k, v and p, all of fp8_e4m3", lambda a: _formats(a) not in ({}, MULTIPLIED)),
+    Gap("quantised values per channel", lambda a: _per(a, "v") == "channel"),
+    Gap("quantised heads wider than 128", lambda a: bool(a.quantize) and max(a.dims.qk, a.dims.v) > WIDEST_QUANTISED),
     Gap("products of fp32", lambda a: a.dtype == "fp32"),
     Gap("heads wider than 256", lambda a: max(a.dims.qk, a.dims.v) > WIDEST),
     Gap("rows that are no multiple of 16 bytes", lambda a: a.dims.qk % 8 > 0 or a.dims.v % 8 > 0),
@@ -73,6 +80,7 @@ GAPS: Final = (
         "relative positions beside listed tiles", lambda a: bool(skew.split_diagonals(a)[1]) and key_tiles_of(a).listed
     ),
     Gap("ranges over all rows of a tile", lambda a: any(map(_is_over_rows, _bounds(a)))),
+    UNCHECKED,
 )
 
 
@@ -85,7 +93,10 @@ def accelerated(attn: Attention, program: Program) -> Program:
     """The program with the engine beside its kernels, where it carries the variant."""
     if why := gap(attn):
         return replace(program, engine_gap=why)
-    made = replace(engine(attn), replaces=program.kernels[-1].name, knobs=ENGINE_KNOBS)
+    made = replace(engine(attn), replaces=(program.kernels[-1].name,), knobs=ENGINE_KNOBS)
+    values = quantize.held(quantize.with_scales(attn), "v")
+    if values is not None:
+        return _over_turned(attn, program, made, values)
     if not may_hide_values(attn):
         return replace(program, engine=made)
     kernel = again.kernel(attn)
@@ -94,8 +105,25 @@ def accelerated(attn: Attention, program: Program) -> Program:
     return replace(program, engine=made, kernels=(*program.kernels, kernel))
 
 
+def _over_turned(attn: Attention, program: Program, engine: Engine, values: quantize.Held) -> Program:
+    """The engine over operands as they are stored; its own values are turned, and may not hide what is no number."""
+    attn = quantize.with_scales(attn)
+    kernel, scratch = stored.turn(attn, values), stored.turned(attn, values)
+    q, k = (h.tensor for h in quantize.all_held(attn) if h.operand in "qk")
+    engine = replace(
+        engine,
+        replaces=(stored.store(attn, values).name, *engine.replaces),
+        before=(Launch(kernel.name),),
+        scratch=(scratch,),
+        tensors=(q, k, scratch.name),
+        turned=True,
+    )
+    return replace(program, engine=engine, kernels=(*program.kernels, kernel))
+
+
 def engine(attn: Attention) -> Engine:
     """What the engine asks of a variant."""
+    attn = quantize.with_scales(attn)
     rule = NORMALIZERS[attn.part.normalizer.kind](attn.part.normalizer)
     _, diagonals = skew.split_diagonals(attn)
     tensors = [*([CU_Q, CU_K] if is_varlen(attn) else []), *map(input_param, attn.inputs)]
@@ -103,6 +131,8 @@ def engine(attn: Attention) -> Engine:
     params = [*tensors, *size_parameters(attn), Param("scale", "scalar", "f32")]
     b = Builder({p.name: p for p in params})
     t = at_packed_row(b, attn) if is_varlen(attn) else at_row(b, attn, *map(name, DENSE_AT))
+    quantize.bind_unit(b, attn, t.batch, {"q": t.h, "k": t.scope.values["hk"]})
+    quantize.bind_ends(b, attn, t.batch, t.key_head(attn, attn.heads.v))
     formulas = formulas_of(b, attn, t, rule)
     if formulas.c != FIXED[0]:
         b.let("c", formulas.c, "to units of log 2")
@@ -127,7 +157,7 @@ def engine(attn: Attention) -> Engine:
     functions = (known_, place, walk_, cut, whole, _beside(attn, diagonals), rows, score, keep, finish)
     return Engine(
         NAME,
-        "",
+        (),
         functions,
         tuple(params),
         known,
@@ -159,6 +189,16 @@ WALK: Final = "Tiles cut by the mask or by the end of the keys, whole tiles, and
 def _bounds(attn: Attention) -> Iterator[Expr]:
     for r in key_tiles_of(attn).ranges:
         yield from (r.lo, r.hi, r.full_lo, r.full_hi)
+
+
+def _formats(attn: Attention) -> dict[str, str]:
+    return {z.operand: z.dtype for z in attn.quantize}
+
+
+def _per(attn: Attention, operand: str) -> str:
+    """Which values share a scale; empty where they have none."""
+    found = quantize.held(attn, operand)
+    return "" if found is None else found.per
 
 
 def _is_over_rows(e: Expr) -> bool:
@@ -267,7 +307,8 @@ def _finish(b: Builder, attn: Attention, t: QueryTile, rule: Rule) -> Function:
     assert end.lse is not None
     factor = 1.0 / end.divisor if end.divisor is not None else end.factor
     assert factor is not None
-    results = [inner.let("factor", factor), inner.let("lse", end.lse)]
+    factor, lse = quantize.ended(attn, factor, end.lse)
+    results = [inner.let("factor", factor), inner.let("lse", lse)]
     return function("finish", inner, results, (), "What a row's accumulator is multiplied by, and its lse.")
 
 

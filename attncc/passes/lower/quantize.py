@@ -18,7 +18,7 @@ from attncc.ir.build import Builder, iota, quotient, read, row, tile
 from attncc.ir.expr import Dim, Dtype, Expr, cast_to, const, eq, load, minimum, name, where
 from attncc.ir.rewrite import substitute
 from attncc.ir.tile import Param
-from attncc.passes.lower.normalizers import VALUE_DTYPE
+from attncc.passes.lower.normalizers import TOTAL, VALUE_DTYPE
 from attncc.passes.lower.pieces import MIN_WIDTH, Piece
 from attncc.passes.lower.scores import input_param, own_name, regroup
 
@@ -204,6 +204,31 @@ def with_unit(attn: Attention, score: Expr, multiplier: Expr) -> tuple[Expr, Exp
 def poison(attn: Attention, q: Expr) -> Expr:
     """A tile of queries, NaN where the head's scale is."""
     return where(_is_number(SCALE_QK), q, const(math.nan, q.dtype)) if _of_heads(attn) else q
+
+
+def bind_ends(b: Builder, attn: Attention, batch: Expr, head: Expr) -> None:
+    """Binds, for kernels that multiply stored numbers alone, what `ended` adds to a row's end."""
+    h = held(attn, "v")
+    if h is None:
+        return
+    spoilt: Expr = const(0.0)
+    if _of_heads(attn):
+        spoilt = where(_is_number(SCALE_QK), 0.0, math.nan)
+    b.let("spoilt", spoilt, "NaN where the scale of qk is")
+    b.let("unit_v", read(input_param(h.scales), batch, 0 if h.per == "tensor" else head, 0))
+
+
+def ended(attn: Attention, factor: Expr, lse: Expr) -> tuple[Expr, Expr]:
+    """What a row's accumulator is multiplied by, and its lse, where weights and values are of few bits.
+
+    A head that holds what is no number makes both NaN, but for rows that saw no key.
+    """
+    z = next((z for z in attn.quantize if z.operand == "p"), None)
+    if z is None or held(attn, "v") is None:
+        return factor, lse
+    seen, spoilt = TOTAL > 0.0, name("spoilt", "f32")
+    unit = name("unit_v", "f32") * (1.0 / FORMATS[z.dtype].most)
+    return where(seen, factor * unit + spoilt, factor), where(seen, lse + spoilt, lse)
 
 
 def _of_heads(attn: Attention) -> list[Held]:

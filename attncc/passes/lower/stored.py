@@ -3,6 +3,8 @@
 Groups of all tokens need two launches: `peaks` has one number a span of tokens, of which every program of `store` takes
 the greatest. Blocks and single tokens are the affair of one program. A group in which something is NaN or infinite has
 a scale of NaN, and 1 in all its places: what is stored is a number always.
+
+For an engine that multiplies bytes as they are, `turn` writes values in place of `store`: a column's keys side by side.
 """
 
 from __future__ import annotations
@@ -28,11 +30,13 @@ AT_ONCE: Final = 4096
 """Entries a program holds."""
 PEAKS: Final = 256
 """Peaks it compares at once."""
+TURNED: Final = 128
+"""Keys of which turned values hold a multiple: the largest tile."""
 
 
 def kernels(attn: Attention, h: Held) -> tuple[Kernel, ...]:
     """What fills the stored tensor and the scales of an operand."""
-    return (*([_peaks(attn, h)] if h.per in ACROSS else []), _store(attn, h))
+    return (*([_peaks(attn, h)] if h.per in ACROSS else []), store(attn, h))
 
 
 def scratch(attn: Attention, h: Held) -> tuple[Scratch, ...]:
@@ -46,21 +50,31 @@ def scratch(attn: Attention, h: Held) -> tuple[Scratch, ...]:
     )
 
 
+def turned(attn: Attention, h: Held) -> Scratch:
+    """Values as tensor cores multiply bytes: a column's keys are neighbours, and whole tiles of them."""
+    shape = (name("B"), const(h.heads), const(h.width), _positions(h))
+    return Scratch(own_name(f"{h.operand}_turned", attn), shape, h.format.dtype)
+
+
+def _positions(h: Held) -> Expr:
+    return cdiv(h.tokens, TURNED) * TURNED
+
+
 def _place(h: Held, batch: Expr, head: Expr, tokens: Expr, columns: Expr) -> tuple[Expr, ...]:
     """Where an entry of the operand is in the stored tensor; `scratch` gives that its shape, `operand` reads it."""
     return batch, head, tokens, columns
 
 
-# -- the two kernels -----------------------------------------------------------------------------
+# -- the kernels ---------------------------------------------------------------------------------
 
 
 def _peaks(attn: Attention, h: Held) -> Kernel:
     """One program a span of tokens of a head."""
-    b = _builder(attn, h)
+    b = _builder(attn, h, _stored(h))
     batch, head, begin = _bind_place(b, h, SPAN)
     peak = b.let("peak", _nothing(h))
     with b.loop("first", begin, minimum(begin + SPAN, h.tokens), _rows(h)) as first:
-        size = _magnitude(b, _read(b, attn, h, batch, head, first, h.tokens))
+        size = _magnitude(b, _read(b, attn, h, batch, head, first + iota(_rows(h)), h.tokens))
         b.let("peak", maximum(peak, reduce("max", size, 0) if h.per == "channel" else reduce_all("max", size)))
     into = _peaks_of(attn, h)
     span = quotient(begin, SPAN)
@@ -72,32 +86,63 @@ def _peaks(attn: Attention, h: Held) -> Kernel:
     return _kernel(attn, h, b, "peaks", SPAN, f"The greatest magnitudes of {h.operand}, by spans of tokens.")
 
 
-def _store(attn: Attention, h: Held) -> Kernel:
+def store(attn: Attention, h: Held) -> Kernel:
     """One program a span of tokens of a head; the span is a block where blocks have scales."""
     span = h.block if h.per == "block" else SPAN
-    b = _builder(attn, h)
+    b = _builder(attn, h, _stored(h))
     batch, head, begin = _bind_place(b, h, span)
     end = b.let("end", minimum(begin + span, h.tokens))
     if h.per in PEAK:
         _bind_scale(b, h, PEAK[h.per](b, attn, h, (batch, head, begin, end)))
         _write_scale(b, h, batch, head, begin)
     with b.loop("first", begin, end, _rows(h)) as first:
-        x = _read(b, attn, h, batch, head, first, end)
+        x = _read(b, attn, h, batch, head, first + iota(_rows(h)), end)
         tokens, columns = _tokens(h), _columns(h)
         if h.per == "token":
             _bind_scale(b, h, reduce("max", _magnitude(b, x), 1))
             b.store(input_param(h.scales), (batch, head, tokens), _scale(h), tokens < end)
-        scale, most = ALONG.get(h.per, _of_all)(_scale(h)), h.format.most
-        y = b.let("y", where(eq(scale, scale), divide_exactly(x, scale), 1.0))
-        y = rounded(maximum(minimum(y, most), -most), h.format)
         place = _place(h, batch, head, column(tokens), row(columns))
-        b.store(_stored(h), place, y, column(tokens < end) & row(columns < h.width))
+        b.store(_stored(h), place, _held(b, h, x), column(tokens < end) & row(columns < h.width))
     doc = f"Writes {h.operand} as {h.format.dtype}, and the scales: of its groups' greatest magnitudes."
     return _kernel(attn, h, b, "store", span, doc)
 
 
-def _builder(attn: Attention, h: Held) -> Builder:
-    params = [_given(attn, h), _peaks_of(attn, h), _stored(h), input_param(h.scales), *size_parameters(attn)]
+def turn(attn: Attention, h: Held) -> Kernel:
+    """One program a span of positions of a head, each of which holds the key that `key_at` says."""
+    into = Param(turned(attn, h).name, "operand", h.format.dtype, rank=4, doc="the operand as it is stored, turned")
+    b = _builder(attn, h, into)
+    batch, head, begin = _bind_place(b, h, SPAN)
+    end = b.let("end", minimum(begin + SPAN, _positions(h)))
+    _bind_scale(b, h, PEAK[h.per](b, attn, h, (batch, head, begin, end)))
+    _write_scale(b, h, batch, head, begin)
+    with b.loop("first", begin, end, _rows(h)) as first:
+        at = b.let("at", first + iota(_rows(h)), f"[{_rows(h)}] positions")
+        x = _read(b, attn, h, batch, head, key_at(at), h.tokens)
+        place = (batch, head, row(_columns(h)), column(at))
+        b.store(into, place, _held(b, h, x), column(at < end) & row(_columns(h) < h.width))
+    doc = f"Writes {h.operand} as {h.format.dtype} for tensor cores, which want keys as neighbours, and the scales."
+    return _kernel(attn, h, b, "turn", SPAN, doc)
+
+
+def key_at(at: Expr) -> Expr:
+    """The key at a position of turned values.
+
+    Of 16 weights a thread's sums are two neighbours in each half, its operands four neighbours in all: with keys in
+    this order the ones are the others.
+    """
+    half, pair = quotient(remainder(at, 4), 2), quotient(remainder(at, 16), 4)
+    return quotient(at, 16) * 16 + half * 8 + pair * 2 + remainder(at, 2)
+
+
+def _held(b: Builder, h: Held, x: Expr) -> Expr:
+    """Entries in units of their scale, as the format holds them; 1 where the scale is no number."""
+    scale, most = ALONG.get(h.per, _of_all)(_scale(h)), h.format.most
+    y = b.let("y", where(eq(scale, scale), divide_exactly(x, scale), 1.0))
+    return rounded(maximum(minimum(y, most), -most), h.format)
+
+
+def _builder(attn: Attention, h: Held, into: Param) -> Builder:
+    params = [_given(attn, h), _peaks_of(attn, h), into, input_param(h.scales), *size_parameters(attn)]
     return Builder({p.name: p for p in params})
 
 
@@ -107,11 +152,11 @@ def _kernel(attn: Attention, h: Held, b: Builder, what: str, span: int, doc: str
 
 
 def _given(attn: Attention, h: Held) -> Param:
-    return Param(h.operand.upper(), "buffer", VALUE_DTYPE[attn.dtype], rank=4, doc="the operand as it came")
+    return Param(h.operand.upper(), "operand", VALUE_DTYPE[attn.dtype], rank=4, doc="the operand as it came")
 
 
 def _stored(h: Held) -> Param:
-    return Param(h.tensor, "buffer", h.format.dtype, rank=4, doc="the operand as it is stored")
+    return Param(h.tensor, "operand", h.format.dtype, rank=4, doc="the operand as it is stored")
 
 
 def _peaks_of(attn: Attention, h: Held) -> Param:
@@ -142,9 +187,9 @@ def _bind_place(b: Builder, h: Held, span: int) -> tuple[Expr, Expr, Expr]:
     return b.let("b", quotient(heads, h.heads)), b.let("h", remainder(heads, h.heads)), begin
 
 
-def _read(b: Builder, attn: Attention, h: Held, batch: Expr, head: Expr, first: Expr, end: Expr) -> Expr:
-    """Binds entries [rows, columns] from a token on, 0 past the end."""
-    tokens = b.let("tokens", first + iota(_rows(h)), f"[{_rows(h)}]")
+def _read(b: Builder, attn: Attention, h: Held, batch: Expr, head: Expr, tokens: Expr, end: Expr) -> Expr:
+    """Binds entries [rows, columns] of tokens, 0 past the end."""
+    tokens = b.let("tokens", tokens, f"[{_rows(h)}]")
     columns = b.let("columns", iota(_padded(h)), f"[{_padded(h)}]")
     inside = column(tokens < end) & row(columns < h.dim)
     x = read(_given(attn, h), batch, head, column(tokens), row(columns), mask=inside)
@@ -208,7 +253,8 @@ def _peak_of_block(b: Builder, attn: Attention, h: Held, at: Place) -> Expr:
     batch, head, begin, end = at
     peak = b.let("peak", const(0.0))
     with b.loop("first", begin, end, _rows(h)) as first:
-        b.let("peak", maximum(peak, reduce_all("max", _magnitude(b, _read(b, attn, h, batch, head, first, end)))))
+        x = _read(b, attn, h, batch, head, first + iota(_rows(h)), end)
+        b.let("peak", maximum(peak, reduce_all("max", _magnitude(b, x))))
     return peak
 
 
