@@ -134,12 +134,14 @@ def _parse(text: str) -> tuple[list[Instruction], dict[str, int]]:
 def _instruction(predicate: str, opcode: str, rest: str) -> Instruction:
     operands = tuple(part.strip() for part in rest.split(",")) if rest else ()
     writes: set[int] = set()
-    if operands and WRITERS.match(opcode) and (found := re.fullmatch(r"UR(\d+)", operands[0])):
+    at = int(re.match(r"U?P\d", rest) is not None)  # a predicate may stand before what is written
+    target = "".join(operands[at : at + 1])
+    if WRITERS.match(opcode) and (found := re.fullmatch(r"UR(\d+)", target)):
         first = int(found[1])
         writes = {first, first + 1} if ".64" in opcode or "WIDE" in opcode else {first}
     reads: set[int] = set()
     elected = opcode.startswith("UTMA")  # one lane runs it, and wrote its operands under a predicate
-    for operand in () if elected else operands[1:] if writes else operands:
+    for operand in () if elected else operands[at + 1 :] if writes else operands:
         for found in DESCRIPTOR.finditer(operand):  # both operands' descriptors; A's is unused where registers hold it
             first = int(found[1])
             a = "".join(operands[1:2])

@@ -33,6 +33,14 @@ def test_a_write_that_a_branch_goes_past() -> None:
     assert found("UMOV UR12, URZ", "UMOV UR40, URZ", *skipped) == []
 
 
+def test_a_predicate_may_stand_before_what_is_written() -> None:
+    """It tells whether the result is 0."""
+    zero = "ULOP3.LUT UP1, UR19, UR4, 0x7fffff80, URZ, 0xc0, !UPT"
+    assert found("UMOV UR4, URZ", zero, "UMOV UR5, UR19", "EXIT") == []
+    assert found("UMOV UR19, URZ", zero, "EXIT") == [4]
+    assert found("UMOV UR4, URZ", "UIADD3 UR19, UP0, UR19, 0x20, URZ", "EXIT") == [19]
+
+
 def test_both_ways_write() -> None:
     ways = ("@P0 BRA `(.L_x_1)", "UMOV UR4, 0x1", "BRA `(.L_x_2)", ".L_x_1:", "UMOV UR4, 0x2", ".L_x_2:")
     assert found(*ways, "UMOV UR5, UR4", "EXIT") == []
