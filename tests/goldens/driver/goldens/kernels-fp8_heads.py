@@ -107,7 +107,7 @@ def key_tile(
 @triton.jit(do_not_specialize=["Sk"])
 def fp8_heads_peaks_v(
     V, v_peaks,
-    v_s0: tl.int64, v_s1: tl.int64, v_s2: tl.int64, v_s3: tl.int64, v_peaks_s0: tl.int64, v_peaks_s1: tl.int64,
+    v_b: tl.int64, v_h: tl.int64, v_s: tl.int64, v_peaks_s0: tl.int64, v_peaks_s1: tl.int64,
     v_peaks_s2: tl.int64, v_peaks_s3: tl.int64,
     Sk,
 ):
@@ -122,7 +122,7 @@ def fp8_heads_peaks_v(
         tokens = first + tl.arange(0, 32)  # [32]
         columns = tl.arange(0, 128)  # [128]
         x = tl.load(
-            V + b * v_s0 + h * v_s1 + tokens[:, None] * v_s2 + columns[None, :] * v_s3,
+            V + b * v_b + h * v_h + tokens[:, None] * v_s + columns[None, :],
             mask=(tokens < Sk)[:, None] & (columns < 128)[None, :], other=0,
         ).to(tl.float32)  # [32, 128]
         size = tl.abs(x)
@@ -134,10 +134,9 @@ def fp8_heads_peaks_v(
 @triton.jit(do_not_specialize=["Sk"])
 def fp8_heads_store_v(
     V, v_peaks, v_stored, v_scales_ptr,
-    v_s0: tl.int64, v_s1: tl.int64, v_s2: tl.int64, v_s3: tl.int64, v_peaks_s0: tl.int64, v_peaks_s1: tl.int64,
-    v_peaks_s2: tl.int64, v_peaks_s3: tl.int64, v_stored_s0: tl.int64, v_stored_s1: tl.int64,
-    v_stored_s2: tl.int64, v_stored_s3: tl.int64, v_scales_s0: tl.int64, v_scales_s1: tl.int64,
-    v_scales_s2: tl.int64,
+    v_b: tl.int64, v_h: tl.int64, v_s: tl.int64, v_peaks_s0: tl.int64, v_peaks_s1: tl.int64,
+    v_peaks_s2: tl.int64, v_peaks_s3: tl.int64, v_stored_b: tl.int64, v_stored_h: tl.int64,
+    v_stored_s: tl.int64, v_scales_s0: tl.int64, v_scales_s1: tl.int64, v_scales_s2: tl.int64,
     Sk,
 ):
     """Writes v as f8e4m3, and the scales: of its groups' greatest magnitudes."""
@@ -163,16 +162,12 @@ def fp8_heads_store_v(
         tokens = first + tl.arange(0, 32)  # [32]
         columns = tl.arange(0, 128)  # [128]
         x = tl.load(
-            V + b * v_s0 + h * v_s1 + tokens[:, None] * v_s2 + columns[None, :] * v_s3,
+            V + b * v_b + h * v_h + tokens[:, None] * v_s + columns[None, :],
             mask=(tokens < end)[:, None] & (columns < 128)[None, :], other=0,
         ).to(tl.float32)  # [32, 128]
         y = tl.where(scale == scale, tl.div_rn(x, scale), 1.0)
         tl.store(
-            v_stored
-            + b * v_stored_s0
-            + h * v_stored_s1
-            + tokens[:, None] * v_stored_s2
-            + columns[None, :] * v_stored_s3,
+            v_stored + b * v_stored_b + h * v_stored_h + tokens[:, None] * v_stored_s + columns[None, :],
             to_fp8(tl.maximum(tl.minimum(y, 448.0), -448.0), 3, 7),
             mask=(tokens < end)[:, None] & (columns < 128)[None, :],
         )
@@ -181,7 +176,7 @@ def fp8_heads_store_v(
 @triton.jit(do_not_specialize=["Sk"])
 def fp8_heads_peaks_k(
     K, k_peaks,
-    k_s0: tl.int64, k_s1: tl.int64, k_s2: tl.int64, k_s3: tl.int64, k_peaks_s0: tl.int64, k_peaks_s1: tl.int64,
+    k_b: tl.int64, k_h: tl.int64, k_s: tl.int64, k_peaks_s0: tl.int64, k_peaks_s1: tl.int64,
     k_peaks_s2: tl.int64, k_peaks_s3: tl.int64,
     Sk,
 ):
@@ -196,7 +191,7 @@ def fp8_heads_peaks_k(
         tokens = first + tl.arange(0, 32)  # [32]
         columns = tl.arange(0, 128)  # [128]
         x = tl.load(
-            K + b * k_s0 + h * k_s1 + tokens[:, None] * k_s2 + columns[None, :] * k_s3,
+            K + b * k_b + h * k_h + tokens[:, None] * k_s + columns[None, :],
             mask=(tokens < Sk)[:, None] & (columns < 128)[None, :], other=0,
         ).to(tl.float32)  # [32, 128]
         size = tl.abs(x)
@@ -208,10 +203,9 @@ def fp8_heads_peaks_k(
 @triton.jit(do_not_specialize=["Sk"])
 def fp8_heads_store_k(
     K, k_peaks, k_stored, k_scales_ptr,
-    k_s0: tl.int64, k_s1: tl.int64, k_s2: tl.int64, k_s3: tl.int64, k_peaks_s0: tl.int64, k_peaks_s1: tl.int64,
-    k_peaks_s2: tl.int64, k_peaks_s3: tl.int64, k_stored_s0: tl.int64, k_stored_s1: tl.int64,
-    k_stored_s2: tl.int64, k_stored_s3: tl.int64, k_scales_s0: tl.int64, k_scales_s1: tl.int64,
-    k_scales_s2: tl.int64,
+    k_b: tl.int64, k_h: tl.int64, k_s: tl.int64, k_peaks_s0: tl.int64, k_peaks_s1: tl.int64,
+    k_peaks_s2: tl.int64, k_peaks_s3: tl.int64, k_stored_b: tl.int64, k_stored_h: tl.int64,
+    k_stored_s: tl.int64, k_scales_s0: tl.int64, k_scales_s1: tl.int64, k_scales_s2: tl.int64,
     Sk,
 ):
     """Writes k as f8e4m3, and the scales: of its groups' greatest magnitudes."""
@@ -237,16 +231,12 @@ def fp8_heads_store_k(
         tokens = first + tl.arange(0, 32)  # [32]
         columns = tl.arange(0, 128)  # [128]
         x = tl.load(
-            K + b * k_s0 + h * k_s1 + tokens[:, None] * k_s2 + columns[None, :] * k_s3,
+            K + b * k_b + h * k_h + tokens[:, None] * k_s + columns[None, :],
             mask=(tokens < end)[:, None] & (columns < 128)[None, :], other=0,
         ).to(tl.float32)  # [32, 128]
         y = tl.where(scale == scale, tl.div_rn(x, scale), 1.0)
         tl.store(
-            k_stored
-            + b * k_stored_s0
-            + h * k_stored_s1
-            + tokens[:, None] * k_stored_s2
-            + columns[None, :] * k_stored_s3,
+            k_stored + b * k_stored_b + h * k_stored_h + tokens[:, None] * k_stored_s + columns[None, :],
             to_fp8(tl.maximum(tl.minimum(y, 448.0), -448.0), 3, 7),
             mask=(tokens < end)[:, None] & (columns < 128)[None, :],
         )
@@ -255,7 +245,7 @@ def fp8_heads_store_k(
 @triton.jit(do_not_specialize=["Sq"])
 def fp8_heads_peaks_q(
     Q, q_peaks,
-    q_s0: tl.int64, q_s1: tl.int64, q_s2: tl.int64, q_s3: tl.int64, q_peaks_s0: tl.int64, q_peaks_s1: tl.int64,
+    q_b: tl.int64, q_h: tl.int64, q_s: tl.int64, q_peaks_s0: tl.int64, q_peaks_s1: tl.int64,
     q_peaks_s2: tl.int64, q_peaks_s3: tl.int64,
     Sq,
 ):
@@ -270,7 +260,7 @@ def fp8_heads_peaks_q(
         tokens = first + tl.arange(0, 32)  # [32]
         columns = tl.arange(0, 128)  # [128]
         x = tl.load(
-            Q + b * q_s0 + h * q_s1 + tokens[:, None] * q_s2 + columns[None, :] * q_s3,
+            Q + b * q_b + h * q_h + tokens[:, None] * q_s + columns[None, :],
             mask=(tokens < Sq)[:, None] & (columns < 128)[None, :], other=0,
         ).to(tl.float32)  # [32, 128]
         size = tl.abs(x)
@@ -282,10 +272,9 @@ def fp8_heads_peaks_q(
 @triton.jit(do_not_specialize=["Sq"])
 def fp8_heads_store_q(
     Q, q_peaks, q_stored, q_scales_ptr,
-    q_s0: tl.int64, q_s1: tl.int64, q_s2: tl.int64, q_s3: tl.int64, q_peaks_s0: tl.int64, q_peaks_s1: tl.int64,
-    q_peaks_s2: tl.int64, q_peaks_s3: tl.int64, q_stored_s0: tl.int64, q_stored_s1: tl.int64,
-    q_stored_s2: tl.int64, q_stored_s3: tl.int64, q_scales_s0: tl.int64, q_scales_s1: tl.int64,
-    q_scales_s2: tl.int64,
+    q_b: tl.int64, q_h: tl.int64, q_s: tl.int64, q_peaks_s0: tl.int64, q_peaks_s1: tl.int64,
+    q_peaks_s2: tl.int64, q_peaks_s3: tl.int64, q_stored_b: tl.int64, q_stored_h: tl.int64,
+    q_stored_s: tl.int64, q_scales_s0: tl.int64, q_scales_s1: tl.int64, q_scales_s2: tl.int64,
     Sq,
 ):
     """Writes q as f8e4m3, and the scales: of its groups' greatest magnitudes."""
@@ -311,16 +300,12 @@ def fp8_heads_store_q(
         tokens = first + tl.arange(0, 32)  # [32]
         columns = tl.arange(0, 128)  # [128]
         x = tl.load(
-            Q + b * q_s0 + h * q_s1 + tokens[:, None] * q_s2 + columns[None, :] * q_s3,
+            Q + b * q_b + h * q_h + tokens[:, None] * q_s + columns[None, :],
             mask=(tokens < end)[:, None] & (columns < 128)[None, :], other=0,
         ).to(tl.float32)  # [32, 128]
         y = tl.where(scale == scale, tl.div_rn(x, scale), 1.0)
         tl.store(
-            q_stored
-            + b * q_stored_s0
-            + h * q_stored_s1
-            + tokens[:, None] * q_stored_s2
-            + columns[None, :] * q_stored_s3,
+            q_stored + b * q_stored_b + h * q_stored_h + tokens[:, None] * q_stored_s + columns[None, :],
             to_fp8(tl.maximum(tl.minimum(y, 448.0), -448.0), 3, 7),
             mask=(tokens < end)[:, None] & (columns < 128)[None, :],
         )

@@ -166,3 +166,73 @@ def varlen_causal_forward(
                 O + h * o_h + (begin + rows)[:, None] * o_s + tl.arange(0, 128)[None, :],
                 (acc / divisor[:, None]).to(BF16), mask=(rows < Sq)[:, None] & (tl.arange(0, 128) < 128)[None, :],
             )
+
+
+@triton.jit(do_not_specialize=["B", "Tq", "Tk"])
+def varlen_causal_again(
+    Q, K, V, O, LSE, cu_seqlens_q, cu_seqlens_k, again,
+    q_b: tl.int64, q_h: tl.int64, q_s: tl.int64, k_b: tl.int64, k_h: tl.int64, k_s: tl.int64, v_b: tl.int64,
+    v_h: tl.int64, v_s: tl.int64, o_b: tl.int64, o_h: tl.int64, o_s: tl.int64, lse_s0: tl.int64,
+    lse_s1: tl.int64, cu_seqlens_q_s0: tl.int64, cu_seqlens_k_s0: tl.int64, again_s0: tl.int64,
+    B, Tq, Tk, scale,
+    BM: tl.constexpr, BN: tl.constexpr, WRITE_LSE: tl.constexpr, TMA: tl.constexpr,
+):
+    """Does the query tiles again into which the engine may have let a hidden NaN leak."""
+    for entry in range(tl.program_id(0), tl.load(again), 264):
+        which = tl.load(again + (entry + 1) * again_s0)
+        number = which % (Tq // BM + B)
+        h = which // (Tq // BM + B)
+        # the last sequence whose first tile, cu_seqlens_q[seq] // BM + seq, is not behind this one
+        seq = 0
+        end = B
+        for _ in range(0, 32):
+            middle = (seq + end) // 2
+            owner = tl.load(cu_seqlens_q + middle * cu_seqlens_q_s0) // BM + middle <= number
+            seq = tl.where(owner, middle, seq)
+            end = tl.where(owner, end, middle)
+        begin = tl.load(cu_seqlens_q + seq * cu_seqlens_q_s0)
+        row0 = (number - begin // BM - seq) * BM
+        Sq = tl.load(cu_seqlens_q + (seq + 1) * cu_seqlens_q_s0) - begin
+        key_begin = tl.load(cu_seqlens_k + seq * cu_seqlens_k_s0)
+        Sk = tl.load(cu_seqlens_k + (seq + 1) * cu_seqlens_k_s0) - key_begin
+        rows = row0 + tl.arange(0, BM)  # [BM]
+        last_row = tl.minimum(row0 + BM, Sq) - 1
+        hk = h // 4
+        offset = Sk - Sq
+        i0 = row0 + offset
+        i1 = last_row + offset
+        i = tl.minimum(rows, last_row) + offset  # [BM] positions; past the end, the last one again
+        if row0 < Sq:
+            q = load_tile(Q, 0, h, begin + row0, 0, q_b, q_h, q_s, Tq, 128, BM, 128, TMA)  # [BM, 128]
+            c = scale * 1.4426950408889634  # to units of log 2
+            key_hi = tl.maximum(tl.minimum(i1 + 1, Sk), 0)
+            full_hi = tl.maximum(tl.minimum(i0 + 1, Sk), 0)
+            full_end = tl.minimum(full_hi, key_hi) // BN * BN
+            m = tl.full([BM], -1.7014118346046923e+38, tl.float32)  # running maximum, in units of log 2
+            l = tl.full([BM, 8], 0.0, tl.float32)  # running sum, in parts that one thread holds
+            acc = tl.full([BM, 128], 0.0, tl.float32)  # [BM, 128]
+            # tiles in which every pair counts
+            for n in range(0, full_end, BN):
+                acc, m, l = key_tile(
+                    acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, hk, key_begin, n, Sk, q, i, c, Tk, False, False, BM,
+                    BN, TMA,
+                )
+            # tiles cut by the mask or by the end of the keys
+            for n in range(full_end, key_hi, BN):
+                acc, m, l = key_tile(
+                    acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, hk, key_begin, n, Sk, q, i, c, Tk, True, True, BM,
+                    BN, TMA,
+                )
+            total = tl.sum(l, 1)  # [BM]
+            empty = total <= 0.0
+            divisor = tl.where(empty, 1.0, total)
+            if WRITE_LSE > 0:
+                tl.store(
+                    LSE + h * lse_s0 + (begin + rows) * lse_s1,
+                    tl.where(empty, float("-inf"), (m + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453),
+                    mask=rows < Sq,
+                )
+            tl.store(
+                O + h * o_h + (begin + rows)[:, None] * o_s + tl.arange(0, 128)[None, :],
+                (acc / divisor[:, None]).to(BF16), mask=(rows < Sq)[:, None] & (tl.arange(0, 128) < 128)[None, :],
+            )

@@ -1,0 +1,128 @@
+"""What the Hopper engine in `_hopper.py` asks of varlen_causal.
+
+From spec.yaml by attncc 0.1.0; variant 013f932fcd90b2bc. To change it, edit the spec and run
+`attncc compile spec.yaml -o OUT`.
+
+Skeleton: dense_forward, for one softmax-like part over a mask: a program per query tile walks the keys it can see.
+
+args is what a launch has: tensors, their strides, sizes and the scale; s what is known of a query tile, r of its
+rows. BM rows and BN keys make a tile; i and j are positions in the sequence.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+
+@gluon.jit
+def known(args):
+    """What is known before any query tile is."""
+    cu_seqlens_q, cu_seqlens_q_s0, cu_seqlens_k, cu_seqlens_k_s0, B, Tq, Tk, scale = args
+    c = scale * 1.4426950408889634  # to units of log 2
+    return (c,)
+
+
+@gluon.jit
+def place(number, args, BM: gl.constexpr, GROUP: gl.constexpr, AGAIN: gl.constexpr):
+    """Where a query tile is: in the sequence; batch entry, heads and rows by which TMA finds it; its number."""
+    cu_seqlens_q, cu_seqlens_q_s0, cu_seqlens_k, cu_seqlens_k_s0, B, Tq, Tk, scale = args
+    tiles = Tq // BM + B
+    group = number // (tiles * GROUP)
+    inside = number % (tiles * GROUP)
+    width = gl.minimum(32 - group * GROUP, GROUP)
+    number = tiles - 1 - inside // width
+    h = group * GROUP + inside % width
+    seq = 0
+    end = B
+    for _ in range(0, 32):
+        middle = (seq + end) // 2
+        owner = gl.load(cu_seqlens_q + middle * cu_seqlens_q_s0) // BM + middle <= number
+        seq = gl.where(owner, middle, seq)
+        end = gl.where(owner, end, middle)
+    begin = gl.load(cu_seqlens_q + seq * cu_seqlens_q_s0)
+    row0 = (number - begin // BM - seq) * BM
+    Sq = gl.load(cu_seqlens_q + (seq + 1) * cu_seqlens_q_s0) - begin
+    key_begin = gl.load(cu_seqlens_k + seq * cu_seqlens_k_s0)
+    Sk = gl.load(cu_seqlens_k + (seq + 1) * cu_seqlens_k_s0) - key_begin
+    batch = 0
+    hk = h // 4
+    hv = h // 4
+    first_query = begin + row0
+    first_key = key_begin
+    again = h * (Tq // AGAIN + B) + (begin // AGAIN + seq + row0 // AGAIN)
+    return (seq, h, number, row0, Sq, Sk, begin, key_begin), (batch, h, hk, hv, first_query, first_key, row0, again)
+
+
+@gluon.jit
+def walk(at, args, BM: gl.constexpr, BN: gl.constexpr):
+    """Tiles cut by the mask or by the end of the keys, whole tiles, and what is known of the query tile."""
+    cu_seqlens_q, cu_seqlens_q_s0, cu_seqlens_k, cu_seqlens_k_s0, B, Tq, Tk, scale = args
+    seq, h, number, row0, Sq, Sk, begin, key_begin = at
+    last_row = gl.minimum(row0 + BM, Sq) - 1
+    offset = Sk - Sq
+    i0 = row0 + offset
+    i1 = last_row + offset
+    c = scale * 1.4426950408889634  # to units of log 2
+    key_hi = gl.maximum(gl.minimum(i1 + 1, Sk), 0)
+    full_hi = gl.maximum(gl.minimum(i0 + 1, Sk), 0)
+    full_end = gl.minimum(full_hi, key_hi) // BN * BN
+    cut_0 = (gl.maximum(key_hi - full_end, 0) + (BN - 1)) // BN
+    whole_0 = (gl.maximum(full_end, 0) + (BN - 1)) // BN
+    wholes = whole_0
+    cuts = gl.where(gl.maximum(cut_0, wholes) == 0, 1, cut_0)  # one at least, that hides all
+    return cuts, wholes, (c, Sq, Sk, last_row, offset, full_end)
+
+
+@gluon.jit
+def cut(t, s, args, BN: gl.constexpr):
+    """The first key of cut tile t."""
+    c, Sq, Sk, last_row, offset, full_end = s
+    n = full_end + t * BN
+    return n
+
+
+@gluon.jit
+def whole(t, s, args, BN: gl.constexpr):
+    """The first key of whole tile t."""
+    n = t * BN
+    return n
+
+
+@gluon.jit
+def beside(n, row0, at, args):
+    """Nothing is read beside the products."""
+    table = 0
+    column = 0
+    return table, column
+
+
+@gluon.jit
+def rows(rows, s, args):
+    """What the formulas know of rows, [rows] or [rows, 1] each."""
+    c, Sq, Sk, last_row, offset, full_end = s
+    i = gl.minimum(rows, last_row) + offset  # [BM] positions; past the end, the last one again
+    return (i,)
+
+
+@gluon.jit
+def score(qk, beside, j, r, s, args):
+    """Scores of products, but for the factor c."""
+    x = qk  # [rows, BN]
+    return x
+
+
+@gluon.jit
+def keep(j, r, s, args):
+    """Which pairs count; keys behind the last aside."""
+    i, = r
+    keep = j[None, :] <= i[:, None]
+    return keep
+
+
+@gluon.jit
+def finish(m, total, r, s, args):
+    """What a row's accumulator is multiplied by, and its lse."""
+    empty = total <= 0.0
+    divisor = gl.where(empty, 1.0, total)
+    factor = 1.0 / divisor
+    lse = gl.where(empty, float("-inf"), (m + gl.log2(gl.where(empty, 1.0, total))) * 0.6931471805599453)
+    return factor, lse
