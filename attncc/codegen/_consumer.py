@@ -19,6 +19,7 @@ from ._steps import (
     fill,
     joined,
     lane_sum,
+    operand,
     overlap,
     pass_turn,
     scaled,
@@ -90,6 +91,13 @@ def store(o, O, o_s, sinks, at, b, h, first, left, COLUMNS: gl.constexpr):
             write_lines(tile_of(o_s[n], at), sinks, h, first, left, n * o[0].shape[1], COLUMNS)
 
 
+@gluon.jit
+def write_rows(to, x, first, left, ROW: gl.constexpr):
+    """Writes a number a row, as far as rows are left of the sequence."""
+    row = gl.arange(0, ROWS, ROW)
+    gl.store(to + (first + row), x, mask=row < left)
+
+
 # -- the loop over query tiles -------------------------------------------------------------------
 
 
@@ -117,6 +125,18 @@ def tiles_of(q_s, at):
 
 
 @gluon.jit
+def finish(m, l, r, s, known, mail, letter, args, DTYPE: gl.constexpr, ROW: gl.constexpr, CONFIG):
+    """What rows' accumulators are multiplied by, and their lse."""
+    total = gl.convert_layout(gl.sum(l, 1), ROW)
+    if few_bits(DTYPE):  # what only the end needs is heard of again, and takes no registers from the loop
+        s_end = known + fetch_own(mail, letter + LETTER, CONFIG[9])
+        factor, lse = variant.finish(m, total * (1.0 / MOST), r, s_end, args)
+    else:
+        factor, lse = variant.finish(m, total, r, s, args)
+    return factor, lse
+
+
+@gluon.jit
 def consume(NUMBER: gl.constexpr, O, sinks, places, o_s, mail, bars, args, OWN_ROOM: gl.constexpr, CONFIG):
     """One warpgroup's rows of each query tile of this block."""
     q_full, q_empty, _, _, v_full, v_empty, _, _, mail_full, mail_empty = bars
@@ -127,10 +147,8 @@ def consume(NUMBER: gl.constexpr, O, sinks, places, o_s, mail, bars, args, OWN_R
     STAGES: gl.constexpr = CONFIG[2]
     Q_STAGES: gl.constexpr = CONFIG[3]
     SIZE: gl.constexpr = mail.shape[0] // 2
-    FEW_BITS: gl.constexpr = few_bits(v_s[0].dtype)
     S_LAYOUT: gl.constexpr = accumulator(BN, v_s[0].dtype)
-    O_LAYOUT: gl.constexpr = accumulator(width_of(v_s[0]), v_s[0].dtype)
-    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 32 // v_s[0].dtype.primitive_bitwidth)
+    P_LAYOUT: gl.constexpr = operand(width_of(v_s[0]), v_s[0].dtype)
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     read = 0  # tiles of K
     done = 0  # query tiles
@@ -173,15 +191,9 @@ def consume(NUMBER: gl.constexpr, O, sinks, places, o_s, mail, bars, args, OWN_R
         before = (read - 1) % STAGES
         mbarrier.wait(v_full.index(before), ((read - 1) // STAGES) & 1)
         acc_sent = add_values(p, v_s, before, acc)
-        total = gl.convert_layout(gl.sum(l, 1), ROW)
-        if FEW_BITS:  # what only the end needs is heard of again, and takes no registers from the loop
-            s_end = known + fetch_own(mail, letter + LETTER, CONFIG[9])
-            factor, lse = variant.finish(m, total * (1.0 / MOST), r, s_end, args)
-        else:
-            factor, lse = variant.finish(m, total, r, s, args)
+        factor, lse = finish(m, l, r, s, known, mail, letter, args, v_s[0].dtype, ROW, CONFIG)
         b, h, first = fetch(mail, letter + 3), fetch(mail, letter + 4), fetch(mail, letter + 5) + NUMBER * ROWS
-        left = fetch(mail, letter + 6) - NUMBER * ROWS
-        again = fetch(mail, letter + 7) + NUMBER * ROWS // CONFIG[6]
+        left, again = fetch(mail, letter + 6) - NUMBER * ROWS, fetch(mail, letter + 7) + NUMBER * ROWS // CONFIG[6]
         mbarrier.arrive(mail_empty.index(done & 1), count=1)
         done += 1
         mbarrier.wait(mail_full.index(done & 1), (done >> 1) & 1)
@@ -197,8 +209,7 @@ def consume(NUMBER: gl.constexpr, O, sinks, places, o_s, mail, bars, args, OWN_R
         else:
             store(scaled(acc, factor), O, o_s, sinks, q_at, b, h, first, left, CONFIG[15])
         if write_lse > 0:
-            row = gl.arange(0, ROWS, ROW)
-            gl.store(LSE + (b * CONFIG[14] + h).to(gl.int64) * lse_h + (first + row), lse, mask=row < left)
+            write_rows(LSE + (b * CONFIG[14] + h).to(gl.int64) * lse_h, lse, first, left, ROW)
         if Q_STAGES == 1:
             tma.store_wait(0)
             barrier()

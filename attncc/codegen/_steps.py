@@ -73,6 +73,12 @@ def accumulator(width, dtype):
 
 
 @gluon.constexpr_function
+def operand(width, dtype):
+    """Of the weights that are multiplied by values."""
+    return gl.DotOperandLayout(0, accumulator(width, dtype), 32 // dtype.primitive_bitwidth)
+
+
+@gluon.constexpr_function
 def width_of(place):
     """Columns of the output that a tile of values has, which come as [column, key] where they are turned."""
     return place.shape[3] if few_bits(place.dtype) else place.shape[4]

@@ -48,7 +48,7 @@ def without_engine(program: Program) -> Program:
     """The program of portable kernels alone."""
     if program.engine is None:
         return program
-    beside = {launch.kernel for launch in (*program.engine.before, *program.engine.after)}
+    beside = {launch.kernel for launch in program.engine.launches}
     return replace(program, engine=None, kernels=tuple(k for k in program.kernels if k.name not in beside))
 
 

@@ -22,14 +22,10 @@ def split_multiplier(score: Expr) -> tuple[Expr, Expr]:
                 score, c = x, c * y
             case Expr("div", (x, y)) if _positive(y):
                 score, c = x, c / y
-            case Expr("add" | "sub", (Expr("mul", (x, y)), Expr("mul", (slope, z)))) if _positive(y) and _is_still(
-                slope
+            case Expr("add" | "sub", (Expr("mul", (x, y)), Expr("mul", (a, b)))) if _positive(y) and (
+                _is_still(a) or _is_still(b)
             ):
-                score, c = rebuild(score, (x, (slope / y) * z)), c * y
-            case Expr("add" | "sub", (Expr("mul", (x, y)), Expr("mul", (z, slope)))) if _positive(y) and _is_still(
-                slope
-            ):
-                score, c = rebuild(score, (x, z * (slope / y))), c * y
+                score, c = rebuild(score, (x, (a / y) * b if _is_still(a) else a * (b / y))), c * y
             case _:
                 return score, fold_constants(c)
 

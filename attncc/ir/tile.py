@@ -257,6 +257,11 @@ class Engine:
     turned: bool = False
     """Whether values come as [b, h, column, key]."""
 
+    @property
+    def launches(self) -> tuple[Launch, ...]:
+        """Of portable kernels that run only beside it."""
+        return (*self.before, *self.after)
+
 
 @dataclass(frozen=True, slots=True)
 class Program:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from attncc.ir.expr import INTS
 from attncc.ir.rewrite import buffers, substitute
 from attncc.ir.rules import Type
-from attncc.ir.tile import CallFn, Engine, Function, If, Launch, Program, Statement, block, reads, writes
+from attncc.ir.tile import CallFn, Function, If, Program, Statement, block, reads, writes
 from attncc.ir.verify_kernel import TENSORS, Fault, Scope, check_expression, check_scalar, kernel_faults
 
 
@@ -33,7 +33,7 @@ def program_faults(program: Program) -> Iterator[Fault]:
 def _launches(program: Program) -> Iterator[Fault]:
     kernels = {k.name: k for k in program.kernels}
     knobs = {k.name for k in program.knobs}
-    launches = (*program.launches, *(_beside(program.engine) if program.engine else ()))
+    launches = (*program.launches, *(program.engine.launches if program.engine else ()))
     launched = {launch.kernel for launch in launches}
     for name in kernels:
         if name not in launched:
@@ -49,10 +49,6 @@ def _launches(program: Program) -> Iterator[Fault]:
             yield where, f"'{name}' is no constexpr of the kernel"
         for name in sorted(constexprs - given - knobs):
             yield where, f"constexpr '{name}' is neither a knob nor fixed by the launch"
-
-
-def _beside(engine: Engine) -> tuple[Launch, ...]:
-    return (*engine.before, *engine.after)
 
 
 def _numbers(program: Program) -> Iterator[Fault]:
@@ -75,7 +71,7 @@ def _scratch_order(program: Program) -> Iterator[Fault]:
     scratch = {s.name: s for s in (*program.scratch, *(engine.scratch if engine else ()))}
     kernels = {k.name: k for k in program.kernels}
     written = {s.name for s in engine.scratch} if engine else set[str]()
-    for launch in (*program.launches, *(_beside(engine) if engine else ())):
+    for launch in (*program.launches, *(engine.launches if engine else ())):
         kernel = kernels.get(launch.kernel)
         if kernel is None:
             continue

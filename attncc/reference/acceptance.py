@@ -96,11 +96,13 @@ def stored(attn: Attention, q: Tensor, k: Tensor, v: Tensor | None) -> tuple[Att
     """The operands as their quantizers hold them, found in fp32 as every kernel does, and the variant without those.
 
     Of bf16 numbers many lie half way between two of a format, and fall to one side or the other by the last bit of a
-    quotient. Where steps come before a quantizer, or it does more than round, everything stays as it is.
+    quotient. Where steps come before a quantizer, it does more than round, or sequences do not stand one by one in the
+    operands, everything stays as it is.
     """
     plain = [z for z in attn.quantize if z.operand in "qkv" and not (z.smooth or z.staircase)]
     others = [z for z in attn.quantize if z not in plain and z.operand != "p"]
-    if not plain or others or attn.prologue or q.dim() != 4 or any(x is None or x.dim() != 4 for x in (k, v)):
+    dense = attn.layout != "varlen" and all(p.kv.kind == "dense" for p in attn.parts)
+    if not plain or others or attn.prologue or not dense or v is None:
         return attn, (q, k, v)
     by = {z.operand: z for z in plain}
     axis = attn.layout.index("h")
@@ -114,7 +116,7 @@ def stored(attn: Attention, q: Tensor, k: Tensor, v: Tensor | None) -> tuple[Att
         return torch.stack(kept).movedim(1, axis)
 
     rest = replace(attn, quantize=tuple(z for z in attn.quantize if z.operand == "p"))
-    return rest, (held(q, "q"), held(k, "k"), None if v is None else held(v, "v"))
+    return rest, (held(q, "q"), held(k, "k"), held(v, "v"))
 
 
 def _unrounded(attn: Attention) -> Attention:

@@ -94,9 +94,8 @@ def accelerated(attn: Attention, program: Program) -> Program:
     if why := gap(attn):
         return replace(program, engine_gap=why)
     made = replace(engine(attn), replaces=(program.kernels[-1].name,), knobs=ENGINE_KNOBS)
-    values = quantize.held(quantize.with_scales(attn), "v")
-    if values is not None:
-        return _over_turned(attn, program, made, values)
+    if attn.quantize:
+        return _over_stored(quantize.with_scales(attn), program, made)
     if not may_hide_values(attn):
         return replace(program, engine=made)
     kernel = again.kernel(attn)
@@ -105,17 +104,16 @@ def accelerated(attn: Attention, program: Program) -> Program:
     return replace(program, engine=made, kernels=(*program.kernels, kernel))
 
 
-def _over_turned(attn: Attention, program: Program, engine: Engine, values: quantize.Held) -> Program:
+def _over_stored(attn: Attention, program: Program, engine: Engine) -> Program:
     """The engine over operands as they are stored; its own values are turned, and may not hide what is no number."""
-    attn = quantize.with_scales(attn)
+    q, k, values = quantize.all_held(attn)
     kernel, scratch = stored.turn(attn, values), stored.turned(attn, values)
-    q, k = (h.tensor for h in quantize.all_held(attn) if h.operand in "qk")
     engine = replace(
         engine,
         replaces=(stored.store(attn, values).name, *engine.replaces),
         before=(Launch(kernel.name),),
         scratch=(scratch,),
-        tensors=(q, k, scratch.name),
+        tensors=(q.tensor, k.tensor, scratch.name),
         turned=True,
     )
     return replace(program, engine=engine, kernels=(*program.kernels, kernel))

@@ -129,7 +129,7 @@ def with_scales(attn: Attention) -> Attention:
 
 def held(attn: Attention, operand: str) -> Held | None:
     """How an operand is stored; None where it is read as it came."""
-    z = next((z for z in attn.quantize if z.operand == operand), None)
+    z = _quantizer(attn, operand)
     if z is None:
         return None
     per, heads, tokens = _per(z), f"H{operand}", "Sq" if operand == "q" else "Sk"
@@ -152,6 +152,10 @@ def held(attn: Attention, operand: str) -> Held | None:
         attn.dims.v if operand == "v" else attn.dims.qk,
         name(tokens),
     )
+
+
+def _quantizer(attn: Attention, operand: str) -> Quantizer | None:
+    return next((z for z in attn.quantize if z.operand == operand), None)
 
 
 def all_held(attn: Attention) -> tuple[Held, ...]:
@@ -223,7 +227,7 @@ def ended(attn: Attention, factor: Expr, lse: Expr) -> tuple[Expr, Expr]:
 
     A head that holds what is no number makes both NaN, but for rows that saw no key.
     """
-    z = next((z for z in attn.quantize if z.operand == "p"), None)
+    z = _quantizer(attn, "p")
     if z is None or held(attn, "v") is None:
         return factor, lse
     seen, spoilt = TOTAL > 0.0, name("spoilt", "f32")
@@ -245,7 +249,7 @@ def weigh(attn: Attention, p: Expr, dtype: Dtype) -> Expr:
 
     They are relative to the greatest weight so far, which may be less than the row's: rounding is as fine, elsewhere.
     """
-    z = next((z for z in attn.quantize if z.operand == "p"), None)
+    z = _quantizer(attn, "p")
     if z is None:
         return cast_to(p, dtype)
     form = FORMATS[z.dtype]
@@ -264,7 +268,7 @@ WHOLE_BEYOND: Final = 1.5 * 2.0**23
 
 def rescale(b: Builder, attn: Attention, o: Expr, batch: Expr, head: Expr, piece: Piece) -> Expr:
     """An output [BM, width] in units of the values; rows that see nothing stay 0, whatever the scale."""
-    z = next((z for z in attn.quantize if z.operand == "p"), None)
+    z = _quantizer(attn, "p")
     o = o if z is None else o * (1.0 / FORMATS[z.dtype].most)
     h = held(attn, "v")
     if h is None:

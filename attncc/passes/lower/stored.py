@@ -60,11 +60,6 @@ def _positions(h: Held) -> Expr:
     return cdiv(h.tokens, TURNED) * TURNED
 
 
-def _place(h: Held, batch: Expr, head: Expr, tokens: Expr, columns: Expr) -> tuple[Expr, ...]:
-    """Where an entry of the operand is in the stored tensor; `scratch` gives that its shape, `operand` reads it."""
-    return batch, head, tokens, columns
-
-
 # -- the kernels ---------------------------------------------------------------------------------
 
 
@@ -101,7 +96,7 @@ def store(attn: Attention, h: Held) -> Kernel:
         if h.per == "token":
             _bind_scale(b, h, reduce("max", _magnitude(b, x), 1))
             b.store(input_param(h.scales), (batch, head, tokens), _scale(h), tokens < end)
-        place = _place(h, batch, head, column(tokens), row(columns))
+        place = (batch, head, column(tokens), row(columns))
         b.store(_stored(h), place, _held(b, h, x), column(tokens < end) & row(columns < h.width))
     doc = f"Writes {h.operand} as {h.format.dtype}, and the scales: of its groups' greatest magnitudes."
     return _kernel(attn, h, b, "store", span, doc)
