@@ -18,7 +18,10 @@ BELOW: dict[str, set[str]] = {
     "reference": {"errors", "ir"},
     "check": {"errors", "device", "ir", "reference"},
     "driver": {"errors", "version", "device", "ir", "spec", "passes", "codegen", "reference", "check"},
-    "cli": {"errors", "device", "driver"},
+    "autotune": {
+        "errors", "version", "device", "ir", "spec", "passes", "codegen", "reference", "check", "driver",
+    },
+    "cli": {"errors", "device", "driver", "autotune"},
     "__main__": {"cli"},
     "attncc": {"errors", "device", "spec", "driver"},
 }

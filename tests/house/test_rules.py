@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+from collections import Counter
 
 import pytest
 from house.own_code import ROOT, Function, Module, dotted, imported, modules
@@ -12,7 +13,7 @@ from house.own_code import ROOT, Function, Module, dotted, imported, modules
 FILE_LINES = 400
 FUNCTION_LINES = 60
 BUILDER_LINES = 90
-TOTAL_LINES = 26_000
+TOTAL_LINES = 29_000
 """Raised on purpose only."""
 
 EVALUATING = {"eval", "exec", "__import__", "sympify", "parse_expr", "lambdify", "torch.load", "np.load"}
@@ -134,3 +135,9 @@ def test_no_test_is_skipped() -> None:
     skipping = re.compile(r"pytest\.(skip|importorskip|xfail)\(|mark\.(skip|skipif|xfail)\b")
     tests = [name for name in tracked() if name.startswith("tests/") and name.endswith(".py")]
     assert not [name for name in tests if skipping.search((ROOT / name).read_text()) and "house" not in name]
+
+
+def test_test_files_have_names_of_their_own() -> None:
+    """pytest imports them by that name alone."""
+    count = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert not [name for name, times in count.items() if times > 1]
