@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from attncc.codegen import assembly
-from attncc.device import Device, Vendor, find
+from attncc.codegen.elsewhere import target_of
+from attncc.device import Vendor, find
 from attncc.errors import CompilerBug, Unsupported
 
 
@@ -176,7 +177,7 @@ def _compile(job: Job, said: io.StringIO) -> Resources:
         constexprs=dict(job.constexprs),
         attrs={(function.arg_names.index(a),): [["tt.divisibility", 16]] for a in job.aligned},
     )
-    compiled = triton.compile(source, target=_target(device), options=dict(job.options))
+    compiled = triton.compile(source, target=target_of(device), options=dict(job.options))
     figures = _READERS[device.vendor](compiled.asm, said.getvalue())
     return Resources(
         kernel=job.kernel,
@@ -203,13 +204,6 @@ def _signature(job: Job, parameters: Sequence[str]) -> dict[str, str]:
         missing, unknown = set(parameters) - given, given - set(parameters)
         raise TypeError(f"parameters without a type: {sorted(missing)}; unknown: {sorted(unknown)}")
     return {p: "constexpr" if p in job.constexprs else job.signature[p] for p in parameters}
-
-
-def _target(device: Device) -> Any:
-    gpu_target = import_module("triton.backends.compiler").GPUTarget
-    if device.vendor == "amd":
-        return gpu_target("hip", device.arch, device.warp_size)
-    return gpu_target("cuda", int(device.arch.removeprefix("sm_")), device.warp_size)
 
 
 def _read_nvidia(asm: Mapping[str, Any], log: str) -> dict[str, Any]:

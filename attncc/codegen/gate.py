@@ -5,25 +5,22 @@ It runs in a process of its own, for it takes the place of Triton's driver.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Final
 
 from attncc.codegen import assembly
+from attncc.codegen.elsewhere import compiled, disassembled, opened
 from attncc.codegen.uniform import undefined, unwritten
+from attncc.device import ARCHITECTURES
 
-LENGTH: Final = 4096
-"""Queries and keys of the call that it is compiled for; no constant depends on them."""
 PATIENCE: Final = 120
 """Seconds."""
 FEW: Final = 8
@@ -68,47 +65,7 @@ def examine(package: Path) -> Findings:
 # -- inside the child ----------------------------------------------------------------------------
 
 
-class Driver:
-    """What Triton asks of a driver before it compiles."""
-
-    def get_current_target(self) -> Any:
-        return import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-def _launches(package: Any) -> list[tuple[Any, list[Any], dict[str, int]]]:
-    """The kernels of a large call, the engine's first, each with its arguments and options."""
-    torch: Any = import_module("torch")
-    variant, runner = package.VARIANT, package._RUNNER
-    runner = getattr(runner, "gpu", runner)
-    sizes = {axis: x.fixed or (2 if axis == "B" else LENGTH) for axis, x in variant.sizes.items()}
-    fill = import_module(f"{package.__name__}._checks").fill
-    sizes["B + 1"] = sizes["B"] + 1  # sequences are packed between so many marks
-    tensors = [torch.zeros(fill(t.axes, sizes), dtype=t.dtype) for t in variant.tensors]
-    plan = SimpleNamespace(output=fill(variant.output, sizes), lse=fill(variant.lse, sizes) if variant.lse else None)
-    config = next(c for m in variant.configs.values() for _, c in m.TABLE if c.get("ENGINE"))
-    numbers = sizes | dict(config) | {"WRITE_LSE": int(plan.lse is not None)}
-    due = sorted((k for k in variant.kernels if k.when(numbers)), key=lambda k: k.launcher is None)
-    shapes = runner.shapes(tensors, plan, numbers, due)
-    made = {"o": tensors[0].dtype, "lse": torch.float32} | {
-        s.name: s.dtype for s in variant.scratch if s.name in shapes
-    }
-    given = [*tensors, *(torch.zeros(shapes[name].shape, dtype=dtype) for name, dtype in made.items())]
-    options = {k: config[k] for k in import_module(f"{package.__name__}._gpu").OPTIONS if config.get(k)}
-    bound = [(k, runner.bind(k, shapes, numbers, {"TMA": True}, options)) for k in due]
-    return [(k.function, x.prepared(x.bound, given, 0.1, x.make_map), x.options) for k, x in bound]
-
-
-def _always(value: Any) -> Callable[..., Any]:
-    return lambda *_: value
-
-
-def _judge(made: Any) -> Findings:
+def judge(made: Any) -> Findings:
     """What is to be said of a compiled engine."""
     ptxas = import_module("triton.backends.nvidia.compiler").get_ptxas(90).path
     with tempfile.TemporaryDirectory(prefix="attncc-gate-") as folder:
@@ -118,7 +75,7 @@ def _judge(made: Any) -> Findings:
         said = subprocess.run(command, capture_output=True, text=True, check=False)
         if said.returncode:
             raise RuntimeError(said.stderr)
-    text = _disassembled(made)
+    text = disassembled(made)
     counts = assembly.read(text, assembly.SASS)
     reasons = [f"ptxas serialises its products ({note})" for note in re.findall(r"C75\d\d", said.stdout + said.stderr)]
     reasons += [f"ptxas reads UR{u.register} before it is written: {u.instruction}" for u in undefined(text)[:1]]
@@ -129,31 +86,15 @@ def _judge(made: Any) -> Findings:
 
 def _judge_beside(made: Any) -> tuple[str, ...]:
     """What is to be said against a kernel that runs beside the engine."""
-    found = unwritten(_disassembled(made))[:1]
+    found = unwritten(disassembled(made))[:1]
     return tuple(f"in {made.name} ptxas reads R{u.register} before it is written: {u.instruction}" for u in found)
 
 
-def _disassembled(made: Any) -> str:
-    with tempfile.TemporaryDirectory(prefix="attncc-gate-") as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(made.asm["cubin"])
-        command = [import_module("triton").knobs.nvidia.nvdisasm.path, "-c", str(cubin)]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
 def _main(folder: Path) -> None:
-    triton: Any = import_module("triton")
-    torch: Any = import_module("torch")
-    triton.runtime.driver.set_active(Driver())
-    properties = SimpleNamespace(multi_processor_count=132)
-    torch.cuda.get_device_properties = _always(properties)
-    torch.cuda.current_device = _always(0)
-    sys.path.insert(0, str(folder.parent))
-    package = importlib.import_module(folder.name)
-    engine: Any = import_module(f"{folder.name}._engine")
-    engine.counter = lambda: torch.zeros(3, dtype=torch.int32)
-    made = [f.warmup(*given, grid=(132,), **options) for f, given, options in _launches(package)]
-    found = _judge(made[0])
+    package = opened(folder, ARCHITECTURES["sm_90"])
+    config = next(c for m in package.VARIANT.configs.values() for _, c in m.TABLE if c.get("ENGINE"))
+    made = [*compiled(package, config)]
+    found = judge(made[0])
     beside = tuple(reason for x in made[1:] for reason in _judge_beside(x))
     print(json.dumps(asdict(replace(found, reasons=(*found.reasons, *beside)))))
 
