@@ -5,9 +5,10 @@ The numbers are the vendors' published ones. An architecture stands for its refe
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal
 
 from attncc.errors import SpecError
@@ -48,6 +49,16 @@ class Device:
     @property
     def is_gpu(self) -> bool:
         return self.vendor != "cpu"
+
+    @property
+    def text(self) -> str:
+        """All of it on one line, for another process; `parse` reads it."""
+        return json.dumps(asdict(self))
+
+    @property
+    def caps_registers(self) -> bool:
+        """Whether a kernel can be compiled for fewer registers a thread than it would like."""
+        return self.vendor == "nvidia"
 
     @property
     def takes_libraries(self) -> bool:
@@ -167,6 +178,12 @@ def find(name: str) -> Device:
     if name not in DEVICES:
         raise SpecError(f"unknown target '{name}'", hint=nearest_word(name, DEVICES))
     return DEVICES[name]
+
+
+def parse(text: str) -> Device:
+    """The device that `Device.text` wrote."""
+    fields = json.loads(text)
+    return Device(**(fields | {"dtypes": tuple(fields["dtypes"])}))
 
 
 def here() -> tuple[Device, ...]:

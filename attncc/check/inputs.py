@@ -123,9 +123,14 @@ def _bound(attn: Attention, x: str, shapes: Mapping[str, tuple[int, ...]], sizes
         return min(axes)
     if attn.align.kind == "input" and attn.align.input == x:
         return max(0, sizes["Sk"] - sizes["Sq"]) + 1
-    if any(_compares(node, x) for e in expressions(attn) for node in walk(e)):
+    if compared(attn, x):
         return DISTINCT
     return sizes["Sk"] + 1
+
+
+def compared(attn: Attention, x: str) -> bool:
+    """Whether entries of input x are compared with each other, as document numbers are."""
+    return any(_compares(node, x) for e in expressions(attn) for node in walk(e))
 
 
 def _compares(e: Expr, x: str) -> bool:

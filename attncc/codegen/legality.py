@@ -6,7 +6,6 @@ input by one line, what it found as JSON. What is compiled stays in Triton's cac
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Mapping
@@ -15,10 +14,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from attncc.codegen import assembly
+from attncc.codegen.answer import answer
 from attncc.codegen.elsewhere import compiled, disassembled, opened, resource_usage
 from attncc.codegen.gate import judge
 from attncc.codegen.uniform import undefined, unwritten
-from attncc.device import Device, find
+from attncc.device import Device, parse
 
 MANY: Final = 64
 """Words that a thread may reload in a turn of a main loop and still be worth a try."""
@@ -93,11 +93,10 @@ def _number(pattern: str, text: str) -> int:
     return int(found[1])
 
 
-def _serve(folder: Path, device: Device) -> None:
+def _main(folder: Path, device: Device) -> None:
     package = opened(folder, device)
-    for line in sys.stdin:
-        print(json.dumps(asdict(judged(package, json.loads(line)["config"], device))), flush=True)
+    answer(lambda question: asdict(judged(package, question["config"], device)))
 
 
 if __name__ == "__main__":
-    _serve(Path(sys.argv[1]), find(sys.argv[2]))
+    _main(Path(sys.argv[1]), parse(sys.argv[2]))

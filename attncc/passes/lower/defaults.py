@@ -227,17 +227,21 @@ def default_configs(attn: Attention, device: Device, with_engine: bool = True) -
 
 
 def _engine_config(attn: Attention, device: Device) -> Config:
-    """What is added for calls that the architecture's engine serves; nothing where it does not carry the variant.
-
-    Portable kernels then only do tiles again, 64 rows at a time; where tiles are listed, those of the lists are theirs.
-    """
+    """What is added for calls that the architecture's engine serves; nothing where it does not carry the variant."""
     if not device.has_wgmma or gap(attn):
         return {}
     rule = next(r for r in ENGINE if r.applies(attn))
+    return beside_engine(attn, {**rule.config, "E_GROUP": 1} if _is_listed(attn) else rule.config)
+
+
+def beside_engine(attn: Attention, engine: Config) -> Config:
+    """An engine's knobs with those of the portable kernels beside it.
+
+    These only do tiles again, 64 rows at a time; where tiles are listed, those of the lists are the engine's.
+    """
     portable = {"BM": 64, "num_stages": 1, "maxnreg": 0}
     if _has_pieces(attn):
         portable["num_warps"] = 8  # by four, ptxas 12.8 multiplies what lies at undefined addresses (heads of 80, 96)
     if _is_listed(attn):
-        portable |= {"BM": 64 * rule.config["E_CONSUMERS"], "BN": rule.config["E_KEYS"], "num_warps": 8}
-        return {**rule.config, **portable, "E_GROUP": 1, "ENGINE": 1}
-    return {**portable, "ENGINE": 1, **rule.config}
+        portable |= {"BM": 64 * engine["E_CONSUMERS"], "BN": engine["E_KEYS"], "num_warps": 8}
+    return {**portable, "ENGINE": 1, **engine}

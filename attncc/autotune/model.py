@@ -1,0 +1,77 @@
+"""How long a config will take, from published rates alone: good for an order of configs, not for their times.
+
+A tile pays for its two products and for its exponentials; programs that share a multiprocessor overlap the two, and so
+do an engine's consumers. Keys and values come through the L2 cache once a query tile, everything else from memory
+once. The last wave of programs takes as long as a full one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil
+from typing import Final
+
+from attncc.autotune.work import BYTES, work
+from attncc.device import Device
+from attncc.ir.attention import Attention
+
+FLOPS_PER_EXP: Final = 256
+"""Of the matrix unit, in the time of one exponential: 4096 and 16 a clock on a Hopper multiprocessor."""
+L2_RATE: Final = 2.5
+"""Of the cache over the memory."""
+LAUNCH_MS: Final = 0.004
+REGISTERS_BESIDE: Final = 56
+"""Of a thread, beside accumulators and scores."""
+ROWS_OF_GROUP: Final = 64
+"""Of an engine's consumer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What the model sees of a config."""
+
+    rows: int
+    keys: int
+    groups: int
+    """Of warps that multiply while others do something else, on one multiprocessor."""
+    slots: int
+    """Programs at once, on the whole device."""
+
+
+def predict(attn: Attention, device: Device, shape: Mapping[str, int], config: Mapping[str, int], kept: float) -> float:
+    """Milliseconds of a call of this shape whose mask keeps a share `kept` of the pairs."""
+    tile = tile_of(attn, device, config)
+    queries, keys = shape["Sq"], shape["Sk"]
+    tiles = ceil(queries / tile.rows)
+    programs = shape["B"] * attn.heads.q * tiles
+    cut = (tile.rows + tile.keys) / 2 / max(keys, 1) if kept < 1 else 0.0  # masks cut tiles, which are computed whole
+    share = min(1.0, kept + cut)
+    pairs = programs * tile.rows * ceil(keys * share / tile.keys) * tile.keys
+    peak = device.bf16_tflops * 1e9  # a millisecond's flops
+    products = 2 * pairs * (attn.dims.qk + attn.dims.v) / peak
+    exponentials = pairs * FLOPS_PER_EXP / peak
+    overlap = 1 - 1 / tile.groups
+    compute = max(products, exponentials) + (1 - overlap) * min(products, exponentials)
+    rate = device.bandwidth_gbps * 1e6
+    width = BYTES[attn.dtype]
+    through_cache = pairs / tile.rows * (attn.dims.qk + attn.dims.v) * width / (L2_RATE * rate)
+    waves = programs / tile.slots
+    full = ceil(waves) / waves if waves else 1.0
+    return LAUNCH_MS + max(compute * full, through_cache, work(attn, shape, kept).bytes / rate)
+
+
+def tile_of(attn: Attention, device: Device, config: Mapping[str, int]) -> Tile:
+    """The tile of a config, and how many of its programs run at once."""
+    if config.get("ENGINE"):
+        consumers = config["E_CONSUMERS"]
+        return Tile(consumers * ROWS_OF_GROUP, config["E_KEYS"], consumers, device.sms)
+    rows, keys, warps = config["BM"], config["BN"], config.get("num_warps", 4)
+    threads = warps * device.warp_size
+    wanted = rows * (attn.dims.v + keys) / threads + REGISTERS_BESIDE
+    registers = min(config.get("maxnreg") or device.registers_per_thread, device.registers_per_thread, wanted)
+    stages = max(1, config.get("num_stages", 1))
+    width = BYTES[attn.dtype]
+    shared = width * (rows * attn.dims.qk + stages * keys * (attn.dims.qk + attn.dims.v))
+    resident = min(device.registers_per_sm // int(registers * threads), device.shared_bytes_per_sm // shared)
+    return Tile(rows, keys, max(1, resident), device.sms * max(1, resident))

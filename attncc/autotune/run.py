@@ -1,0 +1,313 @@
+"""One run: what is known of each config on each shape, and how to learn more within the budget."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from math import inf, log
+from statistics import median
+from typing import Any, Final
+
+from optuna.storages import BaseStorage
+from optuna.trial import Trial
+
+from attncc import driver
+from attncc.autotune.declared import Shape, sizes_of
+from attncc.autotune.model import predict
+from attncc.autotune.ranks import rank_correlation
+from attncc.autotune.record import Card, Certificate, Record, Status
+from attncc.autotune.search import Search
+from attncc.autotune.space import Candidate, branches, candidates
+from attncc.autotune.sparsity import Kept
+from attncc.autotune.store import Store
+from attncc.autotune.table import Decision, decide, pick
+from attncc.autotune.table import sizes_of as call_sizes
+from attncc.autotune.task import Options, Standing, Task, Tuned
+from attncc.autotune.toolchain import toolchain
+from attncc.autotune.trials import Legality, Trials
+from attncc.errors import TuneError
+
+Config = Mapping[str, int]
+Knobs = frozenset[tuple[str, int]]
+Watch = Callable[[Standing], None]
+
+LAST_SHARE: Final = 0.2
+"""Of the budget, for certificates and comparisons at the end."""
+HOPELESS: Final = log(2.0)
+"""A config this far behind the default on the shapes so far is not measured on the others."""
+NOISE: Final = 0.005
+"""A winner must be this much faster than the default, in most rounds of an alternation."""
+LOSS: Final = 0.02
+"""A table with fewer configs is worth this much time."""
+ASSUMED: Final = Certificate(cases=1, inputs=(), worst=0.0)
+"""Of what is fast enough to win, and therefore still to be certified."""
+REPORT: Final = "this is a bug in attncc, or a broken toolchain: attncc check says more"
+
+
+class Run:
+    """One run: what is known of each config on each shape, and how to learn more."""
+
+    def __init__(self, what: Task, options: Options, store: Store, trials: Trials, watch: Watch) -> None:
+        self.task, self.options, self.store, self.trials, self.watch = what, options, store, trials, watch
+        self.begun = time.monotonic()
+        self.attn, self.program = driver.lower(what.attn)
+        self.card, self.tools = Card.of(what.device), toolchain(what.device)
+        self.rows = driver.default_config(self.attn, what.device).rows
+        packed = what.attn.layout == "varlen"
+        self.defaults = [pick(self.rows, call_sizes(sizes_of(s), packed)) for s in what.shapes]
+        self.kept: list[Kept] = []
+        self.known: dict[tuple[Knobs, int], Record] = {}
+        self.refused: dict[Knobs, Record] = {}
+        """Configs that run on no shape."""
+        self.tried = 0
+        self.statuses: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()
+
+    # -- the run -------------------------------------------------------------------------------
+
+    def tune(self, storage: BaseStorage | None) -> Tuned:
+        interrupted = False
+        try:
+            self._say("looking at the shapes")
+            self.kept = [self.trials.describe(shape) for shape in self.task.shapes]
+            if self.options.resume:
+                self._recall()
+            self._measure_defaults()
+            self._search(storage)
+        except KeyboardInterrupt:
+            interrupted = True
+            if not all(self._record(c, n) for n, c in enumerate(self.defaults)):
+                raise
+        decision = self._decide(certify=not interrupted)
+        return Tuned(
+            self.task.spec.attention.name,
+            self.card.name,
+            self.task.shapes,
+            decision,
+            self._standing("done"),
+            self._correlation(),
+            interrupted,
+            time.monotonic() - self.begun,
+        )
+
+    def _recall(self) -> None:
+        """What earlier runs found by the same toolchain on the same shapes."""
+        for record in self.store.records(program=self.task.program, card=self.card.name):
+            if record.toolchain != self.tools:
+                continue
+            if record.status == "illegal":
+                self.refused[frozenset(record.config.items())] = record
+            for number, shape in enumerate(self.task.shapes):
+                if record.shape == sizes_of(shape) and record.sparsity == self.kept[number].sparsity:
+                    self.known[frozenset(record.config.items()), number] = record
+
+    def _measure_defaults(self) -> None:
+        """The config that each shape has untuned: it must run, and be right."""
+        for number, config in enumerate(self.defaults):
+            self._say(f"the default config, {_named(self.task.shapes[number])}")
+            record = self._measured(config, number, None)
+            if record.status != "measured":
+                raise TuneError(f"the default config {dict(config)} is {record.status}: {record.why}", hint=REPORT)
+
+    def _search(self, storage: BaseStorage | None) -> None:
+        every = branches(self.attn, self.program, self.task.device)
+        space = candidates(self.attn, every, self.task.device)
+        options = self.options
+        search = Search(every, space, self._predicted, options.sampler, options.seed, storage, self.task.name)
+        for knobs, value in self._values():
+            search.know(dict(knobs), value)
+        ahead: deque[tuple[Trial, Candidate, Future[Legality]]] = deque()
+        asked = 0
+        while True:
+            while len(ahead) < max(1, self.options.compilers) and self._may_ask(asked):
+                found = search.ask()
+                if found is None:
+                    break
+                asked += 1
+                ahead.append((*found, self.trials.legality(found[1].config)))
+            if not ahead or self._left_s() <= 0:
+                break
+            trial, candidate, legality = ahead.popleft()
+            search.tell(trial, self._try(candidate.config, legality.result(), trial), candidate)
+
+    def _may_ask(self, asked: int) -> bool:
+        return self._left_s() > 0 and (self.options.trials is None or asked < self.options.trials)
+
+    def _try(self, config: Config, legality: Legality, trial: Trial) -> float | None:
+        """The value of a config: the weighted mean of log(time / default's) over the shapes; None without a time."""
+        self.tried += 1
+        if legality.reasons:
+            record = self._keep(config, 0, "illegal", legality.reasons[0], legality)
+            self.refused[frozenset(config.items())] = record
+            self._attach(trial, [record])
+            self._say(f"illegal: {legality.reasons[0]}")
+            return None
+        found: list[Record] = []
+        for number in range(len(self.task.shapes)):
+            found.append(self._measured(config, number, legality))
+            if found[-1].status != "measured" or self._mean(found) > HOPELESS:
+                break
+        self._attach(trial, found)
+        self._say(" ".join(f"{k}={v}" for k, v in config.items()))
+        return self._mean(found) if found[-1].status == "measured" else None
+
+    # -- one config on one shape ---------------------------------------------------------------
+
+    def _measured(self, config: Config, number: int, legality: Legality | None) -> Record:
+        known = self._record(config, number)
+        if known is not None:
+            return known
+        found = self.trials.measure(self.task.shapes[number], config, self.defaults[number])
+        return self._keep(config, number, found.status, found.why, legality, ms=found.ms, spread=found.spread)
+
+    def _keep(
+        self, config: Config, number: int, status: Status, why: str, legality: Legality | None, **more: Any
+    ) -> Record:
+        """Into the store, at once."""
+        record = Record(
+            variant=self.task.spec.attention.name,
+            program=self.task.program,
+            card=self.card,
+            toolchain=self.tools,
+            shape=sizes_of(self.task.shapes[number]),
+            sparsity=self.kept[number].sparsity,
+            config=dict(config),
+            status=status,
+            why=why[:2000],
+            predicted_ms=self._predicted(config)[number],
+            resources=legality and legality.resources,
+            **more,
+        )
+        self.store.add([record])
+        self.known[frozenset(config.items()), number] = record
+        self.statuses[status] += 1
+        if why:
+            self.reasons[f"{status}: {why.partition(':')[0][:60]}"] += 1
+        return record
+
+    def _record(self, config: Config, number: int) -> Record | None:
+        return self.known.get((frozenset(config.items()), number))
+
+    def _attach(self, trial: Trial, records: Sequence[Record]) -> None:
+        """To a trial, for the others of a fleet."""
+        for number, record in enumerate(records):
+            trial.set_user_attr(f"record{number}", record.model_dump(mode="json"))
+
+    # -- figures -------------------------------------------------------------------------------
+
+    def _predicted(self, config: Config) -> list[float]:
+        device = self.task.device
+        pairs = zip(self.task.shapes, self.kept, strict=True)
+        return [predict(self.attn, device, sizes_of(shape), config, kept.share) for shape, kept in pairs]
+
+    def _mean(self, records: Sequence[Record]) -> float:
+        """Of log(time / default's), weighted as the shapes are."""
+        weights = [float(s.get("weight", 1)) for s in self.task.shapes[: len(records)]]
+        ratios = [log((r.ms or 0.0) / self._default_ms(n)) for n, r in enumerate(records)]
+        return sum(w * r for w, r in zip(weights, ratios, strict=True)) / sum(weights)
+
+    def _default_ms(self, number: int) -> float:
+        record = self._record(self.defaults[number], number)
+        assert record is not None
+        assert record.ms is not None
+        return record.ms
+
+    def _values(self) -> Iterator[tuple[Knobs, float | None]]:
+        """What is known of whole configs already."""
+        yield from ((knobs, None) for knobs in self.refused)
+        for knobs in {knobs for knobs, _ in self.known} - self.refused.keys():
+            found = [self.known.get((knobs, n)) for n in range(len(self.task.shapes))]
+            records = [r for r in found if r is not None]
+            if any(r.status != "measured" for r in records):
+                yield knobs, None
+            elif len(records) == len(found) or self._mean(records) > HOPELESS:
+                yield knobs, self._mean(records)
+
+    def _correlation(self) -> float | None:
+        pairs = [(r.predicted_ms, r.ms) for r in self.known.values() if r.ms and r.predicted_ms]
+        return rank_correlation(*zip(*pairs, strict=True)) if len(pairs) >= 3 else None
+
+    def _left_s(self, share: float = 1 - LAST_SHARE) -> float:
+        """Seconds of this share of the budget."""
+        budget = self.options.budget_s
+        return inf if budget is None else budget * share - (time.monotonic() - self.begun)
+
+    # -- the end -------------------------------------------------------------------------------
+
+    def _decide(self, certify: bool) -> Decision:
+        """The table of what is certified; what would win is certified first, and compared with the default."""
+        packed = self.task.attn.layout == "varlen"
+        while certify and self._left_s(1.0) > 0:
+            assumed = [_assumed(r) for r in self.known.values()]
+            wanted = decide(assumed, self.rows, LOSS, packed)
+            due = [r for r in wanted.used if r.certificate == ASSUMED]
+            if not due:
+                break
+            self._certify(due[0].config)
+        return decide([*self.known.values()], self.rows, LOSS, packed)
+
+    def _certify(self, config: Config) -> None:
+        """Its records get a certificate, and times measured in alternation with the default's; or it is wrong."""
+        self._say(f"certifying {' '.join(f'{k}={v}' for k, v in config.items())}")
+        found = self.trials.certify(config)
+        mine = {n: r for n in range(len(self.task.shapes)) if (r := self._record(config, n)) and r.ms}
+        for number, record in mine.items():
+            if found.certificate is None:
+                self._replace(number, record, status=found.status, why=found.why, ms=None, spread=None)
+                continue
+            self._replace(number, record, certificate=found.certificate)
+            if config != self.defaults[number]:
+                self._compare(number, config)
+
+    def _compare(self, number: int, config: Config) -> None:
+        """Both times anew, in alternation; a lead within the noise is none, and the config then counts as no faster."""
+        default = self.defaults[number]
+        rounds = self.trials.compare(self.task.shapes[number], [default, config])
+        mine, other = self._record(config, number), self._record(default, number)
+        if not rounds or mine is None or other is None:
+            return
+        ours, theirs = median(rounds[1]), median(rounds[0])
+        ahead = sum(b < a * (1 - NOISE) for a, b in zip(*rounds, strict=True))
+        if ours < theirs and ahead * 2 <= len(rounds[0]):
+            ours = theirs
+        self._replace(number, other, ms=theirs)
+        self._replace(number, mine, ms=ours)
+
+    def _replace(self, number: int, record: Record, **changes: Any) -> None:
+        fields = {name: getattr(record, name) for name in Record.model_fields if name not in ("schema_", "when")}
+        fresh = Record(**(fields | changes))
+        self.store.add([fresh])
+        self.known[frozenset(record.config.items()), number] = fresh
+
+    # -- how it stands -------------------------------------------------------------------------
+
+    def _say(self, doing: str) -> None:
+        self.watch(self._standing(doing))
+
+    def _standing(self, doing: str) -> Standing:
+        shapes = range(len(self.task.shapes))
+        times = [[r.ms for (_, n), r in self.known.items() if n == number and r.ms] for number in shapes]
+        defaults = [self._record(self.defaults[n], n) for n in shapes]
+        left = self._left_s(1.0)
+        return Standing(
+            doing,
+            self.tried,
+            dict(self.statuses),
+            dict(self.reasons),
+            self.task.shapes,
+            tuple(r.ms for r in defaults if r is not None and r.ms),
+            tuple(min(t) for t in times if t),
+            None if left == inf else max(0.0, left),
+        )
+
+
+def _assumed(record: Record) -> Record:
+    if record.certificate is not None or record.status != "measured":
+        return record
+    return record.model_copy(update={"certificate": ASSUMED})
+
+
+def _named(shape: Shape) -> str:
+    return " ".join(f"{name}={value}" for name, value in shape.items())

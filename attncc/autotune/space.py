@@ -1,0 +1,92 @@
+"""The configs a variant may have on a device, read off the knobs of its tile program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Final
+
+from attncc.device import Device
+from attncc.ir.attention import Attention
+from attncc.ir.tile import Program
+from attncc.passes.lower.defaults import Config, beside_engine, default_configs
+
+WARPS: Final = (4, 8)
+STAGES: Final = (1, 2, 3)
+REGISTERS: Final = (0, 128, 168)
+"""Caps of a thread's registers, 0 for none: for two programs of 8 warps on a multiprocessor, or three of 4."""
+PRODUCER: Final = 24
+"""Registers of a thread of the engine's warpgroup that loads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """Configs for one kind of kernel: a choice for each axis, then completed by what follows from it."""
+
+    name: str
+    axes: Mapping[str, tuple[int, ...]]
+    complete: Callable[[Config], Config]
+
+    def configs(self) -> Iterator[tuple[Config, Config]]:
+        """Every choice, and the config that it makes."""
+        for values in product(*self.axes.values()):
+            choice = dict(zip(self.axes, values, strict=True))
+            yield choice, self.complete(choice)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One config, and where it stands in the space."""
+
+    branch: str
+    choice: Config
+    config: Config
+
+
+def branches(attn: Attention, program: Program, device: Device) -> tuple[Branch, ...]:
+    """The portable kernels' branch, and that of the engine where the device has one that carries the variant.
+
+    Raises:
+        Unsupported: if nothing is known of launches on the device.
+    """
+    rows, _ = default_configs(attn, device, with_engine=False)
+    base = rows[-1][1]
+    axes = {k.name: k.choices for k in program.knobs if k.name in base} | _options(device)
+    portable = Branch("portable", axes, lambda choice: {**base, **choice})
+    if program.engine is None or not device.has_wgmma:
+        return (portable,)
+    around = {**base, "TMA": 1}
+    engine = {k.name: k.choices for k in program.engine.knobs}
+    made = Branch(program.engine.name, engine, lambda choice: {**around, **beside_engine(attn, choice)})
+    return portable, made
+
+
+def _options(device: Device) -> dict[str, tuple[int, ...]]:
+    """What Triton chooses among; its interpreter has nothing to choose."""
+    if not device.is_gpu:
+        return {}
+    caps = {"maxnreg": REGISTERS} if device.caps_registers else {}
+    return {"num_warps": WARPS, "num_stages": STAGES, **caps, "TMA": (1, 0) if device.has_tma else (0,)}
+
+
+def candidates(attn: Attention, branches: tuple[Branch, ...], device: Device) -> list[Candidate]:
+    """Every config of the space whose accumulators can be held in registers."""
+    return [
+        Candidate(branch.name, choice, config)
+        for branch in branches
+        for choice, config in branch.configs()
+        if not device.is_gpu or _holds_accumulators(attn, config, device)
+    ]
+
+
+def _holds_accumulators(attn: Attention, config: Config, device: Device) -> bool:
+    """Whether a program's fp32 sums and scores fit its threads' registers, and those a multiprocessor's."""
+    if config.get("ENGINE"):
+        threads = 4 * device.warp_size
+        granted = config["E_CONSUMERS"] * config["E_REGISTERS"] + PRODUCER
+        words = 64 * (attn.dims.v + config["E_KEYS"]) / threads
+        return granted * threads <= device.registers_per_sm and words < config["E_REGISTERS"]
+    threads = config["num_warps"] * device.warp_size
+    words = config["BM"] * (attn.dims.v + config["BN"]) / threads
+    return words < (config.get("maxnreg") or device.registers_per_thread)
