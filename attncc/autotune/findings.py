@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from math import log, prod
 from typing import Final
 
@@ -77,15 +76,10 @@ def time_ms(record: Record) -> float:
     return record.ms
 
 
-def moment(record: Record) -> datetime:
-    """When it was recorded, in UTC where it does not say."""
-    return record.when if record.when.tzinfo else record.when.replace(tzinfo=UTC)
-
-
 def latest(records: Iterable[Record]) -> list[Record]:
     """The newest trial of each config on each case, the newest last: what was tried again counts once."""
     newest: dict[object, Record] = {}
-    for record in sorted(records, key=moment):
+    for record in sorted(records, key=lambda r: r.when):
         key = Case.of(record), record.knobs
         newest.pop(key, None)
         newest[key] = record

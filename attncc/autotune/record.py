@@ -9,9 +9,9 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
-from attncc.device import CARDS, DEVICES, Device
+from attncc.device import Device
 
 SCHEMA: Final = 1
 
@@ -22,7 +22,7 @@ Reason = Annotated[str, Field(max_length=2000)]
 Count = Annotated[int, Field(ge=0, lt=2**40)]
 Setting = Annotated[int, Field(ge=0, lt=2**31)]
 Ratio = Annotated[float, Field(ge=0, lt=1e9, allow_inf_nan=False)]
-Milliseconds = Annotated[float, Field(gt=0, lt=1e9, allow_inf_nan=False)]
+Milliseconds = Annotated[float, Field(ge=1e-6, lt=1e9, allow_inf_nan=False)]
 
 Status = Literal["measured", "illegal", "wrong", "crashed", "hung", "failed"]
 """How a trial ended. Only what is `measured` has a time; what is `illegal` never ran."""
@@ -48,11 +48,6 @@ class Card(Data):
     @classmethod
     def of(cls, device: Device) -> Card:
         return cls(**{field: getattr(device, field) for field in cls.model_fields})
-
-    @property
-    def is_known(self) -> bool:
-        """Whether attncc's own table has it."""
-        return self.name in CARDS or self.name in DEVICES
 
 
 class Toolchain(Data):
@@ -119,7 +114,7 @@ class Record(Data):
     predicted_ms: Milliseconds | None = None
     resources: Resources | None = None
     certificate: Certificate | None = None
-    when: datetime = Field(default_factory=lambda: datetime.now(UTC).replace(microsecond=0))
+    when: AwareDatetime = Field(default_factory=lambda: datetime.now(UTC).replace(microsecond=0))
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, serialize_by_alias=True)
 

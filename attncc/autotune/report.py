@@ -23,7 +23,6 @@ from attncc.autotune.findings import (
     Rows,
     importance,
     latest,
-    moment,
     order,
     outcomes,
     predictions,
@@ -94,7 +93,7 @@ def of_one_card(loaded: Spec, store: Store, card: str | None = None) -> list[Rec
         raise SpecError(f"'{name}' was tuned on {len(cards)} cards: {', '.join(cards)}", hint="choose with --device")
     if card is not None and card not in cards:
         raise SpecError(f"no trial of '{name}' on '{card}' is recorded in {store.root}", hint=nearest(card, cards))
-    return sorted((r for r in records if card in (None, r.card.name)), key=moment)
+    return sorted((r for r in records if card in (None, r.card.name)), key=lambda r: r.when)
 
 
 def defaults(attn: Attention, card: Card) -> Rows:
@@ -186,7 +185,7 @@ def _plot(name: str, figure: go.Figure) -> str:
 
 def _summary(records: Sequence[Record], trials: Sequence[Record]) -> str:
     newest, card = trials[-1], trials[-1].card
-    days = sorted(map(moment, trials))
+    days = sorted(r.when for r in trials)
     counts = Counter(r.status for r in trials)
     rate = f"{card.bandwidth_gbps:,g} GB/s of memory, {card.bf16_tflops:,g} TFLOP/s in bf16"
     memory = f"{card.shared_bytes_per_block // 1024} KB shared memory a block"
