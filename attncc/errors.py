@@ -78,7 +78,7 @@ class Unsupported(AttnccError):
 
 
 class TuneError(AttnccError):
-    """No configuration could be measured or chosen."""
+    """No configuration could be measured or chosen, or what tuning keeps could not be read or written."""
 
 
 class CheckError(AttnccError):
