@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from attncc.autotune.report import write_report
 from attncc.cli.output import Json, SpecPath, guarded, print_json
-from attncc.errors import Unsupported
 
 Out = Annotated[
     Path | None, typer.Option("-o", "--output", metavar="FILE.html", help="Default: NAME-CARD.html, in this directory.")
@@ -23,20 +22,8 @@ Card = Annotated[
 @guarded
 def command(spec: SpecPath, out: Out = None, store: Root = None, device: Card = None, as_json: Json = False) -> None:
     """Write what tuning SPEC found on a card as an HTML page that needs no network."""
-    page = _report().write_report(spec, out, store, device)
+    page = write_report(spec, out, store, device)
     if as_json:
         print_json({"report": str(page)})
     else:
         typer.echo(page)
-
-
-def _report() -> Any:
-    """The module that draws: what it needs is installed for tuning only."""
-    try:
-        return import_module("attncc.autotune.report")
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("attncc"):
-            raise
-        raise Unsupported(
-            f"reports need {error.name}, which is not installed", hint="pip install 'attncc[tune]'"
-        ) from None

@@ -1,0 +1,29 @@
+"""`attncc merge`: adds the tuning records of other machines to the local store."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from attncc.autotune.store import Store, default_root
+from attncc.cli.output import Json, guarded, print_json, print_table
+
+Sources = Annotated[list[Path], typer.Argument(metavar="SOURCE...", help="Stores' directories, or files of records.")]
+Root = Annotated[Path | None, typer.Option("--store", metavar="DIR", help="Where records go. Default: your own store.")]
+
+
+@guarded
+def command(sources: Sources, root: Root = None, as_json: Json = False) -> None:
+    """Add the tuning records of every SOURCE to the local store; what is known already is not added twice."""
+    store = Store(root or default_root(), say=lambda message: typer.echo(f"note: {message}", err=True))
+    merged = [(str(source), store.merge(source)) for source in sources]
+    if as_json:
+        rows = [{"source": source, **asdict(counts)} for source, counts in merged]
+        print_json({"store": str(store.root), "sources": rows})
+    else:
+        table = [(source, counts.added, counts.known, counts.skipped) for source, counts in merged]
+        print_table(("source", "added", "known", "skipped"), table, wrapped=("source",))
+        typer.echo(f"store: {store.root}")
