@@ -6,6 +6,7 @@ import os
 import re
 
 import pytest
+from autotune.postgres import pg_ctl
 from golden import TESTS, Golden
 from hypothesis import settings
 
@@ -27,11 +28,12 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are run where there is one, and are not counted elsewhere."""
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    if marked and not _has_gpu():
-        config.hook.pytest_deselected(items=marked)
-        items[:] = [item for item in items if item not in marked]
+    """Tests marked `gpu` or `postgres` are run where there is one, and are not counted elsewhere."""
+    for mark, is_here in (("gpu", _has_gpu()), ("postgres", pg_ctl() is not None)):
+        marked = {item for item in items if item.get_closest_marker(mark)}
+        if marked and not is_here:
+            config.hook.pytest_deselected(items=[*marked])
+            items[:] = [item for item in items if item not in marked]
 
 
 def _has_gpu() -> bool:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from math import inf, log
 from statistics import median
 from typing import Any, Final
+from uuid import uuid4
 
 from optuna.storages import BaseStorage
-from optuna.trial import Trial
+from optuna.trial import FrozenTrial, Trial
+from pydantic import ValidationError
 
 from attncc import driver
 from attncc.autotune.declared import Shape, sizes_of
@@ -43,6 +45,8 @@ LOSS: Final = 0.02
 """A table with fewer configs is worth this much time."""
 ASSUMED: Final = Certificate(cases=1, inputs=(), worst=0.0)
 """Of what is fast enough to win, and therefore still to be certified."""
+CERTIFIED: Final = "certified-"
+"""How attributes of a shared study begin that hold what a run certified."""
 REPORT: Final = "this is a bug in attncc, or a broken toolchain: attncc check says more"
 
 
@@ -61,7 +65,12 @@ class Run:
         self.known: dict[tuple[Knobs, int], Record] = {}
         self.refused: dict[Knobs, Record] = {}
         """Configs that run on no shape."""
+        self.search: Search | None = None
+        self.fresh: list[Record] = []
+        """What this run put into the store."""
         self.tried = 0
+        self.others = 0
+        """Trials that others of a fleet carried out."""
         self.statuses: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
 
@@ -81,6 +90,9 @@ class Run:
             if not all(self._record(c, n) for n, c in enumerate(self.defaults)):
                 raise
         decision = self._decide(certify=not interrupted)
+        if self.search is not None:
+            certified = [r.model_dump(mode="json") for r in self.fresh if r.certificate is not None]
+            self.search.share(f"{CERTIFIED}{uuid4().hex}", certified)
         return Tuned(
             self.task.spec.attention.name,
             self.card.name,
@@ -89,25 +101,20 @@ class Run:
             self._standing("done"),
             self._correlation(),
             interrupted,
+            self.search is not None and not self.search.left,
             time.monotonic() - self.begun,
         )
 
     def _recall(self) -> None:
         """What earlier runs found by the same toolchain on the same shapes."""
         for record in self.store.records(program=self.task.program, card=self.card.name):
-            if record.toolchain != self.tools:
-                continue
-            if record.status == "illegal":
-                self.refused[frozenset(record.config.items())] = record
-            for number, shape in enumerate(self.task.shapes):
-                if record.shape == sizes_of(shape) and record.sparsity == self.kept[number].sparsity:
-                    self.known[frozenset(record.config.items()), number] = record
+            self._remember(record)
 
     def _measure_defaults(self) -> None:
         """The config that each shape has untuned: it must run, and be right."""
         for number, config in enumerate(self.defaults):
             self._say(f"the default config, {_named(self.task.shapes[number])}")
-            record = self._measured(config, number, None)
+            record = self._measured(config, number, self.trials.legality(config).result())
             if record.status != "measured":
                 raise TuneError(f"the default config {dict(config)} is {record.status}: {record.why}", hint=REPORT)
 
@@ -115,56 +122,78 @@ class Run:
         every = branches(self.attn, self.program, self.task.device)
         space = candidates(self.attn, every, self.task.device)
         options = self.options
-        search = Search(every, space, self._predicted, options.sampler, options.seed, storage, self.task.name)
+        search = self.search = Search(
+            every, space, self._predicted, options.sampler, options.seed, storage, self.task.name
+        )
         for knobs, value in self._values():
             search.know(dict(knobs), value)
         ahead: deque[tuple[Trial, Candidate, Future[Legality]]] = deque()
-        asked = 0
-        while True:
-            while len(ahead) < max(1, self.options.compilers) and self._may_ask(asked):
-                found = search.ask()
-                if found is None:
+        with search.heartbeat:
+            while True:
+                self._absorb(search.catch_up())
+                while len(ahead) < max(1, options.compilers) and self._may_ask(len(ahead)):
+                    found = search.ask()
+                    if found is None:
+                        break
+                    ahead.append((*found, self.trials.legality(found[1].config)))
+                if not ahead or self._left_s() <= 0:
                     break
-                asked += 1
-                ahead.append((*found, self.trials.legality(found[1].config)))
-            if not ahead or self._left_s() <= 0:
-                break
-            trial, candidate, legality = ahead.popleft()
-            search.tell(trial, self._try(candidate.config, legality.result(), trial), candidate)
+                trial, candidate, legality = ahead.popleft()
+                records = self._try(candidate.config, legality.result())
+                value = self._mean(records) if records[-1].status == "measured" else None
+                notes = {f"record{n}": r.model_dump(mode="json") for n, r in enumerate(records)}
+                search.tell(trial, candidate, value, notes)
 
-    def _may_ask(self, asked: int) -> bool:
-        return self._left_s() > 0 and (self.options.trials is None or asked < self.options.trials)
+    def _may_ask(self, ahead: int) -> bool:
+        limit = self.options.trials
+        return self._left_s() > 0 and (limit is None or self.tried + self.others + ahead < limit)
 
-    def _try(self, config: Config, legality: Legality, trial: Trial) -> float | None:
-        """The value of a config: the weighted mean of log(time / default's) over the shapes; None without a time."""
+    def _absorb(self, trials: Iterable[FrozenTrial]) -> None:
+        """What others of a fleet found, as if it had been found here; records that do not fit are left out."""
+        for trial in trials:
+            self.others += 1
+            for name, note in trial.user_attrs.items():
+                if name.startswith("record") and (record := _valid(note)) and self._remember(record):
+                    self.store.add([record])
+
+    def _remember(self, record: Record) -> bool:
+        """Whether a record is of this variant, card and toolchain, and so counts as tried."""
+        if (record.program, record.card, record.toolchain) != (self.task.program, self.card, self.tools):
+            return False
+        knobs = frozenset(record.config.items())
+        if record.status == "illegal":
+            self.refused[knobs] = record
+        for number, shape in enumerate(self.task.shapes):
+            if record.shape == sizes_of(shape) and record.sparsity == self.kept[number].sparsity:
+                self.known[knobs, number] = record
+        return True
+
+    def _try(self, config: Config, legality: Legality) -> list[Record]:
+        """What comes of a config on the shapes, up to the one that says enough."""
         self.tried += 1
         if legality.reasons:
             record = self._keep(config, 0, "illegal", legality.reasons[0], legality)
             self.refused[frozenset(config.items())] = record
-            self._attach(trial, [record])
             self._say(f"illegal: {legality.reasons[0]}")
-            return None
+            return [record]
         found: list[Record] = []
         for number in range(len(self.task.shapes)):
             found.append(self._measured(config, number, legality))
             if found[-1].status != "measured" or self._mean(found) > HOPELESS:
                 break
-        self._attach(trial, found)
         self._say(" ".join(f"{k}={v}" for k, v in config.items()))
-        return self._mean(found) if found[-1].status == "measured" else None
+        return found
 
     # -- one config on one shape ---------------------------------------------------------------
 
-    def _measured(self, config: Config, number: int, legality: Legality | None) -> Record:
+    def _measured(self, config: Config, number: int, legality: Legality) -> Record:
         known = self._record(config, number)
         if known is not None:
             return known
         found = self.trials.measure(self.task.shapes[number], config, self.defaults[number])
         return self._keep(config, number, found.status, found.why, legality, ms=found.ms, spread=found.spread)
 
-    def _keep(
-        self, config: Config, number: int, status: Status, why: str, legality: Legality | None, **more: Any
-    ) -> Record:
+    def _keep(self, config: Config, number: int, status: Status, why: str, legality: Legality, **more: Any) -> Record:
         """Into the store, at once."""
         record = Record(
             variant=self.task.spec.attention.name,
@@ -177,10 +206,11 @@ class Run:
             status=status,
             why=why[:2000],
             predicted_ms=self._predicted(config)[number],
-            resources=legality and legality.resources,
+            resources=legality.resources,
             **more,
         )
         self.store.add([record])
+        self.fresh.append(record)
         self.known[frozenset(config.items()), number] = record
         self.statuses[status] += 1
         if why:
@@ -189,11 +219,6 @@ class Run:
 
     def _record(self, config: Config, number: int) -> Record | None:
         return self.known.get((frozenset(config.items()), number))
-
-    def _attach(self, trial: Trial, records: Sequence[Record]) -> None:
-        """To a trial, for the others of a fleet."""
-        for number, record in enumerate(records):
-            trial.set_user_attr(f"record{number}", record.model_dump(mode="json"))
 
     # -- figures -------------------------------------------------------------------------------
 
@@ -279,6 +304,7 @@ class Run:
         fields = {name: getattr(record, name) for name in Record.model_fields if name not in ("schema_", "when")}
         fresh = Record(**(fields | changes))
         self.store.add([fresh])
+        self.fresh.append(fresh)
         self.known[frozenset(record.config.items()), number] = fresh
 
     # -- how it stands -------------------------------------------------------------------------
@@ -307,6 +333,14 @@ def _assumed(record: Record) -> Record:
     if record.certificate is not None or record.status != "measured":
         return record
     return record.model_copy(update={"certificate": ASSUMED})
+
+
+def _valid(note: Any) -> Record | None:
+    """A record from elsewhere, if it is one."""
+    try:
+        return Record.model_validate(note)
+    except ValidationError:
+        return None
 
 
 def _named(shape: Shape) -> str:

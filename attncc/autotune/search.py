@@ -11,6 +11,7 @@ from optuna.samplers import BaseSampler, QMCSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
+from attncc.autotune.heartbeat import Heartbeat, insist
 from attncc.autotune.space import Branch, Candidate, Config
 from attncc.errors import SpecError, nearest
 
@@ -27,6 +28,8 @@ SEEDS: Final = 12
 REPEATS: Final = 16
 """Suggestions in a row that were made before, behind which one is taken that was not."""
 BRANCH: Final = "branch"
+RECORD: Final = "record0"
+"""What a trial that was carried out has among its notes."""
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -61,13 +64,20 @@ class Search:
         promising = _promising(every)
         self.left = {_place(c): c for c, _ in promising}
         """Worth a try and not asked for yet, the most promising first."""
+        self.by_place = {_place(c): c for c, _ in every}
         self.values: dict[Place, float | None] = {}
-        self.study = optuna.create_study(
-            study_name=name, storage=storage, sampler=SAMPLERS[sampler](seed), load_if_exists=True
+        self.mine: set[int] = set()
+        """Numbers of trials that are this run's own, or known."""
+        self.is_shared = storage is not None
+        self.study = insist(
+            lambda: optuna.create_study(
+                study_name=name, storage=storage, sampler=SAMPLERS[sampler](seed), load_if_exists=True
+            )
         )
+        self.heartbeat = Heartbeat(self.study, storage)
         apart = {times: c for c, times in reversed(promising)}  # many configs differ in what the model does not see
         for candidate in [c for c, times in promising if apart[times] is c][:SEEDS]:
-            self.study.enqueue_trial(_parameters(candidate), skip_if_exists=True)
+            insist(lambda c=candidate: self.study.enqueue_trial(_parameters(c), skip_if_exists=True))
 
     def candidate(self, config: Config) -> Candidate | None:
         """The place of a config in the space, if it has one."""
@@ -75,34 +85,77 @@ class Search:
 
     def know(self, config: Config, value: float | None) -> None:
         """A result of an earlier run; None for a config that has no time."""
-        if candidate := self.candidate(config):
+        candidate = self.candidate(config)
+        if candidate is not None and _place(candidate) not in self.values:
             self.left.pop(_place(candidate), None)
             self.values[_place(candidate)] = value
             self.study.add_trial(self._finished(candidate, value))
+
+    def catch_up(self) -> list[FrozenTrial]:
+        """Trials that others have finished since; what they do, or did, is not asked for here any more."""
+        if not self.is_shared:
+            return []
+        self.heartbeat.bury()
+        fresh: list[FrozenTrial] = []
+        for trial in insist(lambda: self.study.get_trials(deepcopy=False)):
+            candidate = self._placed(trial.params)
+            if candidate is None or trial.number in self.mine:
+                continue
+            place = _place(candidate)
+            match trial.state:
+                case TrialState.RUNNING:
+                    self.left.pop(place, None)
+                case TrialState.FAIL if place not in self.values:
+                    self.left[place] = candidate
+                case TrialState.COMPLETE | TrialState.PRUNED if RECORD in trial.user_attrs:
+                    self.mine.add(trial.number)
+                    self.left.pop(place, None)
+                    self.values[place] = trial.value
+                    fresh.append(trial)
+        return fresh
 
     def ask(self) -> tuple[Trial, Candidate] | None:
         """A config that was not tried yet, and its trial; None if all were."""
         repeats = 0
         while self.left:
             if repeats >= REPEATS:
-                self.study.enqueue_trial(_parameters(next(iter(self.left.values()))))
+                parameters = _parameters(next(iter(self.left.values())))
+                insist(lambda p=parameters: self.study.enqueue_trial(p))
                 repeats = 0
-            trial = self.study.ask()
-            place = self._suggested(trial)
+            trial = insist(self.study.ask)
+            self.mine.add(trial.number)
+            place = insist(lambda t=trial: self._suggested(t))
             if place in self.left:
+                insist(lambda t=trial: self.heartbeat.hold(t))
                 return trial, self.left.pop(place)
-            self.tell(trial, self.values.get(place))
+            self._end(trial, self.values.get(place))
             repeats += 1
         return None
 
-    def tell(self, trial: Trial, value: float | None, candidate: Candidate | None = None) -> None:
-        """The value of a trial; None if its config has no time."""
-        if candidate is not None:
-            self.values[_place(candidate)] = value
-        if value is None:
-            self.study.tell(trial, state=TrialState.PRUNED)
-        else:
-            self.study.tell(trial, value)
+    def tell(self, trial: Trial, candidate: Candidate, value: float | None, notes: Mapping[str, Any]) -> None:
+        """The value of a trial, None if its config has no time; and what others should know of it."""
+        self.values[_place(candidate)] = value
+        for name, note in notes.items() if self.is_shared else ():
+            insist(lambda n=name, x=note: trial.set_user_attr(n, x))
+        self._end(trial, value)
+        self.heartbeat.release(trial)
+
+    def share(self, name: str, what: Any) -> None:
+        """Leaves something that is no trial to the others of a fleet, or to whoever collects it."""
+        if self.is_shared:
+            insist(lambda: self.study.set_user_attr(name, what))
+
+    def _end(self, trial: Trial, value: float | None) -> None:
+        state = TrialState.PRUNED if value is None else TrialState.COMPLETE
+        # told twice where the answer to the first time was lost
+        insist(lambda: self.study.tell(trial, value, state=state, skip_if_finished=True))
+
+    def _placed(self, parameters: Mapping[str, Any]) -> Candidate | None:
+        """The candidate of these parameters, which come from elsewhere."""
+        branch = str(parameters.get(BRANCH))
+        choice = {axis: parameters.get(f"{branch}.{axis}") for axis in self.axes.get(branch, {})}
+        whole = {axis: n for axis, n in choice.items() if isinstance(n, int)}
+        return self.by_place.get((branch, frozenset(whole.items())))
 
     def _suggested(self, trial: Trial) -> Place:
         branch = trial.suggest_categorical(BRANCH, list(self.axes))

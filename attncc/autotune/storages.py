@@ -54,6 +54,18 @@ def open_storage(url: str) -> BaseStorage:
         return _OPENERS[scheme](url)
 
 
+def is_url(text: str) -> bool:
+    """Whether a text names a storage by its scheme, rather than a file."""
+    found = _SCHEME.match(text)
+    return found is not None and found.group(1).lower() in _OPENERS
+
+
+def without_password(text: str) -> str:
+    """A storage or file as messages may show it: without what stands before an @."""
+    scheme, slashes, rest = text.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2]}" if slashes else text
+
+
 # -- a journal -----------------------------------------------------------------------------------
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 
 from attncc import driver
 from attncc.autotune.declared import Shape, shapes_of
@@ -66,6 +68,8 @@ class Tuned:
     rank_correlation: float | None
     """Spearman's, between predicted and measured times of all configs; None for less than three."""
     interrupted: bool
+    exhausted: bool
+    """Whether there is nothing left to try."""
     seconds: float
 
 
@@ -86,7 +90,8 @@ class Task:
     @property
     def name(self) -> str:
         """Of the study that all who work on it share."""
-        return f"{self.spec.attention.name}-{self.program}-{self.device.name}"
+        shapes = sha256(json.dumps(self.shapes, sort_keys=True).encode()).hexdigest()[:8]
+        return f"{self.spec.attention.name}-{self.program}-{self.device.name}-{shapes}"
 
 
 def task(source: Spec | str | os.PathLike[str], shapes: Iterable[Shape] | None, device: Device | None) -> Task:

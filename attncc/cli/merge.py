@@ -8,10 +8,15 @@ from typing import Annotated
 
 import typer
 
-from attncc.autotune.store import Store, default_root
+from attncc.autotune.fleet import collect
+from attncc.autotune.storages import is_url, open_storage, without_password
+from attncc.autotune.store import Merged, Store, default_root
 from attncc.cli.output import Json, guarded, print_json, print_table
 
-Sources = Annotated[list[Path], typer.Argument(metavar="SOURCE...", help="Stores' directories, or files of records.")]
+Sources = Annotated[
+    list[str],
+    typer.Argument(metavar="SOURCE...", help="Stores' directories, files of records, or storages: journal:FILE, …://…"),
+]
 Root = Annotated[Path | None, typer.Option("--store", metavar="DIR", help="Where records go. Default: your own store.")]
 
 
@@ -19,7 +24,7 @@ Root = Annotated[Path | None, typer.Option("--store", metavar="DIR", help="Where
 def command(sources: Sources, root: Root = None, as_json: Json = False) -> None:
     """Add the tuning records of every SOURCE to the local store; what is known already is not added twice."""
     store = Store(root or default_root(), say=lambda message: typer.echo(f"note: {message}", err=True))
-    merged = [(str(source), store.merge(source)) for source in sources]
+    merged = [(without_password(source), _merged(store, source)) for source in sources]
     if as_json:
         rows = [{"source": source, **asdict(counts)} for source, counts in merged]
         print_json({"store": str(store.root), "sources": rows})
@@ -27,3 +32,7 @@ def command(sources: Sources, root: Root = None, as_json: Json = False) -> None:
         table = [(source, counts.added, counts.known, counts.skipped) for source, counts in merged]
         print_table(("source", "added", "known", "skipped"), table, wrapped=("source",))
         typer.echo(f"store: {store.root}")
+
+
+def _merged(store: Store, source: str) -> Merged:
+    return collect(open_storage(source), store) if is_url(source) else store.merge(Path(source))

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
+from optuna.storages import BaseStorage
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from attncc.autotune.fleet import submit
 from attncc.autotune.run import Watch
 from attncc.autotune.storages import open_storage
 from attncc.autotune.store import Store, default_root
@@ -43,6 +45,10 @@ StorageUrl = Annotated[
 ]
 StorePath = Annotated[Path | None, typer.Option("--store", metavar="DIR", help="Where records are kept.")]
 DeviceName = Annotated[str | None, typer.Option("--device", help="The GPU here (default), or interpreter.")]
+For = Annotated[
+    list[str] | None,
+    typer.Option("--for", metavar="CARD", help="Repeatable: leave it to workers on such cards, --trials on each."),
+]
 Sampler = Annotated[str, typer.Option(help="tpe, random or qmc.")]
 Warm = Annotated[bool, typer.Option("--warm", help="Time calls with what the last one left in the L2 cache.")]
 Seed = Annotated[int, typer.Option(help="Of operands and sampler.")]
@@ -58,6 +64,7 @@ def command(
     storage: StorageUrl = None,
     store: StorePath = None,
     device: DeviceName = None,
+    cards: For = None,
     sampler: Sampler = "tpe",
     warm: Warm = False,
     seed: Seed = 0,
@@ -71,6 +78,9 @@ def command(
     shapes = None if shape is None else [shape_of(s) for s in shape]
     place = Store(store or default_root())
     shared = None if storage is None else open_storage(storage)
+    if cards:
+        _leave(spec, cards, shared, trials, shapes, as_json)
+        return
     with shown(as_json) as watch:
         found = tune(spec, shapes, None if device is None else find(device), options, place, shared, watch)
     if as_json:
@@ -79,6 +89,24 @@ def command(
         _print(found, spec, place)
     if found.interrupted:
         raise typer.Exit(INTERRUPTED)
+
+
+def _leave(
+    spec: str,
+    cards: list[str],
+    storage: BaseStorage | None,
+    trials: int | None,
+    shapes: list[dict[str, int | float]] | None,
+    as_json: bool,
+) -> None:
+    """To the workers of a storage."""
+    if storage is None or trials is None:
+        raise SpecError("--for leaves work in a storage", hint="name it by --storage, and how much by --trials")
+    names = submit(storage, spec, [find(card) for card in cards], trials, shapes)
+    if as_json:
+        print_json({"studies": names})
+    else:
+        typer.echo("\n".join(f"left to workers: {name}" for name in names))
 
 
 def seconds_of(text: str) -> float | None:

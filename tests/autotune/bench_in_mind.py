@@ -34,6 +34,8 @@ class Imagined:
     noise: Sequence[float] = (1.0,)
     """Factors on the times of a comparison's rounds."""
     stop_after: int = 10**9
+    measured: list[tuple[object, ...]] = field(default_factory=list)
+    """Every config and shape that was timed, in order."""
     asked: Counter[str] = field(default_factory=Counter)
 
     def describe(self, shape: Shape) -> Kept:
@@ -50,6 +52,7 @@ class Imagined:
         self.asked["measure"] += 1
         if self.asked["measure"] > self.stop_after:
             raise KeyboardInterrupt
+        self.measured.append((frozenset(config.items()), *shape.items()))
         if self.hangs(config):
             return Tried("hung", "no answer within 60 s")
         if self.is_off(config):

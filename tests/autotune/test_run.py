@@ -30,7 +30,7 @@ def run(
     **options: Any,
 ) -> Tuned:
     task = Task(SPEC, SPEC.attention, device, (SHORT, LONG))
-    given = {"budget_s": None, "trials": 40, "compilers": 3} | options
+    given = {"budget_s": None, "trials": 40, "compilers": 3, "sampler": "random"} | options
     return Run(task, Options(**given), Store(store), bench, watch).tune(None)  # type: ignore[arg-type]
 
 
@@ -78,7 +78,7 @@ def test_what_hangs_or_is_off_or_does_not_fit_costs_its_trial_alone(tmp_path: Pa
 
 
 def test_a_default_that_does_not_run_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(TuneError, match="the default config .* is hung"):
+    with pytest.raises(TuneError, match=r"the default config .* is hung"):
         run(Imagined(by_rows, hangs=lambda c: True), tmp_path)
 
 
@@ -120,22 +120,13 @@ def test_another_toolchain_counts_as_not_tried(tmp_path: Path, monkeypatch: pyte
     assert again.asked["measure"] > 2
 
 
-@pytest.mark.parametrize("after", range(2, 30, 3))
+@pytest.mark.parametrize("after", [2, 9, 40])
 def test_an_interrupted_run_keeps_what_it_measured(tmp_path: Path, after: int) -> None:
-    found = run(Imagined(by_rows, stop_after=after), tmp_path)
-    assert found.interrupted
-    kept = [*Store(tmp_path).records()]
-    assert len(kept) == after
-    again = Imagined(by_rows)
-    rest = run(again, tmp_path, trials=None)
-    whole = Imagined(by_rows)
-    assert again.asked["measure"] + after == run_count(whole, tmp_path / "other")
-    assert not rest.interrupted
-
-
-def run_count(trials: Imagined, store: Path) -> int:
-    run(trials, store, trials=None)
-    return trials.asked["measure"]
+    first, second = Imagined(by_rows, stop_after=after), Imagined(by_rows)
+    assert run(first, tmp_path).interrupted
+    assert len({(r.knobs, r.shape["Sq"]) for r in Store(tmp_path).records()}) == after
+    assert not run(second, tmp_path).interrupted
+    assert not set(first.measured[:after]) & set(second.measured), "something was measured twice"
 
 
 def test_hopeless_configs_are_not_measured_on_every_shape(tmp_path: Path) -> None:
@@ -154,7 +145,7 @@ def test_hopeless_configs_are_not_measured_on_every_shape(tmp_path: Path) -> Non
 def test_trials_are_counted(tmp_path: Path) -> None:
     trials = Imagined(by_rows)
     found = run(trials, tmp_path, trials=5)
-    assert found.standing.tried == trials.asked["legality"] == 5
+    assert found.standing.tried == trials.asked["legality"] - 2 == 5
 
 
 def test_the_watch_hears_of_every_trial(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ BELOW: dict[str, set[str]] = {
         "reference",
         "check",
         "driver",
-    },  # fmt: skip
+    },
     "cli": {"errors", "device", "driver", "autotune"},
     "__main__": {"cli"},
     "attncc": {"errors", "device", "spec", "driver"},
