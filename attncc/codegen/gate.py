@@ -25,7 +25,7 @@ from attncc.codegen.uniform import undefined, unwritten
 LENGTH: Final = 4096
 """Queries and keys of the call that it is compiled for; no constant depends on them."""
 PATIENCE: Final = 120
-"""Seconds."""
+"""Seconds, for all its configs."""
 FEW: Final = 8
 """Words that all consumers together may reload in a turn of some 450 instructions each."""
 
@@ -81,7 +81,13 @@ class Driver:
         return 0
 
 
-def _launches(package: Any) -> list[tuple[Any, list[Any], dict[str, int]]]:
+def _engine_configs(package: Any) -> list[dict[str, int]]:
+    """Each once: a tuned table has several."""
+    rows = [config for module in package.VARIANT.configs.values() for _, config in module.TABLE]
+    return [config for at, config in enumerate(rows) if config.get("ENGINE") and config not in rows[:at]]
+
+
+def _launches(package: Any, config: dict[str, int]) -> list[tuple[Any, list[Any], dict[str, int]]]:
     """The kernels of a large call, the engine's first, each with its arguments and options."""
     torch: Any = import_module("torch")
     variant, runner = package.VARIANT, package._RUNNER
@@ -91,7 +97,6 @@ def _launches(package: Any) -> list[tuple[Any, list[Any], dict[str, int]]]:
     sizes["B + 1"] = sizes["B"] + 1  # sequences are packed between so many marks
     tensors = [torch.zeros(fill(t.axes, sizes), dtype=t.dtype) for t in variant.tensors]
     plan = SimpleNamespace(output=fill(variant.output, sizes), lse=fill(variant.lse, sizes) if variant.lse else None)
-    config = next(c for m in variant.configs.values() for _, c in m.TABLE if c.get("ENGINE"))
     numbers = sizes | dict(config) | {"WRITE_LSE": int(plan.lse is not None)}
     due = sorted((k for k in variant.kernels if k.when(numbers)), key=lambda k: k.launcher is None)
     shapes = runner.shapes(tensors, plan, numbers, due)
@@ -150,12 +155,16 @@ def _main(folder: Path) -> None:
     torch.cuda.current_device = _always(0)
     sys.path.insert(0, str(folder.parent))
     package = importlib.import_module(folder.name)
-    engine: Any = import_module(f"{folder.name}._engine")
-    engine.counter = lambda: torch.zeros(3, dtype=torch.int32)
-    made = [f.warmup(*given, grid=(132,), **options) for f, given, options in _launches(package)]
-    found = _judge(made[0])
-    beside = tuple(reason for x in made[1:] for reason in _judge_beside(x))
-    print(json.dumps(asdict(replace(found, reasons=(*found.reasons, *beside)))))
+    launch: Any = import_module(f"{folder.name}._engine")
+    launch.counter = lambda: torch.zeros(3, dtype=torch.int32)
+    found: list[Findings] = []
+    for config in _engine_configs(package):
+        engine, *others = [f.warmup(*given, grid=(132,), **options) for f, given, options in _launches(package, config)]
+        judged = _judge(engine)
+        beside = tuple(reason for x in others for reason in _judge_beside(x))
+        found.append(replace(judged, reasons=(*judged.reasons, *beside)))
+    reasons = tuple(dict.fromkeys(reason for f in found for reason in f.reasons))
+    print(json.dumps(asdict(replace(found[0], reasons=reasons))))
 
 
 if __name__ == "__main__":
