@@ -48,7 +48,7 @@ def configs_text(attn: Attention, t: TargetConfigs) -> str:
     w = Writer()
     w.line(f'"""Configs of {attn.name} for {t.target}: plain data.')
     w.line()
-    w.block(textwrap.wrap(sentence(t.origin), WIDTH))
+    w.block(textwrap.wrap(sentence(t.origin), WIDTH) if t.is_tuned else [t.origin])
     w.line('"""')
     w.line()
     for title, facts in (("DEVICE", t.device), ("CERTIFICATE", t.certificate)):
