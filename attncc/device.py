@@ -116,6 +116,10 @@ H100: Final = replace(
 )
 H100_PCIE: Final = replace(H100, name="nvidia_h100_pcie", sms=114, bandwidth_gbps=2000, bf16_tflops=756)
 H200: Final = replace(H100, name="nvidia_h200", bandwidth_gbps=4800)
+H20: Final = replace(H100, name="nvidia_h20", sms=78, l2_bytes=60 * _MB, bandwidth_gbps=4000, bf16_tflops=148)
+GH200: Final = replace(H100, name="nvidia_gh200", bandwidth_gbps=4000)
+"""With 96 GB of HBM3; torch's name ends in the size of the CPU's memory."""
+GH200_HBM3E: Final = replace(H100, name="nvidia_gh200_hbm3e", bandwidth_gbps=4900)
 B200: Final = replace(
     H100,
     name="nvidia_b200",
@@ -164,7 +168,7 @@ CPU: Final = Device(
 INTERPRETER: Final = replace(CPU, name="interpreter", arch="interpreter", dtypes=("fp32", "fp16"))
 """Triton's interpreter, which runs GPU kernels on a CPU: slow, and for tests."""
 
-CARDS: Final = {d.name: d for d in (A100, L40S, H100, H100_PCIE, H200, B200, MI300X)}
+CARDS: Final = {d.name: d for d in (A100, L40S, H100, H100_PCIE, H200, H20, GH200, GH200_HBM3E, B200, MI300X)}
 """Physical cards by name."""
 
 ARCHITECTURES: Final = {d.arch: replace(d, name=d.arch) for d in (A100, H100, B200, MI300X, CPU, INTERPRETER)}

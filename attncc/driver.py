@@ -15,10 +15,11 @@ from attncc import passes, spec
 from attncc.check.run import Outcome, Report, check_package
 from attncc.check.stand_in import stand_in
 from attncc.codegen.backends import share_out
+from attncc.codegen.configs import TargetConfigs, uses_engine
 from attncc.codegen.cpu import decodes, is_carried
 from attncc.codegen.cuda import Cubin
 from attncc.codegen.gate import examine
-from attncc.codegen.package import TargetConfigs, emit, uses_engine
+from attncc.codegen.package import emit
 from attncc.device import DEVICES, Device, find, here
 from attncc.errors import CompilerBug, SpecError, Unsupported, nearest
 from attncc.ir.attention import Attention
@@ -48,6 +49,11 @@ __all__ = [
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many steps are done, and how many there are."""
+
+Files = Mapping[str, str | bytes]
+"""Of a package, by path."""
+Tuned = Callable[[Attention, Device, str], TargetConfigs | None]
+"""What measurements give a variant on a device, if any do: called with it as it leaves the passes, and its digest."""
 
 SPEC_STAGE: Final = "spec"
 PROGRAM_STAGE: Final = "lower"
@@ -99,11 +105,13 @@ def compile(
     targets: Sequence[str | Device] | None = None,
     progress: Progress | None = None,
     backend: str | None = None,
+    tuned: Tuned | None = None,
 ) -> Path:
     """Writes the package of a spec into the directory `out`, and returns its path, out/<name>.
 
     An earlier package there is replaced in one step; anything else of that name is refused. `backend` is what makes
     kernels for GPUs: `triton` where none is named, or `tvm`, whose packages need no Triton. CPUs always have TVM's.
+    A device of which `tuned` knows nothing gets the default rule.
     """
     report = progress or _silent
     loaded = load(source)
@@ -116,20 +124,48 @@ def compile(
     with _place(loaded):
         attn, program = lower(loaded.attention)
         report("printing", 1, 4)
-        configs = [default_config(attn, device) for device in shares.kernels]
         libraries = cpu_libraries(attn) if shares.libraries else {}
         binaries = cubins(attn, shares.cubins) if shares.cubins else {}
         made_by, name = f"attncc {VERSION}", digest(loaded.attention)
-        files = emit(attn, program, loaded.text, configs, made_by, name, libraries, binaries)
-        if any(uses_engine(c) for c in configs):
-            report("examining the engine", 2, 4)
-            if reasons := _faults(files, loaded.attention.name):
-                configs = [default_config(attn, device, reasons[0]) for device in shares.kernels]
-                files = emit(attn, program, loaded.text, configs, made_by, name, libraries, binaries)
+
+        def files_of(configs: Sequence[TargetConfigs]) -> Files:
+            return emit(attn, program, loaded.text, configs, made_by, name, libraries, binaries)
+
+        known = [tuned(attn, device, name) if tuned else None for device in shares.kernels]
+        report("examining engines", 2, 4)
+        files = _allowed(attn, shares.kernels, known, files_of)
     report("writing", 3, 4)
     _replace_tree(goal, files)
     report("done", 4, 4)
     return goal
+
+
+def _allowed(
+    attn: Attention,
+    devices: Sequence[Device],
+    known: Sequence[TargetConfigs | None],
+    files_of: Callable[[Sequence[TargetConfigs]], Files],
+) -> Files:
+    """The files with configs whose engine may run: tuned ones, else those of the default rule, else without it."""
+    configs = [k or default_config(attn, device) for k, device in zip(known, devices, strict=True)]
+    files = files_of(configs)
+    faults = _faults(files, attn.name, configs)
+    if faults and any(c.is_tuned and uses_engine(c) for c in configs):
+        configs = [_untuned(attn, d, c, faults[0]) for d, c in zip(devices, configs, strict=True)]
+        files = files_of(configs)
+        faults = _faults(files, attn.name, configs)
+    if faults:
+        engines = zip(devices, configs, strict=True)
+        files = files_of([default_config(attn, d, faults[0]) if uses_engine(c) else c for d, c in engines])
+    return files
+
+
+def _untuned(attn: Attention, device: Device, configs: TargetConfigs, fault: str) -> TargetConfigs:
+    """The default rule in place of a tuned table with an engine."""
+    if not configs.is_tuned or not uses_engine(configs):
+        return configs
+    default = default_config(attn, device)
+    return replace(default, origin=f"{default.origin} What was tuned is left out: {fault}.")
 
 
 def resolve(targets: Sequence[str | Device] | None) -> tuple[Device, ...]:
@@ -139,8 +175,10 @@ def resolve(targets: Sequence[str | Device] | None) -> tuple[Device, ...]:
     return tuple(dict.fromkeys(t if isinstance(t, Device) else find(t) for t in targets))
 
 
-def _faults(files: Mapping[str, str | bytes], name: str) -> tuple[str, ...]:
+def _faults(files: Files, name: str, configs: Sequence[TargetConfigs]) -> tuple[str, ...]:
     """Why the engine of a package must not run, by its machine code."""
+    if not any(map(uses_engine, configs)):
+        return ()
     with tempfile.TemporaryDirectory(prefix="attncc-") as folder:
         package = Path(folder) / name
         _replace_tree(package, files)
@@ -302,7 +340,7 @@ def _is_package(path: Path) -> bool:
     )
 
 
-def _replace_tree(goal: Path, files: Mapping[str, str | bytes]) -> None:
+def _replace_tree(goal: Path, files: Files) -> None:
     """Writes files into a new directory beside `goal` and puts it in goal's place."""
     goal.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{goal.name}-", dir=goal.parent) as scratch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 
 import pytest
 from autotune.postgres import pg_ctl
@@ -22,7 +23,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    """Without a GPU kernels are interpreted, which Triton wants to know before anything imports it."""
+    """Without a GPU kernels are interpreted, which Triton wants to know before anything imports it.
+
+    Nobody's tuning records are read: the store of the session is an empty one.
+    """
+    os.environ["ATTNCC_STORE"] = tempfile.mkdtemp(prefix="attncc-store-")
     if not _has_gpu():
         os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 
 from attncc import driver
-from attncc.cli.output import FAILED, Backend, Json, SpecPath, guarded, print_json, print_table, progress
-from attncc.errors import SpecError
+from attncc.cli.output import FAILED, Backend, Json, SpecPath, guarded, parse_shape, print_json, print_table, progress
 
 Shapes = Annotated[
     list[str] | None,
@@ -42,17 +41,6 @@ def command(
         typer.echo(result.summary)
     if not result.passed:
         raise typer.Exit(FAILED)
-
-
-def parse_shape(text: str) -> dict[str, int]:
-    """`B=2,Sq=100` as sizes by name."""
-    sizes: dict[str, int] = {}
-    for entry in text.split(","):
-        key, equals, number = entry.strip().partition("=")
-        if not equals or not number.isdecimal():
-            raise SpecError(f"'{entry}' in --shape is no size", hint="write B=2,Sq=100,Sk=300")
-        sizes[key] = int(number)
-    return sizes
 
 
 def _row(outcome: driver.Outcome) -> tuple[str, ...]:

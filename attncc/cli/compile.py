@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 import typer
 
 from attncc import driver
-from attncc.cli.output import Backend, Json, SpecPath, guarded, print_json, progress
+from attncc.autotune import tuned
+from attncc.cli.output import Backend, Json, SpecPath, StorePath, guarded, opened, print_json, progress
 
 Out = Annotated[str, typer.Option("-o", "--out", metavar="DIR", help="The package is written to DIR/<name>.")]
 Targets = Annotated[
@@ -18,11 +20,20 @@ Targets = Annotated[
 
 @guarded
 def command(
-    spec: SpecPath, out: Out = ".", target: Targets = None, backend: Backend = None, as_json: Json = False
+    spec: SpecPath,
+    out: Out = ".",
+    target: Targets = None,
+    backend: Backend = None,
+    store: StorePath = None,
+    as_json: Json = False,
 ) -> None:
-    """Compile SPEC into an importable package that needs torch and triton, never attncc."""
+    """Compile SPEC into an importable package that needs torch and triton, never attncc.
+
+    Devices that the store has certified records for get tuned configs, which standard error tells.
+    """
+    known = tuned.from_store(opened(store), partial(typer.echo, err=True))
     with progress(as_json) as report:
-        package = driver.compile(spec, out, target, report, backend)
+        package = driver.compile(spec, out, target, report, backend, known)
     if as_json:
         names = [d.name for d in driver.resolve(target)]
         print_json({"package": str(package), "targets": names})

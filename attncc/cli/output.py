@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any, Final, ParamSpec
 
 import typer
@@ -19,7 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from attncc import driver
-from attncc.errors import AttnccError, CheckError, Unsupported
+from attncc.autotune.store import Store, default_root
+from attncc.errors import AttnccError, CheckError, SpecError, Unsupported
 
 FAILED: Final = 1
 WRONG: Final = 2
@@ -46,6 +48,9 @@ Backend = Annotated[
     typer.Option(
         metavar="BACKEND", help="What makes kernels for GPUs: triton (default), or tvm, which deploys without it."
     ),
+]
+StorePath = Annotated[
+    Path | None, typer.Option("--store", metavar="DIR", help="Of tuning records. Default: $ATTNCC_STORE, else yours.")
 ]
 SpecPath = Annotated[str, typer.Argument(metavar="SPEC", help="The variant's YAML file.")]
 
@@ -87,6 +92,22 @@ def _as_data(error: Exception) -> dict[str, Any]:
     if isinstance(error, Unsupported):
         data["key"] = error.key
     return data
+
+
+def opened(store: Path | None) -> Store:
+    """The store in this folder, or the user's own."""
+    return Store(default_root() if store is None else store)
+
+
+def parse_shape(text: str) -> dict[str, int]:
+    """`B=2,Sq=100` as sizes by name."""
+    sizes: dict[str, int] = {}
+    for entry in text.split(","):
+        key, equals, number = entry.strip().partition("=")
+        if not equals or not number.isdecimal():
+            raise SpecError(f"'{entry}' in --shape is no size", hint="write B=2,Sq=100,Sk=300")
+        sizes[key] = int(number)
+    return sizes
 
 
 def print_json(data: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ._cards import Here, counted, find_file, row, told
 from ._checks import Sizes, check_scale, check_tensors, default_scale, fill, keep
 from ._launch import INTERPRETED, TRITON, Launch, current_stream, map_fits, operand_view
 from ._runtime import Config, Kernel, Result, Variant
@@ -41,6 +42,7 @@ class Runner:
     def __init__(self, variant: Variant) -> None:
         self.variant = variant
         self.plans: dict[Any, Plan] = {}
+        self.files: dict[torch.device, tuple[Any, str]] = {}
 
     def __call__(self, tensors: Sequence[torch.Tensor], scale: float | None, with_lse: bool) -> Result:
         """Runs on `tensors`, which stand in the order of `variant.tensors`."""
@@ -74,13 +76,12 @@ class Runner:
             )
         lse = None if v.lse is None or not with_lse else fill(v.lse, sizes)
         plan = Plan(1.0, fill(v.output, sizes), lse, [], [], q.device.index if q.is_cuda else -1)
-        queries, keys = (sizes.get("T" + side, sizes.get("S" + side, 0)) for side in "qk")
-        if 0 in plan.output or keys == 0 or sizes["B"] == 0:
+        if 0 in plan.output or counted(sizes).get("pairs", 0) == 0:
             plan.empty = True
             return plan
         if with_scale:
             plan.scale = default_scale(v.name, v.scale, sizes)
-        config, _ = self.choose(q.device, sizes | {"pairs": sizes["B"] * queries * keys})
+        _, config = row(self.file(q.device)[0], counted(sizes))
         numbers = sizes | {k: x for k, x in config.items() if k not in OPTIONS} | {"WRITE_LSE": int(lse is not None)}
         flags = {
             "TMA": bool(numbers.pop("TMA", 0)) and not INTERPRETED and self.maps_fit(tensors),
@@ -166,33 +167,29 @@ class Runner:
 
     def choose(self, device: torch.device, sizes: Sizes) -> tuple[Config, str]:
         """The config for a device and shape, and the rule that chose it."""
-        for name, rule in device_names(device):
-            module = self.variant.configs.get(name)
-            if module is not None:
-                return pick(module, sizes), rule
-        name, rule = self.nearest(device)
-        if self.variant.on_miss == "error":
-            raise RuntimeError(f"{self.variant.name}: {rule}, and on_miss is 'error'")
-        if self.variant.on_miss == "warn" and device.type == "cuda":
-            warnings.warn(f"{self.variant.name}: {rule}; `attncc compile --target` adds one", stacklevel=4)
-        return pick(self.variant.configs[name], sizes), rule
+        module, rule = self.file(device)
+        sizes = counted(sizes)
+        bounds, config = row(module, sizes)
+        return config, f"{rule}{told(module, bounds, sizes)}"
 
-    def nearest(self, device: torch.device) -> tuple[str, str]:
-        """The newest architecture that is no newer than this one; for the interpreter, any."""
-        here = device_names(device)[0][0]
-        names = sorted(self.variant.configs)
-        if device.type == "cpu":
-            return names[0], f"interpreted with the config of {names[0]}"
-        if device.type == "cuda" and torch.version.hip is None:
-            major, minor = torch.cuda.get_device_capability(device)
-            older = [n for n in names if n.startswith("sm_") and int(n[3:]) <= 10 * major + minor]
-            if older:
-                name = max(older, key=lambda n: int(n[3:]))
-                return name, f"no config for {here}, using that of {name}, the nearest older architecture"
-        raise RuntimeError(
-            f"{self.variant.name} was compiled for {', '.join(names)} and cannot run on {here}: "
-            f"compile it with --target {here}"
-        )
+    def file(self, device: torch.device) -> tuple[Any, str]:
+        """The module of configs for a device, and why it is that one."""
+        if device in self.files:
+            return self.files[device]
+        v = self.variant
+        found = find_file(v.configs, device)
+        if found is None:
+            here = Here.of(device) if device.type == "cuda" else Here(device.type, device.type)
+            raise RuntimeError(
+                f"{v.name} was compiled for {', '.join(sorted(v.configs))} and cannot run on {here.name}: "
+                f"compile it with --target {here.arch}"
+            )
+        if not found.is_own and v.on_miss == "error":
+            raise RuntimeError(f"{v.name}: {found.rule}, and on_miss is 'error'")
+        if not found.is_own and v.on_miss == "warn":
+            warnings.warn(f"{v.name}: {found.rule}; `attncc compile --target` adds one", stacklevel=5)
+        self.files[device] = v.configs[found.name], found.rule
+        return self.files[device]
 
 
 def run(plan: Plan, tensors: list[Any], scale: float) -> None:
@@ -223,21 +220,3 @@ def entries(kernel: Kernel) -> Iterator[tuple[Any, ...]]:
     """A kernel's parameters, those of tuples among them."""
     for parameter in kernel.parameters:
         yield from parameter[1:] if parameter[0] == "args" else (parameter,)
-
-
-def pick(module: Any, sizes: Sizes) -> Config:
-    """The first row of a decision table whose bounds hold."""
-    for bounds, config in module.TABLE:
-        if all(name in sizes and sizes[name] <= most for name, most in bounds.items()):
-            return config
-    raise RuntimeError(f"{module.__name__}: no row of TABLE is without bounds")
-
-
-def device_names(device: torch.device) -> list[tuple[str, str]]:
-    """Names under which a device's configs may be filed, the most exact first."""
-    if device.type != "cuda":
-        return [(device.type, "the device's own file")]
-    p = torch.cuda.get_device_properties(device)
-    arch = p.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{p.major}{p.minor}"
-    card = p.name.lower().replace(" ", "_").replace("-", "_")
-    return [(card, "the card's own file"), (arch, "the architecture's file")]

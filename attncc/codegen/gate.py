@@ -22,7 +22,7 @@ from attncc.codegen.uniform import undefined, unwritten
 from attncc.device import ARCHITECTURES
 
 PATIENCE: Final = 120
-"""Seconds."""
+"""Seconds, for all its configs."""
 FEW: Final = 8
 """Words that all consumers together may reload in a turn of some 450 instructions each."""
 
@@ -92,11 +92,20 @@ def _judge_beside(made: Any) -> tuple[str, ...]:
 
 def _main(folder: Path) -> None:
     package = opened(folder, ARCHITECTURES["sm_90"])
-    config = next(c for m in package.VARIANT.configs.values() for _, c in m.TABLE if c.get("ENGINE"))
-    made = [*compiled(package, config)]
-    found = judge(made[0])
-    beside = tuple(reason for x in made[1:] for reason in _judge_beside(x))
-    print(json.dumps(asdict(replace(found, reasons=(*found.reasons, *beside)))))
+    found: list[Findings] = []
+    for config in _engine_configs(package):
+        engine, *others = compiled(package, config)
+        judged = judge(engine)
+        beside = tuple(reason for x in others for reason in _judge_beside(x))
+        found.append(replace(judged, reasons=(*judged.reasons, *beside)))
+    reasons = tuple(dict.fromkeys(reason for f in found for reason in f.reasons))
+    print(json.dumps(asdict(replace(found[0], reasons=reasons))))
+
+
+def _engine_configs(package: Any) -> list[dict[str, int]]:
+    """Each once: a tuned table has several."""
+    rows = [config for module in package.VARIANT.configs.values() for _, config in module.TABLE]
+    return [config for at, config in enumerate(rows) if config.get("ENGINE") and config not in rows[:at]]
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Final
 
 from attncc.codegen.call import PACKED, axes_text, has_lse, opening, sentence, tuple_text, write_attention
+from attncc.codegen.configs import TargetConfigs, configs_text, uses_engine
 from attncc.codegen.cpu import decodes
 from attncc.codegen.cuda import Cubin
 from attncc.codegen.engine import print_engine
@@ -28,20 +29,6 @@ SCRATCH_DTYPE: Final[Mapping[Dtype, str]] = {
     "bool": "bool", "f8e4m3": "uint8", "f8e5m2": "uint8",
 }  # fmt: skip
 STRIDED: Final[Mapping[str, str]] = {"bhsd": "bhsd", "bshd": "bshd", "varlen": "shd"}
-
-
-@dataclass(frozen=True, slots=True)
-class TargetConfigs:
-    """What a package knows of one target: rows of (upper bounds of sizes, config), the last without bounds."""
-
-    target: str
-    rows: tuple[tuple[Mapping[str, int], Mapping[str, int]], ...]
-    origin: str
-    """How the configs were found: a default rule, or a measurement and its certificate."""
-
-
-def uses_engine(configs: TargetConfigs) -> bool:
-    return any(config.get("ENGINE") for _, config in configs.rows)
 
 
 def without_engine(program: Program) -> Program:
@@ -94,9 +81,10 @@ def emit(
     gpu: dict[str, str | bytes] = {
         "kernels.py": _kernels(attn, texts, header),
         "_gpu.py": module_text("_gpu"),
+        "_cards.py": module_text("_cards"),
         "_launch.py": module_text("_launch"),
         "configs/__init__.py": '"""Launch configs, one module a device."""\n',
-        **{f"configs/{t.target}.py": _configs(attn, t) for t in targets},
+        **{f"configs/{t.target}.py": configs_text(attn, t) for t in targets},
     }
     cpu: dict[str, str | bytes] = {"_cpu.py": module_text("_cpu")}
     cpu |= {f"cpu/{isa}.so": code for isa, code in libraries.items()}
@@ -160,25 +148,6 @@ NOTATION: Final = (
     "tile; i and j are positions in the sequence. The softmax runs in powers of 2: m is the running maximum, l the",
     "running sum.",
 )
-
-
-def _configs(attn: Attention, t: TargetConfigs) -> str:
-    w = Writer()
-    w.line(f'"""Configs of {attn.name} for {t.target}: plain data.')
-    w.line()
-    w.line(t.origin)
-    w.line('"""')
-    w.line()
-    w.line("# the first row whose bounds hold: ({size: at most}, config)")
-    w.line("TABLE = (")
-    with w.indented():
-        for bounds, config in t.rows:
-            w.line(f"({mapping(bounds)},")
-            first, *others = filled(f'"{k}": {v}' for k, v in config.items())
-            lines = [f" {{{first}", *(f"  {line}" for line in others)]
-            w.block([*lines[:-1], f"{lines[-1].removesuffix(',')}}}),"])
-    w.line(")")
-    return w.text()
 
 
 def _init(

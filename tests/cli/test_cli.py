@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 from attncc import driver
 from attncc.check.cases import Case
 from attncc.cli import app, output
-from attncc.cli.check import parse_shape
+from attncc.cli.output import parse_shape
 from attncc.device import DEVICES
 from attncc.errors import CompilerBug, SpecError
 from attncc.reference import Deviation

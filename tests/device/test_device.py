@@ -28,7 +28,7 @@ def test_find_knows_targets_and_cards(name: str) -> None:
     ("wrong", "hint"),
     [
         ("sm_91", "sm_90"),
-        ("nvidia_h20", "nvidia_h200"),
+        ("nvidia_h201", "nvidia_h20"),
         ("gfx940", "gfx942"),
         ("SM_90", "sm_90"),
         ("", "valid: "),
@@ -67,6 +67,9 @@ def test_table_import_needs_no_torch() -> None:
         (properties("NVIDIA H100 80GB HBM3", 132), "nvidia_h100"),
         (properties("NVIDIA H100 PCIe", 114), "nvidia_h100_pcie"),
         (properties("NVIDIA H200", 132), "nvidia_h200"),
+        (properties("NVIDIA H20", 78), "nvidia_h20"),
+        (properties("NVIDIA GH200 480GB", 132), "nvidia_gh200"),
+        (properties("NVIDIA GH200 144G HBM3e", 132), "nvidia_gh200_hbm3e"),
         (properties("NVIDIA A100-SXM4-80GB", 108, "8.0"), "nvidia_a100"),
         (properties("AMD MI300X", 304, "9.4", "gfx942:sramecc+:xnack-"), "amd_mi300x"),
     ],
