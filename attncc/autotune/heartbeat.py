@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from typing import Final, Self, TypeVar
 
 import optuna
-from optuna.exceptions import StorageInternalError
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import Trial
 from sqlalchemy.exc import DBAPIError
@@ -16,6 +17,10 @@ from sqlalchemy.exc import DBAPIError
 from attncc.errors import TuneError
 
 Result = TypeVar("Result")
+
+# heartbeats come from a thread of ours, for trials that are asked for ahead
+warnings.filterwarnings("ignore", message="Heartbeat of storage is supposed", category=UserWarning)
+warnings.filterwarnings("ignore", message=".*fail_stale_trials is experimental", category=ExperimentalWarning)
 
 LOST: Final = (StorageInternalError, DBAPIError, ConnectionError)
 """What says that a storage cannot be reached."""

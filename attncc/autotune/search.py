@@ -13,7 +13,6 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from attncc.autotune.heartbeat import Heartbeat, insist
 from attncc.autotune.space import Branch, Candidate, Config
-from attncc.errors import SpecError, nearest
 
 SAMPLERS: Final[Mapping[str, Callable[[int], BaseSampler]]] = {
     "tpe": lambda seed: TPESampler(seed=seed, constant_liar=True, n_startup_trials=16),
@@ -51,13 +50,7 @@ class Search:
         storage: BaseStorage | None = None,
         name: str = "tuning",
     ) -> None:
-        """`predicted`: milliseconds of a config, a number a shape.
-
-        Raises:
-            SpecError: for an unknown sampler.
-        """
-        if sampler not in SAMPLERS:
-            raise SpecError(f"unknown sampler '{sampler}'", hint=nearest(sampler, SAMPLERS))
+        """`predicted`: milliseconds of a config, a number a shape. `sampler`: one of SAMPLERS."""
         self.axes = {branch.name: branch.axes for branch in branches}
         every = [(c, tuple(predicted(c.config))) for c in candidates]
         self.by_config = {frozenset(c.config.items()): c for c, _ in every}

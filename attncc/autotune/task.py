@@ -10,10 +10,11 @@ from hashlib import sha256
 
 from attncc import driver
 from attncc.autotune.declared import Shape, shapes_of
+from attncc.autotune.search import SAMPLERS
 from attncc.autotune.table import Decision
 from attncc.check.stand_in import stand_in
 from attncc.device import Device, here
-from attncc.errors import SpecError, Unsupported
+from attncc.errors import SpecError, Unsupported, nearest
 from attncc.ir.attention import Attention
 from attncc.ir.text import digest
 from attncc.spec import Spec
@@ -37,6 +38,12 @@ class Options:
     """Of timing, for each config and shape."""
     compilers: int = field(default_factory=lambda: max(1, (os.cpu_count() or 2) - 1))
     """Processes that compile while another one measures."""
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise SpecError(f"unknown sampler '{self.sampler}'", hint=nearest(self.sampler, SAMPLERS))
+        if self.trials is not None and self.trials < 1:
+            raise SpecError(f"{self.trials} trials are none", hint="name one at least, or a budget of time")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from attncc.autotune.findings import Case, importance, latest, outcomes, rejecti
 from attncc.autotune.record import Card, Certificate, Record, Sparsity, Toolchain
 from attncc.autotune.work import Work
 from attncc.cli import app
-from attncc.cli import report as command
 from attncc.driver import EXAMPLES
 from attncc.ir.text import digest
 from attncc.spec import load
@@ -189,8 +187,6 @@ def test_the_newest_trial_of_a_config_counts() -> None:
     assert len(kept) == len(TRIALS)
     assert again in kept
     assert TRIALS[0] not in kept
-    naive = again.model_copy(update={"when": datetime(1, 1, 1)})
-    assert latest([naive, *TRIALS])[0] == TRIALS[0]
 
 
 def test_rejections_are_counted_by_status_and_reason() -> None:
@@ -326,7 +322,7 @@ def test_one_record() -> None:
 
 @pytest.mark.parametrize("tiles", [0.0, 1e-300, 999999999.0])
 def test_odd_masks_make_a_page(tiles: float) -> None:
-    record = trial(ms=1e-9, sparsity=Sparsity(tiles=tiles, variance=0, full=0, skew=0))
+    record = trial(ms=1e-6, sparsity=Sparsity(tiles=tiles, variance=0, full=0, skew=0))
     flops = min(1.0, tiles)
     assert "1 of 1" in report.page([record], (), "tiny", {Case.of(record): Work(flops, 1.0)})
 
@@ -428,16 +424,3 @@ def test_a_card_that_no_rule_knows_has_no_defaults() -> None:
     odd = CARD.model_copy(update={"name": "odd", "arch": "sm_75"})
     assert report.defaults(load(EXAMPLES / "gemma2_local.yaml").attention, odd) == ()
     assert "no default for this kind of card" in report.page(TRIALS, (), "tiny", WORK)
-
-
-def test_what_is_not_installed_is_named(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> Any:
-        raise ModuleNotFoundError(f"No module named 'plotly' for {name}", name="plotly")
-
-    monkeypatch.setattr(command, "import_module", missing)
-    result = CliRunner().invoke(app, ["report", str(spec)])
-    assert result.exit_code == 3
-    assert "reports need plotly" in result.stderr
-    assert "pip install 'attncc[tune]'" in result.stderr
-    monkeypatch.setattr(command, "import_module", lambda _: import_module("attncc.autotune.nowhere"))
-    assert CliRunner().invoke(app, ["report", str(spec)]).exit_code == 70

@@ -116,7 +116,15 @@ def test_our_own_fault_is_exit_70_with_a_traceback(spec: Path, monkeypatch: pyte
         ("check", "SPEC", "--shape", "Sq"),
         ("check", "SPEC", "--seed", "one"),
         ("targets", "--verbose"),
-        ("tune", "SPEC"),
+        ("tune", "SPEC", "--budget", "soon"),
+        ("tune", "SPEC", "--shape", "B=x"),
+        ("tune", "SPEC", "--device", "nvidia_h200"),
+        ("tune", "SPEC", "--sampler", "luck", "--device", "interpreter", "--budget", "1s"),
+        ("tune", "SPEC", "--storage", "mysql://nowhere"),
+        ("tune", "SPEC", "--for", "nvidia_h200"),
+        ("worker",),
+        ("merge", "nowhere.jsonl"),
+        ("report", "SPEC"),
     ],
 )
 def test_a_wrong_command_line_is_exit_2(spec: Path, arguments: tuple[str, ...]) -> None:
