@@ -23,7 +23,6 @@ from attncc.autotune.timing import samples, summary
 from attncc.check.cases import Case, cases
 from attncc.check.operands import Operands, draw
 from attncc.check.run import TORCH_DTYPES, check_case, has_lse, imported
-from attncc.check.stand_in import stand_in
 from attncc.codegen.answer import answer
 from attncc.device import Device, parse
 
@@ -42,7 +41,7 @@ class Bench:
     """A package on one device, the operands of its shapes, and what its trusted configs made of them."""
 
     def __init__(self, folder: Path, module: Any, device: Device, seed: int) -> None:
-        self.attn = stand_in(spec.load(folder / "spec.yaml").attention, device)[0]
+        self.attn = spec.load(folder / "spec.yaml").attention
         self.module, self.device, self.seed = module, device, seed
         self.place = "cuda" if device.is_gpu else "cpu"
         self.operands: dict[str, Operands] = {}
@@ -93,6 +92,14 @@ class Bench:
                 rounds[at].append(summary(found)["ms"])
         return {"status": "measured", "rounds": rounds}
 
+    def choices(self) -> Answer:
+        """The configs that the package has for this device, each once; why these, and their certificate if any."""
+        runner = getattr(self.module._RUNNER, "gpu", self.module._RUNNER)
+        table, rule = runner.file(torch.device(self.place))
+        configs = [config for _, config in table.TABLE]
+        once = [c for n, c in enumerate(configs) if c not in configs[:n]]
+        return {"configs": once, "rule": rule, "certificate": getattr(table, "CERTIFICATE", {})}
+
     def _use(self, config: Config) -> None:
         """This config for every call from now on."""
         for table in self.module.VARIANT.configs.values():
@@ -140,7 +147,9 @@ def _main(folder: Path, device: Device, seed: int) -> None:
     with imported(folder) as module, torch.no_grad():
         bench = Bench(folder, module, device, seed)
 
-        questions = {f.__name__: f for f in (bench.describe, bench.measure, bench.certify, bench.compare)}
+        questions = {
+            f.__name__: f for f in (bench.describe, bench.measure, bench.certify, bench.compare, bench.choices)
+        }
 
         def handle(question: dict[str, Any]) -> Answer:
             ask = questions[question.pop("do")]

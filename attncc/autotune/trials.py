@@ -81,6 +81,10 @@ class Trials:
         """Against fp64, on hard shapes and operands; with a certificate if all agree."""
         return self._tried({"do": "certify", "config": dict(config)}, CERTIFY_S)
 
+    def choices(self) -> dict[str, Any]:
+        """The `configs` that the package has for the device, the `rule` why, and their `certificate`; or `why` not."""
+        return self._ask({"do": "choices"}, RUN_S)
+
     def compare(self, shape: Shape, configs: Sequence[Config]) -> list[list[float]]:
         """Milliseconds of each config, a number a round, in alternation; empty if one does not run any more."""
         question = {"do": "compare", "shape": dict(shape), "configs": [dict(c) for c in configs]}

@@ -22,7 +22,7 @@ from attncc.autotune.store import Store, default_root
 from attncc.autotune.task import Options, Tuned, task
 from attncc.autotune.trials import opened
 from attncc.device import Device
-from attncc.spec import Spec
+from attncc.spec import Spec, document
 
 DEFAULTS: Final = Options()
 
@@ -47,7 +47,8 @@ def tune(
     """
     what = task(source, shapes, device)
     with tempfile.TemporaryDirectory(prefix="attncc-tune-") as folder:
-        package = driver.compile(replace(what.spec, attention=what.attn), folder, [what.device])
+        as_run = replace(what.spec, attention=what.attn, text=document(what.attn))
+        package = driver.compile(as_run, folder, [what.device])
         cache = Path(folder, "cache")
         with opened(
             package, what.device, cache, options.compilers, options.seed, options.seconds, options.cold

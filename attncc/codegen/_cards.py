@@ -119,12 +119,14 @@ def row(module: Any, sizes: Sizes) -> tuple[Bounds, Config]:
     raise RuntimeError(f"{module.__name__}: no row of TABLE is without bounds")
 
 
-def told(module: Any, bounds: Bounds, sizes: Sizes) -> str:
-    """What is known of a tuned table's row, and of these sizes if they were measured."""
+def told(module: Any, bounds: Bounds, sizes: Sizes, triton: str) -> str:
+    """What is known of a tuned table's row, and of these sizes if they were measured; `triton` is the version here."""
     certificate = getattr(module, "CERTIFICATE", None)
     if certificate is None:
         return ""
     text = f", measured on {certificate['card']} {certificate['date']}; row: {bounds_text(bounds)}"
+    if certificate["triton"] != triton:
+        text += f"; certified with Triton {certificate['triton']}, this is {triton}: `attncc verify` checks again"
     for shape, ms, default in getattr(module, "MEASURED", ()):
         if all(sizes.get(name) == size for name, size in shape.items()):
             untuned = "" if default is None else f" (untuned {default:g} ms)"

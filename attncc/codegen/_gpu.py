@@ -170,7 +170,7 @@ class Runner:
         module, rule = self.file(device)
         sizes = counted(sizes)
         bounds, config = row(module, sizes)
-        return config, f"{rule}{told(module, bounds, sizes)}"
+        return config, f"{rule}{told(module, bounds, sizes, TRITON)}"
 
     def file(self, device: torch.device) -> tuple[Any, str]:
         """The module of configs for a device, and why it is that one."""
