@@ -19,6 +19,7 @@ from attncc.codegen.cpu import decodes, is_carried
 from attncc.codegen.cuda import Cubin
 from attncc.codegen.gate import examine
 from attncc.codegen.package import TargetConfigs, emit, uses_engine
+from attncc.codegen.prebuilt import ahead, prebuild
 from attncc.device import DEVICES, Device, find, here
 from attncc.errors import CompilerBug, SpecError, Unsupported, nearest
 from attncc.ir.attention import Attention
@@ -99,15 +100,19 @@ def compile(
     targets: Sequence[str | Device] | None = None,
     progress: Progress | None = None,
     backend: str | None = None,
+    aot: Sequence[str | Device] | None = None,
 ) -> Path:
     """Writes the package of a spec into the directory `out`, and returns its path, out/<name>.
 
     An earlier package there is replaced in one step; anything else of that name is refused. `backend` is what makes
     kernels for GPUs: `triton` where none is named, or `tvm`, whose packages need no Triton. CPUs always have TVM's.
+    `aot`: NVIDIA GPUs that are targets too, and whose cubins of Triton's kernels are put beside them: where these run,
+    a first call compiles nothing, and needs neither Triton nor a compiler.
     """
     report = progress or _silent
     loaded = load(source)
-    devices = resolve(targets)
+    devices = resolve(targets, aot)
+    prebuilt = tuple(dict.fromkeys(d.arch for d in ahead(aot, backend)))
     shares = share_out(devices, backend)
     goal = Path(out) / loaded.attention.name
     if goal.exists() and not _is_package(goal):
@@ -120,23 +125,44 @@ def compile(
         libraries = cpu_libraries(attn) if shares.libraries else {}
         binaries = cubins(attn, shares.cubins) if shares.cubins else {}
         made_by, name = f"attncc {VERSION}", digest(loaded.attention)
-        files = emit(attn, program, loaded.text, configs, made_by, name, libraries, binaries)
+        files = emit(attn, program, loaded.text, configs, made_by, name, libraries, binaries, prebuilt)
         if any(uses_engine(c) for c in configs):
             report("examining the engine", 2, 4)
             if reasons := _faults(files, loaded.attention.name):
                 configs = [default_config(attn, device, reasons[0]) for device in shares.kernels]
-                files = emit(attn, program, loaded.text, configs, made_by, name, libraries, binaries)
+                files = emit(attn, program, loaded.text, configs, made_by, name, libraries, binaries, prebuilt)
+        if prebuilt:
+            report("compiling ahead", 3, 4)
+            files |= _cubins_ahead(files, loaded.attention.name, shares.kernels, prebuilt)
     report("writing", 3, 4)
     _replace_tree(goal, files)
     report("done", 4, 4)
     return goal
 
 
-def resolve(targets: Sequence[str | Device] | None) -> tuple[Device, ...]:
-    """The devices of these names; the GPUs that are here, else the CPU, where none is named."""
-    if not targets:
+def resolve(targets: Sequence[str | Device] | None, aot: Sequence[str | Device] | None = None) -> tuple[Device, ...]:
+    """The devices of these names, and of `aot` those of no architecture among them.
+
+    The GPUs that are here, else the CPU, where none is named.
+    """
+    if not targets and not aot:
         return here()
-    return tuple(dict.fromkeys(t if isinstance(t, Device) else find(t) for t in targets))
+    named = tuple(dict.fromkeys(t if isinstance(t, Device) else find(t) for t in targets or ()))
+    more = tuple(dict.fromkeys(t if isinstance(t, Device) else find(t) for t in aot or ()))
+    return (*named, *(d for d in more if d.arch not in {n.arch for n in named}))
+
+
+def _cubins_ahead(
+    files: Mapping[str, str | bytes], name: str, devices: Sequence[Device], architectures: Sequence[str]
+) -> dict[str, bytes]:
+    """The files of a package's `aot`."""
+    made: dict[str, bytes] = {}
+    with tempfile.TemporaryDirectory(prefix="attncc-") as folder:
+        package = Path(folder) / name
+        _replace_tree(package, files)
+        for arch in architectures:
+            made |= prebuild(package, arch, [d.name for d in devices if d.arch == arch])
+    return made
 
 
 def _faults(files: Mapping[str, str | bytes], name: str) -> tuple[str, ...]:

@@ -14,17 +14,27 @@ Targets = Annotated[
     list[str] | None,
     typer.Option("-t", "--target", metavar="TARGET", help="Repeatable. Default: the GPUs here, else the CPU."),
 ]
+Aot = Annotated[
+    str | None,
+    typer.Option(metavar="ARCH[,ARCH…]", help="Cubins for these GPUs come with it: a first call compiles nothing."),
+]
 
 
 @guarded
 def command(
-    spec: SpecPath, out: Out = ".", target: Targets = None, backend: Backend = None, as_json: Json = False
+    spec: SpecPath,
+    out: Out = ".",
+    target: Targets = None,
+    backend: Backend = None,
+    aot: Aot = None,
+    as_json: Json = False,
 ) -> None:
     """Compile SPEC into an importable package that needs torch and triton, never attncc."""
+    ahead = None if aot is None else [name.strip() for name in aot.split(",")]
     with progress(as_json) as report:
-        package = driver.compile(spec, out, target, report, backend)
+        package = driver.compile(spec, out, target, report, backend, ahead)
     if as_json:
-        names = [d.name for d in driver.resolve(target)]
+        names = [d.name for d in driver.resolve(target, ahead)]
         print_json({"package": str(package), "targets": names})
     else:
         typer.echo(package)

@@ -44,13 +44,11 @@ class Findings:
 
 def examine(package: Path) -> Findings:
     """Compiles the engine of a package on disk, and judges it."""
-    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
-    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": path}
     try:
         with tempfile.TemporaryDirectory(prefix="attncc-gate-") as scratch:
             child = subprocess.run(
                 [sys.executable, "-m", __spec__.name, str(package)],
-                env=kept | {"TRITON_CACHE_DIR": scratch},
+                env=environment(scratch),
                 capture_output=True,
                 text=True,
                 check=False,
@@ -65,14 +63,24 @@ def examine(package: Path) -> Findings:
     return Findings(**(found | {"reasons": tuple(found["reasons"])}))
 
 
+def environment(scratch: str) -> dict[str, str]:
+    """A child's: ours without the interpreter, and with a cache of its own."""
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
+    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return kept | {"PYTHONPATH": path, "TRITON_CACHE_DIR": scratch}
+
+
 # -- inside the child ----------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
 class Driver:
     """What Triton asks of a driver before it compiles."""
 
+    arch: int
+
     def get_current_target(self) -> Any:
-        return import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
+        return import_module("triton.backends.compiler").GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -84,8 +92,8 @@ class Driver:
 def _launches(package: Any) -> list[tuple[Any, list[Any], dict[str, int]]]:
     """The kernels of a large call, the engine's first, each with its arguments and options."""
     torch: Any = import_module("torch")
-    variant, runner = package.VARIANT, package._RUNNER
-    runner = getattr(runner, "gpu", runner)
+    runner = runner_of(package)
+    variant = runner.variant
     sizes = {axis: x.fixed or (2 if axis == "B" else LENGTH) for axis, x in variant.sizes.items()}
     fill = import_module(f"{package.__name__}._checks").fill
     sizes["B + 1"] = sizes["B"] + 1  # sequences are packed between so many marks
@@ -141,17 +149,36 @@ def _disassembled(made: Any) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _main(folder: Path) -> None:
+def stand_in(arch: int) -> None:
+    """Makes Triton compile for a GPU that is not here, and torch speak of it."""
     triton: Any = import_module("triton")
     torch: Any = import_module("torch")
-    triton.runtime.driver.set_active(Driver())
-    properties = SimpleNamespace(multi_processor_count=132)
-    torch.cuda.get_device_properties = _always(properties)
+    triton.runtime.driver.set_active(Driver(arch))
+    torch.cuda.get_device_properties = _always(SimpleNamespace(multi_processor_count=132))
     torch.cuda.current_device = _always(0)
+
+
+def package_at(folder: Path) -> Any:
+    """The package, whose engine needs no memory of a GPU."""
+    torch: Any = import_module("torch")
     sys.path.insert(0, str(folder.parent))
     package = importlib.import_module(folder.name)
-    engine: Any = import_module(f"{folder.name}._engine")
-    engine.counter = lambda: torch.zeros(3, dtype=torch.int32)
+    if (folder / "_persistent.py").exists():
+        persistent: Any = import_module(f"{folder.name}._persistent")
+        persistent.counter = lambda: torch.zeros(3, dtype=torch.int32)
+        persistent.nowhere = lambda: torch.zeros(1)
+    return package
+
+
+def runner_of(package: Any) -> Any:
+    """What calls a package's kernels by Triton."""
+    runner = getattr(package._RUNNER, "gpu", package._RUNNER)
+    return runner.by_triton("no GPU is here") if hasattr(runner, "by_triton") else runner
+
+
+def _main(folder: Path) -> None:
+    stand_in(90)
+    package = package_at(folder)
     made = [f.warmup(*given, grid=(132,), **options) for f, given, options in _launches(package)]
     found = _judge(made[0])
     beside = tuple(reason for x in made[1:] for reason in _judge_beside(x))

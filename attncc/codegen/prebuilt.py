@@ -1,0 +1,238 @@
+"""Cubins of an emitted package for a GPU that need not be here: every launch that its calls can make, compiled ahead.
+
+It runs in a process of its own, for it takes the place of Triton's driver. What calls make of a launch is asked of the
+package's own code; which of a launch's arguments are multiples of 16 differs from call to call, and by LEVELS here.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Final
+
+from attncc.codegen import gate
+from attncc.codegen._index import digest
+from attncc.device import Device, find
+from attncc.errors import CompilerBug, SpecError, Unsupported
+
+LENGTH: Final = 4096
+"""Queries and keys of the call that is compiled for, at most; no constant depends on them."""
+NO_PATHS: Final = {"TRITON_DISABLE_LINE_INFO": "1"}
+"""Cubins would name the source's place on this machine, and be three times as large."""
+ODD: Final = 3
+ALIGNED: Final = 16
+"""A number and an address of which all that Triton assumes holds."""
+REFUSED: Final = 3
+"""Exit status of the child where something cannot be compiled ahead; it has said what."""
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """What is assumed of a call's strides and addresses; the most comes first, and the last assumes nothing."""
+
+    operands: bool
+    """Strides of operands are multiples of 16."""
+    others: bool
+    """So are those of other tensors, but for their last axis."""
+    addresses: bool
+
+
+LEVELS: Final = (Level(True, True, True), Level(True, False, True), Level(False, False, False))
+
+
+@dataclass(frozen=True, slots=True)
+class Unaligned:
+    """Stands for a tensor at any address."""
+
+    dtype: Any
+
+    def data_ptr(self) -> int:
+        return 1
+
+
+def ahead(names: Sequence[str | Device] | None, backend: str | None) -> tuple[Device, ...]:
+    """The devices that cubins are made for ahead, from what was asked for."""
+    if names is not None and not names:
+        raise SpecError("--aot names no architecture", hint="--aot sm_80,sm_90")
+    devices = tuple(x if isinstance(x, Device) else find(x) for x in names or ())
+    for device in devices:
+        if device.vendor != "nvidia":
+            raise SpecError(f"--aot: no cubin runs on target '{device.name}'", hint="name NVIDIA GPUs, such as sm_90")
+    if devices and backend == "tvm":
+        raise SpecError("--aot is for Triton's kernels; packages of --backend tvm hold cubins anyway")
+    return devices
+
+
+def prebuild(package: Path, arch: str, targets: Sequence[str]) -> dict[str, bytes]:
+    """The files of a package's `aot/<arch>`: cubins for all that the configs of `targets` ask for, and their index."""
+    with tempfile.TemporaryDirectory(prefix="attncc-aot-") as scratch:
+        out = Path(scratch, "out")
+        out.mkdir()
+        child = subprocess.run(
+            [sys.executable, "-m", __spec__.name, str(package), arch, str(out), *targets],
+            env=gate.environment(scratch) | NO_PATHS,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if child.returncode == REFUSED:
+            raise Unsupported(f"--aot {arch}: {child.stdout.strip()}", hint="leave --aot out: Triton compiles it")
+        if child.returncode:
+            raise CompilerBug(f"the kernels of '{package.name}' do not compile for {arch}:\n{child.stderr[-4000:]}")
+        return {f"aot/{arch}/{path.name}": path.read_bytes() for path in sorted(out.iterdir())}
+
+
+# -- inside the child ----------------------------------------------------------------------------
+
+
+def _main(folder: Path, arch: str, out: Path, targets: Sequence[str]) -> int:
+    gate.stand_in(int(arch.removeprefix("sm_")))
+    runner = gate.runner_of(gate.package_at(folder))
+    found: dict[str, list[dict[str, Any]]] = {}
+    try:
+        for name, options, made in _compiled(runner, targets):
+            entry = _entry(name, options, made)
+            if entry not in found.setdefault(name, []):
+                found[name].append(entry)
+                (out / entry["file"]).write_bytes(made.asm["cubin"])
+    except Unsupported as error:
+        print(error.message)
+        return REFUSED
+    (out / "index.json").write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+def _compiled(runner: Any, targets: Sequence[str]) -> Iterator[tuple[str, Mapping[str, int], Any]]:
+    """(kernel, options, compiled kernel) of every launch on every level."""
+    torch: Any = import_module("torch")
+    v = runner.variant
+    fill = import_module(f"{type(runner).__module__.rpartition('.')[0]}._checks").fill
+    sizes = {axis: x.fixed or _size(axis, x) for axis, x in v.sizes.items()}
+    sizes["B + 1"] = sizes["B"] + 1
+    tensors = [torch.empty(fill(t.axes, sizes), dtype=t.dtype, device="meta") for t in v.tensors]
+    parameters = {id(k.function): k.parameters for k in v.kernels}
+    for config, with_lse, with_maps in _calls(v, targets):
+        lse = fill(v.lse, sizes) if with_lse else None
+        plan = SimpleNamespace(output=fill(v.output, sizes), lse=lse, scratch=[])
+        launches = runner.launches(plan, tensors, sizes, config, with_lse, with_maps)
+        made = [(plan.output, tensors[0].dtype), (lse, torch.float32), *plan.scratch]
+        given = [*tensors, *(s if s is None else torch.empty(s, dtype=d, device="meta") for s, d in made)]
+        for launch in launches:
+            persistent = "args" in launch.bound.at  # of those nothing is assumed anyway
+            places = launch.flat(parameters[id(launch.function)])
+            for level in LEVELS[:1] if persistent else LEVELS:
+                arguments = _arguments(launch, places, given, level, v.axes)
+                yield (
+                    launch.function.__name__,
+                    launch.options,
+                    launch.function.warmup(*arguments, grid=(1,), **launch.options),
+                )
+
+
+def _size(axis: str, size: Any) -> int:
+    return 2 if axis == "B" else min(size.most, LENGTH) // size.multiple * size.multiple
+
+
+def _calls(variant: Any, targets: Sequence[str]) -> Iterator[tuple[Mapping[str, int], bool, bool]]:
+    """(config, whether lse is asked for, whether operands fit tensor maps) that calls can have."""
+    for target in targets:
+        for _, config in variant.configs[target].TABLE:
+            for with_lse in (False, True) if variant.lse else (False,):
+                for with_maps in (True, False) if config.get("TMA") else (False,):
+                    yield config, with_lse, with_maps
+
+
+def _arguments(
+    launch: Any, places: Sequence[Sequence[Any]], tensors: list[Any], level: Level, axes: Mapping[str, str]
+) -> list[Any]:
+    """The arguments of a launch, which have of what Triton assumes as much as the level says."""
+    torch: Any = import_module("torch")
+    last = {place[1]: place[2] for place in places if place[0] == "stride"}
+    for at, place in enumerate(places):
+        match place:
+            case ("stride", name, _) if name in axes:  # kernels with maps read none
+                launch.bound.arguments[at] = ALIGNED if level.operands and not launch.bound.tiles else ODD
+            case ("stride", name, axis):
+                aligned = level.others and name != "lse" and axis < last[name]
+                launch.bound.arguments[at] = ALIGNED if aligned else ODD
+            case _:
+                pass
+    given = launch.prepared(launch.bound, tensors, 0.1, launch.make_map)
+    if level.addresses:
+        return given
+    return [Unaligned(x.dtype) if isinstance(x, torch.Tensor) else x for x in given]
+
+
+def _entry(name: str, options: Mapping[str, int], made: Any) -> dict[str, Any]:
+    """What the index says of a compiled kernel."""
+    m = made.metadata
+    wants = {
+        "memory of Triton's": m.global_scratch_size,
+        "a profiler's memory": m.profile_scratch_size,
+        "a cluster": m.num_ctas > 1,
+        "a cooperative grid": m.launch_cooperative_grid,
+        "the launch before it": m.launch_pdl,
+    }
+    if unmet := [what for what, wanted in wants.items() if wanted]:
+        raise Unsupported(f"kernel {name} needs {' and '.join(unmet)}, which a launch from a cubin does not give it")
+    code = made.asm["cubin"]
+    return {
+        "file": f"{name}-{digest(code)[:12]}.cubin",
+        "digest": digest(code),
+        "symbol": m.name,
+        "threads": 32 * m.num_warps,
+        "shared_bytes": m.shared,
+        "options": dict(options),
+        "places": [*_places(made.src, m.tensordesc_meta or ())],
+    }
+
+
+def _places(source: Any, metas: Sequence[Mapping[str, Any]]) -> Iterator[list[Any]]:
+    """What a kernel takes as each argument; the entries of tuples stand in their place."""
+    left = iter(metas)
+    for at, kind in enumerate(source.signature.values()):
+        kinds: Mapping[tuple[int, ...], str] = dict(_entries(at, kind))
+        for path, k in kinds.items():
+            yield _place(k, source.constants.get(path), source.attrs.get(path, ()), left)
+
+
+def _entries(at: int, kind: Any) -> Iterator[tuple[tuple[int, ...], str]]:
+    if isinstance(kind, str):
+        yield (at,), kind
+    else:
+        yield from (((at, n), inner) for n, inner in enumerate(kind))
+
+
+def _place(kind: str, constant: Any, attributes: Sequence[Any], metas: Iterator[Mapping[str, Any]]) -> list[Any]:
+    multiple = 16 if ["tt.divisibility", 16] in attributes else 1
+    if kind == "constexpr":
+        return ["constant", constant]
+    if kind.startswith("*"):
+        return ["pointer", multiple]
+    if kind.startswith("tensordesc"):
+        return ["map", _map(next(metas))]
+    if kind in ("i32", "i64"):
+        return [kind, multiple]
+    if kind == "fp32":
+        return [kind]
+    raise Unsupported(f"an argument of type {kind}")
+
+
+def _map(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The driver's numbers of a tensor map."""
+    driver = import_module("triton.backends.nvidia.driver")
+    if meta["fp4_padded"]:
+        raise Unsupported("a tensor map of 4 bits")
+    kind = driver.TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]]
+    return {"dtype": kind, "item": meta["elem_size"], "swizzle": meta["swizzle"], "box": [*meta["block_size"]]}
+
+
+if __name__ == "__main__":
+    sys.exit(_main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4:]))
