@@ -116,7 +116,7 @@ def _always(value: Any) -> Callable[..., Any]:
     return lambda *_: value
 
 
-def _judge(made: Any) -> Findings:
+def judge(made: Any) -> Findings:
     """What is to be said of a compiled engine."""
     ptxas = import_module("triton.backends.nvidia.compiler").get_ptxas(90).path
     with tempfile.TemporaryDirectory(prefix="attncc-gate-") as folder:
@@ -180,7 +180,7 @@ def _main(folder: Path) -> None:
     stand_in(90)
     package = package_at(folder)
     made = [f.warmup(*given, grid=(132,), **options) for f, given, options in _launches(package)]
-    found = _judge(made[0])
+    found = judge(made[0])
     beside = tuple(reason for x in made[1:] for reason in _judge_beside(x))
     print(json.dumps(asdict(replace(found, reasons=(*found.reasons, *beside)))))
 

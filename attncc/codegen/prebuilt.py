@@ -2,6 +2,7 @@
 
 It runs in a process of its own, for it takes the place of Triton's driver. What calls make of a launch is asked of the
 package's own code; which of a launch's arguments are multiples of 16 differs from call to call, and by LEVELS here.
+Triton assumes that of the entries of tuples too, whatever the kernel says: so an engine is looked at on each of them.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from attncc.codegen import gate
 from attncc.codegen._index import digest
@@ -26,25 +27,33 @@ LENGTH: Final = 4096
 """Queries and keys of the call that is compiled for, at most; no constant depends on them."""
 NO_PATHS: Final = {"TRITON_DISABLE_LINE_INFO": "1"}
 """Cubins would name the source's place on this machine, and be three times as large."""
-ODD: Final = 3
 ALIGNED: Final = 16
-"""A number and an address of which all that Triton assumes holds."""
+ODD: Final = 3
+FAR: Final = 2**40 + 1
+"""Numbers: of one all that Triton may assume holds, of another that it takes 32 bits, of the last nothing."""
 REFUSED: Final = 3
 """Exit status of the child where something cannot be compiled ahead; it has said what."""
 
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """What is assumed of a call's strides and addresses; the most comes first, and the last assumes nothing."""
+    """What is assumed of a call: its numbers by what they are, and its tensors' addresses."""
 
-    operands: bool
-    """Strides of operands are multiples of 16."""
-    others: bool
-    """So are those of other tensors, but for their last axis."""
-    addresses: bool
+    operands: int
+    """Strides of operands."""
+    others: int
+    """Those of other tensors, but for the last axis."""
+    rest: int
+    sizes: int
+    aligned: bool
 
 
-LEVELS: Final = (Level(True, True, True), Level(True, False, True), Level(False, False, False))
+LEVELS: Final = (
+    Level(ALIGNED, ALIGNED, ODD, ALIGNED, True),
+    Level(ALIGNED, ODD, ODD, ODD, True),
+    Level(FAR, FAR, FAR, ODD, False),
+)
+"""The most special first; the last takes every call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +106,15 @@ def _main(folder: Path, arch: str, out: Path, targets: Sequence[str]) -> int:
     runner = gate.runner_of(gate.package_at(folder))
     found: dict[str, list[dict[str, Any]]] = {}
     try:
-        for name, options, made in _compiled(runner, targets):
-            entry = _entry(name, options, made)
-            if entry not in found.setdefault(name, []):
-                found[name].append(entry)
-                (out / entry["file"]).write_bytes(made.asm["cubin"])
+        for launch, made in _compiled(runner, targets):
+            name = launch.function.__name__
+            entry = _entry(name, launch.options, made)
+            if entry in found.setdefault(name, []):
+                continue
+            if "args" in launch.bound.at and (reasons := gate.judge(made).reasons):
+                raise Unsupported(f"the engine, for calls that were not examined: {reasons[0]}")
+            found[name].append(entry)
+            (out / entry["file"]).write_bytes(made.asm["cubin"])
     except Unsupported as error:
         print(error.message)
         return REFUSED
@@ -109,8 +122,8 @@ def _main(folder: Path, arch: str, out: Path, targets: Sequence[str]) -> int:
     return 0
 
 
-def _compiled(runner: Any, targets: Sequence[str]) -> Iterator[tuple[str, Mapping[str, int], Any]]:
-    """(kernel, options, compiled kernel) of every launch on every level."""
+def _compiled(runner: Any, targets: Sequence[str]) -> Iterator[tuple[Any, Any]]:
+    """Every launch, and its compiled kernel, on every level."""
     torch: Any = import_module("torch")
     v = runner.variant
     fill = import_module(f"{type(runner).__module__.rpartition('.')[0]}._checks").fill
@@ -122,18 +135,14 @@ def _compiled(runner: Any, targets: Sequence[str]) -> Iterator[tuple[str, Mappin
         lse = fill(v.lse, sizes) if with_lse else None
         plan = SimpleNamespace(output=fill(v.output, sizes), lse=lse, scratch=[])
         launches = runner.launches(plan, tensors, sizes, config, with_lse, with_maps)
-        made = [(plan.output, tensors[0].dtype), (lse, torch.float32), *plan.scratch]
-        given = [*tensors, *(s if s is None else torch.empty(s, dtype=d, device="meta") for s, d in made)]
+        own = [(plan.output, tensors[0].dtype), (lse, torch.float32), *plan.scratch]
+        given = [*tensors, *(s if s is None else torch.empty(s, dtype=d, device="meta") for s, d in own)]
         for launch in launches:
-            persistent = "args" in launch.bound.at  # of those nothing is assumed anyway
             places = launch.flat(parameters[id(launch.function)])
-            for level in LEVELS[:1] if persistent else LEVELS:
-                arguments = _arguments(launch, places, given, level, v.axes)
-                yield (
-                    launch.function.__name__,
-                    launch.options,
-                    launch.function.warmup(*arguments, grid=(1,), **launch.options),
-                )
+            for level in LEVELS:
+                arguments = _arguments(launch, places, given, level, v)
+                made = launch.function.warmup(*arguments, grid=(1,), **launch.options)
+                yield launch, made
 
 
 def _size(axis: str, size: Any) -> int:
@@ -150,24 +159,31 @@ def _calls(variant: Any, targets: Sequence[str]) -> Iterator[tuple[Mapping[str, 
 
 
 def _arguments(
-    launch: Any, places: Sequence[Sequence[Any]], tensors: list[Any], level: Level, axes: Mapping[str, str]
+    launch: Any, places: Sequence[Sequence[Any]], tensors: list[Any], level: Level, variant: Any
 ) -> list[Any]:
-    """The arguments of a launch, which have of what Triton assumes as much as the level says."""
-    torch: Any = import_module("torch")
+    """The arguments of a launch, of which as much holds as the level says."""
     last = {place[1]: place[2] for place in places if place[0] == "stride"}
     for at, place in enumerate(places):
         match place:
-            case ("stride", name, _) if name in axes:  # kernels with maps read none
-                launch.bound.arguments[at] = ALIGNED if level.operands and not launch.bound.tiles else ODD
+            case ("stride", name, _) if name in variant.axes:  # kernels with maps read none
+                launch.bound.arguments[at] = level.rest if launch.bound.tiles else level.operands
             case ("stride", name, axis):
-                aligned = level.others and name != "lse" and axis < last[name]
-                launch.bound.arguments[at] = ALIGNED if aligned else ODD
+                launch.bound.arguments[at] = level.rest if name == "lse" or axis == last[name] else level.others
+            case ("size", _):
+                launch.bound.arguments[at] = level.sizes
             case _:
                 pass
     given = launch.prepared(launch.bound, tensors, 0.1, launch.make_map)
-    if level.addresses:
+    if level.aligned:
         return given
-    return [Unaligned(x.dtype) if isinstance(x, torch.Tensor) else x for x in given]
+    theirs = {id(t) for t in tensors[: len(variant.tensors)]}  # what a package allocates is aligned
+    return [_anywhere(x, theirs) for x in given]
+
+
+def _anywhere(x: Any, theirs: Set[int]) -> Any:
+    if isinstance(x, tuple):
+        return tuple(_anywhere(entry, theirs) for entry in cast("tuple[Any, ...]", x))
+    return Unaligned(x.dtype) if id(x) in theirs else x
 
 
 def _entry(name: str, options: Mapping[str, int], made: Any) -> dict[str, Any]:
