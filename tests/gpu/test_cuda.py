@@ -283,17 +283,11 @@ def prebuilt_calls(name: str) -> Iterator[dict[str, Any]]:
             continue
         kv = 2 if name == "dense" else 4
         more = {"w": normal(4, s, s, dtype=torch.float16)} if name == "bias" else {}
-        yield {"q": normal(b, 4, s, 64), "k": normal(b, kv, s, 64), "v": normal(b, kv, s, 64)} | more
-        yield {
-            "q": normal(b, 4, s, 67)[..., :64],
-            "k": normal(b, kv, s, 67)[..., 1:65],
-            "v": normal(b, kv, s, 64),
-        } | more
-        yield {
-            "q": normal(b, s, 4, 64).mT.mT.transpose(1, 2),
-            "k": normal(b, kv, s, 64),
-            "v": normal(b, kv, s, 64),
-        } | more
+        k, v = normal(b, kv, s, 64), normal(b, kv, s, 64)
+        wide = normal(b, kv, s, 67)[..., 1:65]
+        yield {"q": normal(b, 4, s, 64), "k": k, "v": v} | more
+        yield {"q": normal(b, 4, s, 67)[..., :64], "k": wide, "v": v} | more
+        yield {"q": normal(b, s, 4, 64).transpose(1, 2), "k": k, "v": v} | more
 
 
 @pytest.mark.parametrize("name", PREBUILT)
@@ -305,10 +299,8 @@ def test_cubins_compute_what_triton_does(folder: Path, name: str) -> None:
     importlib.invalidate_caches()
     ahead = importlib.import_module(f"ahead_{name}")
     for call in prebuilt_calls(name):
-        for want, got in zip(
-            plain.attention(**call, return_lse=True), ahead.attention(**call, return_lse=True), strict=True
-        ):
-            assert torch.equal(got, want)
+        both = [m.attention(**call, return_lse=True) for m in (plain, ahead)]
+        assert all(torch.equal(got, want) for want, got in zip(*both, strict=True))
         assert torch.equal(ahead.attention(**call), want := plain.attention(**call))
         with torch.cuda.stream(torch.cuda.Stream()):
             torch.cuda.synchronize()
