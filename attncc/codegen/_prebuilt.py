@@ -237,12 +237,13 @@ class Runner(_gpu.Runner):
 
     def find(self, device: torch.device) -> str:
         """The architecture whose cubins a GPU runs: its own, or an older one of the same generation up to sm_89."""
-        major, minor = torch.cuda.get_device_capability(device)
+        major, minor = torch.cuda.get_device_capability(device) if torch.version.hip is None else (0, 0)
         here = 10 * major + minor
         known = [int(arch.removeprefix("sm_")) for arch in self.architectures]
         runs = [n for n in known if n == here or (n < here < 90 and n // 10 == major)]
         if not runs:
-            raise Missing(f"there are cubins for {', '.join(self.architectures)}, none for sm_{here}")
+            what = f"sm_{here}" if here else "AMD's GPUs"
+            raise Missing(f"there are cubins for {', '.join(self.architectures)}, none for {what}")
         return f"sm_{max(runs)}"
 
     def read(self, arch: str) -> Mapping[str, Sequence[Cubin]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import json
 import struct
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -122,7 +124,7 @@ def parameters(cubin: bytes, kernel: str) -> list[tuple[int, int]]:
 def test_parameters_lie_as_the_cubin_has_them(package: ModuleType, arch: str) -> None:
     folder = Path(package.__file__ or "").parent / "aot" / arch
     found = _index.read(folder / "index.json")["ahead_forward"]
-    assert len(found) == {"sm_80": 4, "sm_90": 8}[arch]
+    assert len(found) == {"sm_80": 4, "sm_90": 6}[arch]
     for cubin in found:
         fields, size = _index.laid_out(cubin.places)
         theirs = parameters((folder / cubin.file).read_bytes(), cubin.symbol)
@@ -214,10 +216,11 @@ def test_a_launch_is_what_triton_would_launch(
 
 
 def test_the_most_special_cubin_is_taken(package: ModuleType, cuda: Driver) -> None:
-    assumed = {
-        call: {p.detail for p in launches(package._RUNNER, package, CALLS[call](), True, False)[0][0].cubin.places[:18]}
-        for call in CALLS
-    }
+    """By the pointers and strides of q, k and v."""
+    assumed: dict[str, set[int]] = {}
+    for call, tensors in CALLS.items():
+        (launch,), _ = launches(package._RUNNER, package, tensors(), True, False)
+        assumed[call] = {p.detail for p in (*launch.cubin.places[:3], *launch.cubin.places[6:15])}
     assert assumed.pop("odd strides") == assumed.pop("unaligned") == {1}
     assert all(x == {16} for x in assumed.values())
 
@@ -279,6 +282,40 @@ def test_other_gpus_have_none(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     with pytest.raises(package._prebuilt.Missing, match=rf"sm_80, sm_90, none for sm_{capability[0]}{capability[1]}"):
         package._RUNNER.find(torch.device("cuda", 0))
+
+
+def test_amd_s_gpus_have_none(package: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    with pytest.raises(package._prebuilt.Missing, match="none for AMD's GPUs"):
+        package._RUNNER.find(torch.device("cuda", 0))
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    device = torch.device("cuda", 0)
+    is_cuda = True
+
+
+@pytest.mark.parametrize("on_miss", ["warn", "default", "error"])
+def test_a_miss_is_not_silent(package: ModuleType, monkeypatch: pytest.MonkeyPatch, on_miss: str) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    runner = package._prebuilt.Runner(replace(package.VARIANT, on_miss=on_miss), ("sm_80", "sm_90"))
+    monkeypatch.setattr(runner, "choose", lambda *_: (SMALL, "a test's"))
+    tensors = [x.as_subclass(Elsewhere) for x in CALLS["plain"]()]
+    other = runner.by_triton("a test")
+    monkeypatch.setattr(other, "plan", lambda *given: given[1:])
+    said = "ahead: there are cubins for sm_80, sm_90, none for sm_100"
+    if on_miss == "error":
+        with pytest.raises(RuntimeError, match=f"^{said}, and on_miss is 'error'$"):
+            runner.plan(tensors, True, False)
+        return
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        assert runner.plan(tensors, True, False) == (True, False)
+    assert [str(w.message) for w in heard] == [f"{said}: Triton compiles one"] * (on_miss == "warn")
 
 
 @pytest.mark.parametrize("knob", ["BM", "BN", "GROUP", "num_warps", "num_stages"])
