@@ -20,6 +20,7 @@ from attncc.codegen.cpu import decodes, is_carried
 from attncc.codegen.cuda import Cubin
 from attncc.codegen.gate import examine
 from attncc.codegen.package import emit
+from attncc.codegen.prebuilt import ahead, prebuild
 from attncc.device import DEVICES, Device, find, here
 from attncc.errors import CompilerBug, SpecError, Unsupported, nearest
 from attncc.ir.attention import Attention
@@ -106,37 +107,44 @@ def compile(
     progress: Progress | None = None,
     backend: str | None = None,
     tuned: Tuned | None = None,
+    aot: Sequence[str | Device] | None = None,
 ) -> Path:
     """Writes the package of a spec into the directory `out`, and returns its path, out/<name>.
 
     An earlier package there is replaced in one step; anything else of that name is refused. `backend` is what makes
     kernels for GPUs: `triton` where none is named, or `tvm`, whose packages need no Triton. CPUs always have TVM's.
-    A device of which `tuned` knows nothing gets the default rule.
+    A device of which `tuned` knows nothing gets the default rule. `aot`: NVIDIA GPUs that are targets too, and whose
+    cubins of Triton's kernels are put beside them: where these run, a first call compiles nothing, and needs neither
+    Triton nor a compiler.
     """
     report = progress or _silent
     loaded = load(source)
-    devices = resolve(targets)
+    devices = resolve(targets, aot)
+    prebuilt = tuple(dict.fromkeys(d.arch for d in ahead(aot, backend)))
     shares = share_out(devices, backend)
     goal = Path(out) / loaded.attention.name
     if goal.exists() and not _is_package(goal):
         raise SpecError(f"{goal} exists and is no attncc package", hint="choose another -o, or remove it")
-    report("passes", 0, 4)
+    report("passes", 0, 5)
     with _place(loaded):
         attn, program = lower(loaded.attention)
-        report("printing", 1, 4)
+        report("printing", 1, 5)
         libraries = cpu_libraries(attn) if shares.libraries else {}
         binaries = cubins(attn, shares.cubins) if shares.cubins else {}
         made_by, name = f"attncc {VERSION}", digest(loaded.attention)
 
         def files_of(configs: Sequence[TargetConfigs]) -> Files:
-            return emit(attn, program, loaded.text, configs, made_by, name, libraries, binaries)
+            return emit(attn, program, loaded.text, configs, made_by, name, libraries, binaries, prebuilt)
 
         known = [tuned(attn, device, name) if tuned else None for device in shares.kernels]
-        report("examining engines", 2, 4)
+        report("examining engines", 2, 5)
         files = _allowed(attn, shares.kernels, known, files_of)
-    report("writing", 3, 4)
+        if prebuilt:
+            report("compiling ahead", 3, 5)
+            files = {**files, **_cubins_ahead(files, loaded.attention.name, shares.kernels, prebuilt)}
+    report("writing", 4, 5)
     _replace_tree(goal, files)
-    report("done", 4, 4)
+    report("done", 5, 5)
     return goal
 
 
@@ -168,11 +176,29 @@ def _untuned(attn: Attention, device: Device, configs: TargetConfigs, fault: str
     return replace(default, origin=f"{default.origin} What was tuned is left out: {fault}.")
 
 
-def resolve(targets: Sequence[str | Device] | None) -> tuple[Device, ...]:
-    """The devices of these names; the GPUs that are here, else the CPU, where none is named."""
-    if not targets:
+def resolve(targets: Sequence[str | Device] | None, aot: Sequence[str | Device] | None = None) -> tuple[Device, ...]:
+    """The devices of these names, and of `aot` those of no architecture among them.
+
+    The GPUs that are here, else the CPU, where none is named.
+    """
+    if not targets and not aot:
         return here()
-    return tuple(dict.fromkeys(t if isinstance(t, Device) else find(t) for t in targets))
+    named = tuple(dict.fromkeys(t if isinstance(t, Device) else find(t) for t in targets or ()))
+    more = tuple(dict.fromkeys(t if isinstance(t, Device) else find(t) for t in aot or ()))
+    return (*named, *(d for d in more if d.arch not in {n.arch for n in named}))
+
+
+def _cubins_ahead(
+    files: Mapping[str, str | bytes], name: str, devices: Sequence[Device], architectures: Sequence[str]
+) -> dict[str, bytes]:
+    """The files of a package's `aot`."""
+    made: dict[str, bytes] = {}
+    with tempfile.TemporaryDirectory(prefix="attncc-") as folder:
+        package = Path(folder) / name
+        _replace_tree(package, files)
+        for arch in architectures:
+            made |= prebuild(package, arch, [d.name for d in devices if d.arch == arch])
+    return made
 
 
 def _faults(files: Files, name: str, configs: Sequence[TargetConfigs]) -> tuple[str, ...]:

@@ -16,6 +16,10 @@ Targets = Annotated[
     list[str] | None,
     typer.Option("-t", "--target", metavar="TARGET", help="Repeatable. Default: the GPUs here, else the CPU."),
 ]
+Aot = Annotated[
+    str | None,
+    typer.Option(metavar="ARCH[,ARCH…]", help="Cubins for these GPUs come with it: a first call compiles nothing."),
+]
 
 
 @guarded
@@ -25,6 +29,7 @@ def command(
     target: Targets = None,
     backend: Backend = None,
     store: StorePath = None,
+    aot: Aot = None,
     as_json: Json = False,
 ) -> None:
     """Compile SPEC into an importable package that needs torch and triton, never attncc.
@@ -32,10 +37,11 @@ def command(
     Devices that the store has certified records for get tuned configs, which standard error tells.
     """
     known = tuned.from_store(opened(store), partial(typer.echo, err=True))
+    ahead = None if aot is None else [name.strip() for name in aot.split(",")]
     with progress(as_json) as report:
-        package = driver.compile(spec, out, target, report, backend, known)
+        package = driver.compile(spec, out, target, report, backend, known, ahead)
     if as_json:
-        names = [d.name for d in driver.resolve(target)]
+        names = [d.name for d in driver.resolve(target, ahead)]
         print_json({"package": str(package), "targets": names})
     else:
         typer.echo(package)

@@ -6,17 +6,16 @@ be captured in a CUDA graph.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import _driver
 from ._checks import Sizes, check_scale, check_tensors, default_scale, fill, keep, own_sizes
 from ._runtime import Config, Result, Variant
 
@@ -24,12 +23,6 @@ FOLDER = Path(__file__).resolve().parent / "cuda"
 LANES_OF_BYTES = 16
 """Bytes that one copy moves; operands that lie on them have a kernel of their own."""
 IN_CHUNKS, ANY = "attention", "attention_any"
-MOST_SHARED = 8
-"""CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES"""
-NO_CONTEXT = 201
-"""CUDA_ERROR_INVALID_CONTEXT"""
-BUFFER, BUFFER_SIZE, END = 1, 2, 0
-"""CU_LAUNCH_PARAM_*: parameters come as one buffer."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +47,7 @@ class Plan:
     device: torch.device
     block: Block
     empty: bool = False
-    function: Any = None
+    function: _driver.Function | None = None
     blocks: int = 0
     parameters: bytes = b""
     """As the kernel takes them, pointers and the scale left open."""
@@ -70,7 +63,7 @@ class Runner:
     def __init__(self, variant: Variant, heads: int, blocks: Mapping[str, Block]) -> None:
         self.variant, self.heads, self.blocks = variant, heads, blocks
         self.plans: dict[Any, Plan] = {}
-        self.functions: dict[tuple[int, str], Any] = {}
+        self.functions: dict[tuple[int, str], _driver.Function] = {}
 
     def __call__(self, tensors: Sequence[torch.Tensor], scale: float | None, with_lse: bool) -> Result:
         key = (
@@ -135,7 +128,7 @@ class Runner:
         assert isinstance(width, int)
         return width * tensors[0].element_size() % LANES_OF_BYTES == 0 and all(map(lies_on_chunks, tensors[:3]))
 
-    def function(self, device: torch.device, arch: str, kernel: str) -> Any:
+    def function(self, device: torch.device, arch: str, kernel: str) -> _driver.Function:
         """A kernel's handle on a device, whose module is loaded once."""
         found = self.functions.get((device.index, kernel))
         if found is None:
@@ -147,8 +140,9 @@ class Runner:
                     f"{limit}: compile the package with --target for it"
                 )
             with torch.cuda.device(device):
-                enter_context(device)
-                found = load((FOLDER / f"{arch}.cubin").read_bytes(), kernel, block.shared_bytes)
+                _driver.enter_context(device)
+                handle = _driver.load((FOLDER / f"{arch}.cubin").read_bytes(), kernel, block.shared_bytes)
+            found = _driver.Function(handle, device, block.threads, block.shared_bytes)
             self.functions[device.index, kernel] = found
         return found
 
@@ -178,9 +172,6 @@ def lies_on_chunks(t: torch.Tensor) -> bool:
     return all(n * size % LANES_OF_BYTES == 0 for n in (t.shape[-1], *steps)) and t.data_ptr() % LANES_OF_BYTES == 0
 
 
-# -- the driver ----------------------------------------------------------------------------------
-
-
 def start(plan: Plan, tensors: Sequence[torch.Tensor | None], scale: float) -> None:
     """Launches a plan's kernel on its device, whichever is the current one."""
     if plan.device.index == torch.cuda.current_device():
@@ -195,42 +186,4 @@ def launch(plan: Plan, tensors: Sequence[torch.Tensor | None], scale: float) -> 
     content = bytearray(plan.parameters)
     struct.pack_into(f"={len(tensors)}Q", content, 0, *[0 if t is None else t.data_ptr() for t in tensors])
     struct.pack_into("=f", content, plan.scale_at, scale)
-    parameters, size = (ctypes.c_char * len(content)).from_buffer(content), ctypes.c_size_t(len(content))
-    extra = (ctypes.c_void_p * 5)(BUFFER, ctypes.addressof(parameters), BUFFER_SIZE, ctypes.addressof(size), END)
-    stream = ctypes.c_void_p(torch.cuda.current_stream(plan.device).cuda_stream)
-    block = plan.block
-    arguments = (plan.function, plan.blocks, 1, 1, block.threads, 1, 1, block.shared_bytes, stream, None, extra)
-    status = driver().cuLaunchKernel(*arguments)
-    if status == NO_CONTEXT:  # the first call of a thread
-        enter_context(plan.device)
-        status = driver().cuLaunchKernel(*arguments)
-    check(status)
-
-
-def enter_context(device: torch.device) -> None:
-    """Makes the context that torch has on a device this thread's."""
-    context = ctypes.c_void_p()
-    check(driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device.index))
-    check(driver().cuCtxSetCurrent(context))
-
-
-def load(code: bytes, kernel: str, shared_bytes: int) -> Any:
-    """The handle of a cubin's kernel in the current context."""
-    module, function = ctypes.c_void_p(), ctypes.c_void_p()
-    check(driver().cuModuleLoadData(ctypes.byref(module), code))
-    check(driver().cuModuleGetFunction(ctypes.byref(function), module, kernel.encode()))
-    check(driver().cuFuncSetAttribute(function, MOST_SHARED, shared_bytes))
-    return function
-
-
-@cache
-def driver() -> Any:
-    """CUDA's driver, which torch has loaded."""
-    return ctypes.CDLL("libcuda.so.1")
-
-
-def check(status: int) -> None:
-    if status:
-        text = ctypes.c_char_p()
-        driver().cuGetErrorString(status, ctypes.byref(text))
-        raise RuntimeError(f"CUDA driver: {(text.value or b'unknown error').decode()} ({status})")
+    _driver.start_packed(plan.function, plan.blocks, torch.cuda.current_stream(plan.device).cuda_stream, content)

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from ._bound import Binding, Way, current_stream, map_fits, operand_view
 from ._cards import Here, counted, find_file, row, told
 from ._checks import Sizes, check_scale, check_tensors, default_scale, fill, keep
-from ._launch import INTERPRETED, TRITON, Launch, current_stream, map_fits, operand_view
 from ._runtime import Config, Kernel, Result, Variant
 
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
@@ -31,16 +31,17 @@ class Plan:
     output: tuple[int, ...]
     lse: tuple[int, ...] | None
     scratch: list[tuple[tuple[int, ...], torch.dtype]]
-    launches: list[Launch]
+    launches: list[Binding]
     device: int
     empty: bool = False
+    interpreted: bool = False
 
 
 class Runner:
     """Calls a variant on a GPU, or in Triton's interpreter where triton was imported for that."""
 
-    def __init__(self, variant: Variant) -> None:
-        self.variant = variant
+    def __init__(self, variant: Variant, way: Way) -> None:
+        self.variant, self.way = variant, way
         self.plans: dict[Any, Plan] = {}
         self.files: dict[torch.device, tuple[Any, str]] = {}
 
@@ -69,42 +70,54 @@ class Runner:
         """`with_scale`: the call gives none, so that the spec's own is due."""
         v, q = self.variant, tensors[0]
         sizes = check_tensors(v.name, v.tensors, tensors, v.sizes)
-        if not q.is_cuda and not (INTERPRETED and q.is_cpu):
+        if not q.is_cuda and not (self.way.interpreted and q.is_cpu):
             raise RuntimeError(
                 f"{v.name}: tensors are on {q.device}, the kernels need a GPU; to interpret them on the CPU "
                 "set TRITON_INTERPRET=1 before anything imports triton"
             )
         lse = None if v.lse is None or not with_lse else fill(v.lse, sizes)
-        plan = Plan(1.0, fill(v.output, sizes), lse, [], [], q.device.index if q.is_cuda else -1)
+        device = q.device.index if q.is_cuda else -1
+        plan = Plan(1.0, fill(v.output, sizes), lse, [], [], device, interpreted=self.way.interpreted)
         if 0 in plan.output or counted(sizes).get("pairs", 0) == 0:
             plan.empty = True
             return plan
         if with_scale:
             plan.scale = default_scale(v.name, v.scale, sizes)
         _, config = row(self.file(q.device)[0], counted(sizes))
-        numbers = sizes | {k: x for k, x in config.items() if k not in OPTIONS} | {"WRITE_LSE": int(lse is not None)}
-        flags = {
-            "TMA": bool(numbers.pop("TMA", 0)) and not INTERPRETED and self.maps_fit(tensors),
-        }
+        plan.launches = self.launches(plan, tensors, sizes, config, lse is not None, self.maps_fit(tensors))
+        return plan
+
+    def launches(
+        self,
+        plan: Plan,
+        tensors: Sequence[torch.Tensor],
+        sizes: Sizes,
+        config: Config,
+        with_lse: bool,
+        with_maps: bool,
+    ) -> list[Binding]:
+        """What a call with this config starts; `plan` hears of the scratch. `with_maps`: operands fit tensor maps."""
+        v, interpreted = self.variant, self.way.interpreted
+        numbers = sizes | {k: x for k, x in config.items() if k not in OPTIONS} | {"WRITE_LSE": int(with_lse)}
+        flags = {"TMA": bool(numbers.pop("TMA", 0)) and not interpreted and with_maps}
         # the engine reads operands by tensor maps alone
         numbers["ENGINE"] = int(bool(config.get("ENGINE")) and flags["TMA"] and self.is_examined())
         due = [k for k in v.kernels if k.when(numbers)]
         shapes = self.shapes(tensors, plan, numbers, due)
         plan.scratch = [(tuple(shapes[s.name].shape), s.dtype) for s in v.scratch if s.name in shapes]
-        options = {} if INTERPRETED else {k: config[k] for k in OPTIONS if config.get(k)}
-        plan.launches = [self.bind(k, shapes, numbers, flags, options) for k in due]
-        return plan
+        options = {} if interpreted else {k: config[k] for k in OPTIONS if config.get(k)}
+        return [self.bind(k, shapes, numbers, flags, options) for k in due]
 
     def is_examined(self) -> bool:
         """Whether the Triton here makes the machine code of the engine that was looked at."""
         v = self.variant
-        if v.examined == TRITON:
+        if v.examined == self.way.triton:
             return True
-        what = f"{v.name}: the engine was examined with Triton {v.examined}, this is {TRITON}"
+        what = f"{v.name}: the engine was examined with Triton {v.examined}, this is {self.way.triton}"
         if v.on_miss == "error":
             raise RuntimeError(f"{what}, and on_miss is 'error'")
         if v.on_miss == "warn":
-            warnings.warn(f"{what}: portable kernels run instead; compile the package here for one", stacklevel=5)
+            warnings.warn(f"{what}: portable kernels run instead; compile the package here for one", stacklevel=6)
         return False
 
     def shapes(
@@ -114,9 +127,10 @@ class Runner:
         v = self.variant
         used = {entry[1] for k in due for entry in entries(k) if len(entry) > 1}
         named = {t.name: x for t, x in zip(v.tensors, tensors, strict=True)}
-        named["o"] = torch.empty(plan.output, device="meta")
+        named["o"] = torch.empty(plan.output, dtype=tensors[0].dtype, device="meta")
         named["lse"] = torch.empty(plan.lse or (0, 0, 0), device="meta")
-        return named | {s.name: torch.empty(s.shape(numbers), device="meta") for s in v.scratch if s.name in used}
+        made = [s for s in v.scratch if s.name in used]
+        return named | {s.name: torch.empty(s.shape(numbers), dtype=s.dtype, device="meta") for s in made}
 
     def maps_fit(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether all operands can be read, and the output written, through tensor maps."""
@@ -132,10 +146,10 @@ class Runner:
         numbers: Sizes,
         flags: Mapping[str, bool],
         options: dict[str, int],
-    ) -> Launch:
+    ) -> Binding:
         """A launch with every argument in place that does not change from call to call."""
         programs = kernel.programs(numbers)
-        launch = (kernel.launcher or Launch)(kernel.function, programs, options)
+        launch = self.way.bind(kernel, programs, options)
         if programs >= 2**31:
             raise ValueError(
                 f"{self.variant.name}: {programs} programs are more than a GPU launches at once (2**31 - 1)"
@@ -170,7 +184,7 @@ class Runner:
         module, rule = self.file(device)
         sizes = counted(sizes)
         bounds, config = row(module, sizes)
-        return config, f"{rule}{told(module, bounds, sizes, TRITON)}"
+        return config, f"{rule}{told(module, bounds, sizes, self.way.triton)}"
 
     def file(self, device: torch.device) -> tuple[Any, str]:
         """The module of configs for a device, and why it is that one."""
@@ -196,7 +210,7 @@ def run(plan: Plan, tensors: list[Any], scale: float) -> None:
     """Launches a plan's kernels on the arguments, o and lse of one call."""
     q = tensors[0]
     given = tensors
-    if INTERPRETED and q.dtype == torch.bfloat16:  # the kernels' BF16 is fp32 then
+    if plan.interpreted and q.dtype == torch.bfloat16:  # the kernels' BF16 is fp32 then
         tensors = [widened(t) if t is not None and t.dtype == q.dtype else t for t in tensors]
     for shape, dtype in plan.scratch:
         tensors.append(q.new_empty(shape, dtype=dtype))

@@ -1,4 +1,4 @@
-"""Launches of an emitted package's kernels: what can be prepared is, and kept; the same in every package."""
+"""Launches of an emitted package's kernels by Triton: what can be prepared is, and kept."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ._bound import ADDRESSES_KEPT, Binding, Bound, Way, map_strides, operand_view
+
 INTERPRETED = not isinstance(tl.sum, triton.JITFunction)
 """Whether Triton was imported to interpret kernels: its own functions are as it found the environment then."""
-ADDRESSES_KEPT = 256
 TRITON = triton.__version__
 
-
-ToMap = Callable[[int, torch.Tensor, str, list[int]], Any]
 Start = Callable[[int, list[Any]], None]
 Encode = Callable[[int, Any], list[Any]]
 """What becomes of the descriptor at a place: the arguments that stand for it, the map itself first."""
@@ -44,38 +43,9 @@ class Address:
 
 
 @dataclass
-class Bound:
-    """The arguments of a kernel, in their places: in every call the same but for tensors and the scale."""
+class Launch(Binding):
+    """One kernel of a plan, started by Triton."""
 
-    arguments: list[Any] = field(default_factory=list[Any])
-    tensors: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
-    """(place among the arguments, number of the tensor among those of the call)."""
-    tiles: list[tuple[int, int, str, list[int]]] = field(default_factory=list[tuple[int, int, str, list[int]]])
-    """The same for operands read through descriptors, with their axes and the block's shape."""
-    at: dict[str, int] = field(default_factory=dict[str, int])
-    """Places of the scale, and of what only an engine has."""
-
-    def unfolded(self, encoded: Mapping[int, list[Any]]) -> Bound:
-        """With several arguments in the place of one: of those the first alone differs from call to call."""
-        to: list[int] = []
-        arguments: list[Any] = []
-        for at, value in enumerate(self.arguments):
-            to.append(len(arguments))
-            arguments += encoded.get(at, [value])
-        to.append(len(arguments))
-        tensors = [(to[at], number) for at, number in self.tensors]
-        tiles = [(to[at], number, axes, block) for at, number, axes, block in self.tiles]
-        return Bound(arguments, tensors, tiles, {name: to[at] for name, at in self.at.items()})
-
-
-@dataclass
-class Launch:
-    """One kernel of a plan."""
-
-    function: Any
-    programs: int
-    options: dict[str, int]
-    bound: Bound = field(default_factory=Bound)
     compiled: Any = None
     direct: Bound | None = None
     """What the compiled kernel takes."""
@@ -102,21 +72,6 @@ class Launch:
         places = zip(tiles, self.direct.tiles, strict=True)
         self.encode = {new[0]: partial(encode, old[0]) for old, new in places}
         return self.direct
-
-    def flat(self, parameters: Sequence[tuple[Any, ...]]) -> Sequence[tuple[Any, ...]]:
-        """The parameters as they are bound; an engine's tuples are taken apart."""
-        return parameters
-
-    def prepared(self, bound: Bound, tensors: list[Any], scale: float, to_map: ToMap) -> list[Any]:
-        """The arguments of one call."""
-        arguments = bound.arguments.copy()
-        for at, number in bound.tensors:
-            arguments[at] = tensors[number]
-        if "scale" in bound.at:
-            arguments[bound.at["scale"]] = scale
-        for at, number, axes, block in bound.tiles:
-            arguments[at] = to_map(at, tensors[number], axes, block)
-        return arguments
 
     def make_map(self, at: int, t: torch.Tensor, axes: str, block: list[int]) -> Any:
         """A tensor map of [b, h, row, column]."""
@@ -162,40 +117,15 @@ def entry(compiled: Any, programs: int, maps: Sequence[int]) -> tuple[Start, Enc
     )
 
 
-def current_stream(device: int) -> int:
-    """The stream's handle, without an object around it."""
-    return triton.runtime.driver.active.get_current_stream(device)
-
-
 def observed() -> bool:
     """Whether a profiler wants to hear of launches, which only Triton's front door tells it."""
     hooks = triton.knobs.runtime
     return bool(hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls)
 
 
-def operand_view(t: torch.Tensor, axes: str) -> torch.Tensor:
-    """An operand as [b, h, row, column]."""
-    match axes:
-        case "bhsd":
-            return t
-        case "bshd":
-            return t.transpose(1, 2)
-        case _:
-            return t.transpose(0, 1).unsqueeze(0)
+def bind(kernel: Any, programs: int, options: dict[str, int]) -> Launch:
+    """A launch of a kernel, by its own class where it has one."""
+    return (kernel.launcher or Launch)(kernel.function, programs, options)
 
 
-def map_strides(view: torch.Tensor) -> list[int]:
-    """Strides of a tensor map: those of axes of size 1, along which nothing steps, are made whole 16 bytes."""
-    strides = list(view.stride())
-    for axis in range(3):
-        if view.shape[axis] == 1:
-            strides[axis] = 16 // view.element_size() * -(-view.shape[-1] * view.element_size() // 16)
-    strides[3] = 1
-    return strides
-
-
-def map_fits(t: torch.Tensor, axes: str) -> bool:
-    """Whether an operand can be read by a tensor map: aligned, no expanded axis, strides of whole 16 bytes."""
-    view = operand_view(t, axes)
-    steps = [s * t.element_size() for s in map_strides(view)[:3]]
-    return t.data_ptr() % 16 == 0 and all(s % 16 == 0 and 0 < s < 2**40 for s in steps)
+BY_TRITON = Way(bind, TRITON, INTERPRETED)

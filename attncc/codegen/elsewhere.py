@@ -9,7 +9,7 @@ import importlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -47,41 +47,73 @@ def target_of(device: Device) -> Any:
 
 
 def opened(folder: Path, device: Device) -> Any:
-    """The package in this folder, as if this process had such a GPU."""
+    """The package in this folder, as if this process had such a GPU; its engine needs no memory of one."""
     torch: Any = import_module("torch")
     import_module("triton").runtime.driver.set_active(Driver(target_of(device)))
     torch.cuda.get_device_properties = _always(SimpleNamespace(multi_processor_count=device.sms))
     torch.cuda.current_device = _always(0)
     sys.path.insert(0, str(folder.parent))
     package = importlib.import_module(folder.name)
-    if (folder / "_engine.py").exists():
-        engine: Any = import_module(f"{folder.name}._engine")
-        engine.counter = lambda: torch.zeros(3, dtype=torch.int32)
+    if (folder / "_persistent.py").exists():
+        persistent: Any = import_module(f"{folder.name}._persistent")
+        persistent.counter = lambda: torch.zeros(3, dtype=torch.int32)
+        persistent.nowhere = lambda: torch.zeros(1)
     return package
+
+
+def runner_of(package: Any) -> Any:
+    """What calls a package's kernels by Triton."""
+    runner = getattr(package._RUNNER, "gpu", package._RUNNER)
+    return runner.by_triton("no GPU is here") if hasattr(runner, "by_triton") else runner
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A large call of a package, with tensors that have no memory."""
+
+    runner: Any
+    sizes: Mapping[str, int]
+    tensors: Sequence[Any]
+
+    def launches(self, config: Mapping[str, int], with_lse: bool, with_maps: bool) -> tuple[list[Any], list[Any]]:
+        """What it starts with this config, and the tensors that these launches know by number."""
+        torch: Any = import_module("torch")
+        variant, sizes = self.runner.variant, self.sizes
+        fill = _checks(self.runner).fill
+        lse = fill(variant.lse, sizes) if with_lse else None
+        plan = SimpleNamespace(output=fill(variant.output, sizes), lse=lse, scratch=[])
+        launches = self.runner.launches(plan, self.tensors, sizes, config, with_lse, with_maps)
+        own = [(plan.output, self.tensors[0].dtype), (lse, torch.float32), *plan.scratch]
+        made = [s if s is None else torch.empty(s, dtype=d, device="meta") for s, d in own]
+        return launches, [*self.tensors, *made]
+
+
+def large_call(runner: Any) -> Call:
+    """A call of LENGTH queries and keys, or of as many as the variant allows."""
+    torch: Any = import_module("torch")
+    sizes = {axis: x.fixed or _size(axis, x) for axis, x in runner.variant.sizes.items()}
+    sizes["B + 1"] = sizes["B"] + 1  # sequences are packed between so many marks
+    shapes = ((_checks(runner).fill(t.axes, sizes), t.dtype) for t in runner.variant.tensors)
+    return Call(runner, sizes, [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in shapes])
+
+
+def _size(axis: str, size: Any) -> int:
+    return 2 if axis == "B" else min(size.most, LENGTH) // size.multiple * size.multiple
+
+
+def _checks(runner: Any) -> Any:
+    """The package's own module of checks, of which the runner's is a neighbour."""
+    return import_module(f"{type(runner).__module__.rpartition('.')[0]}._checks")
 
 
 def compiled(package: Any, config: Mapping[str, int]) -> Iterator[Any]:
     """The kernels of a large call with this config as Triton compiles them, an engine's first."""
-    torch: Any = import_module("torch")
-    variant, runner = package.VARIANT, package._RUNNER
-    runner = getattr(runner, "gpu", runner)
-    sizes = {axis: x.fixed or (2 if axis == "B" else min(LENGTH, x.most)) for axis, x in variant.sizes.items()}
-    fill = import_module(f"{package.__name__}._checks").fill
-    sizes["B + 1"] = sizes["B"] + 1  # sequences are packed between so many marks
-    tensors = [torch.zeros(fill(t.axes, sizes), dtype=t.dtype) for t in variant.tensors]
-    plan = SimpleNamespace(output=fill(variant.output, sizes), lse=fill(variant.lse, sizes) if variant.lse else None)
-    numbers = {"ENGINE": 0} | sizes | dict(config) | {"WRITE_LSE": int(plan.lse is not None)}
-    due = sorted((k for k in variant.kernels if k.when(numbers)), key=lambda k: k.launcher is None)
-    shapes = runner.shapes(tensors, plan, numbers, due)
-    made = {"o": tensors[0].dtype, "lse": torch.float32} | {
-        s.name: s.dtype for s in variant.scratch if s.name in shapes
-    }
-    given = [*tensors, *(torch.zeros(shapes[name].shape, dtype=dtype) for name, dtype in made.items())]
-    options = {k: config[k] for k in import_module(f"{package.__name__}._gpu").OPTIONS if config.get(k)}
-    for kernel in due:
-        launch = runner.bind(kernel, shapes, numbers, {"TMA": bool(config.get("TMA"))}, options)
-        arguments = launch.prepared(launch.bound, given, 0.1, launch.make_map)
-        yield kernel.function.warmup(*arguments, grid=(launch.programs,), **launch.options)
+    runner = runner_of(package)
+    call = large_call(runner)
+    launches, tensors = call.launches(config, runner.variant.lse is not None, with_maps=True)
+    for launch in sorted(launches, key=lambda x: "args" not in x.bound.at):
+        arguments = launch.prepared(launch.bound, tensors, 0.1, launch.make_map)
+        yield launch.function.warmup(*arguments, grid=(launch.programs,), **launch.options)
 
 
 def disassembled(made: Any) -> str:

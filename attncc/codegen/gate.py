@@ -41,13 +41,11 @@ class Findings:
 
 def examine(package: Path) -> Findings:
     """Compiles the engine of a package on disk, and judges it."""
-    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
-    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": path}
     try:
         with tempfile.TemporaryDirectory(prefix="attncc-gate-") as scratch:
             child = subprocess.run(
                 [sys.executable, "-m", __spec__.name, str(package)],
-                env=kept | {"TRITON_CACHE_DIR": scratch},
+                env=environment(scratch),
                 capture_output=True,
                 text=True,
                 check=False,
@@ -60,6 +58,13 @@ def examine(package: Path) -> Findings:
         return Findings((f"it does not compile: {said[-1].strip()}",))
     found = json.loads(child.stdout.splitlines()[-1])
     return Findings(**(found | {"reasons": tuple(found["reasons"])}))
+
+
+def environment(scratch: str) -> dict[str, str]:
+    """A child's: ours without the interpreter, and with a cache of its own."""
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
+    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return kept | {"PYTHONPATH": path, "TRITON_CACHE_DIR": scratch}
 
 
 # -- inside the child ----------------------------------------------------------------------------

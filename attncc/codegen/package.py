@@ -13,6 +13,7 @@ from attncc.codegen.cpu import decodes
 from attncc.codegen.cuda import Cubin
 from attncc.codegen.engine import print_engine
 from attncc.codegen.host import host_expr, host_function
+from attncc.codegen.modules import hopper_module, kernels_module
 from attncc.codegen.parameters import engine_launch, engine_parameters, kernel_parameters, mapping, parameters_name
 from attncc.codegen.source import Writer, filled, module_text
 from attncc.codegen.triton import lower_name, print_kernels
@@ -52,6 +53,7 @@ def emit(
     digest: str,
     libraries: Mapping[str, bytes] = {},
     cubins: Mapping[str, Cubin] = {},
+    ahead: Sequence[str] = (),
 ) -> dict[str, str | bytes]:
     """Every file of the package, by its path inside it; the same input gives the same bytes.
 
@@ -62,6 +64,7 @@ def emit(
         digest: of the variant, for the headers.
         libraries: machine code for CPUs by the name of the instruction set.
         cubins: machine code for NVIDIA GPUs by architecture, in place of Triton kernels.
+        ahead: architectures whose cubins of the Triton kernels will stand beside them.
     """
     program = program if any(map(uses_engine, targets)) else without_engine(program)
     texts, flags = print_kernels(program)
@@ -71,34 +74,34 @@ def emit(
         {}
         if engine is None
         else {
-            "hopper.py": _hopper(attn, print_engine(engine), header),
-            "_hopper.py": module_text("_hopper"),
-            "_consumer.py": module_text("_consumer"),
-            "_steps.py": module_text("_steps"),
-            "_engine.py": module_text("_engine"),
+            "hopper.py": hopper_module(attn, print_engine(engine), header),
+            **_copied("_hopper", "_consumer", "_steps", "_engine", "_persistent"),
         }
     )
     gpu: dict[str, str | bytes] = {
-        "kernels.py": _kernels(attn, texts, header),
-        "_gpu.py": module_text("_gpu"),
-        "_cards.py": module_text("_cards"),
-        "_launch.py": module_text("_launch"),
+        "kernels.py": kernels_module(attn, texts, header),
+        **_copied("_bound", "_cards", "_gpu", "_launch"),
+        **(_copied("_driver", "_index", "_persistent", "_prebuilt") if ahead else {}),
         "configs/__init__.py": '"""Launch configs, one module a device."""\n',
         **{f"configs/{t.target}.py": configs_text(attn, t) for t in targets},
     }
-    cpu: dict[str, str | bytes] = {"_cpu.py": module_text("_cpu")}
+    cpu: dict[str, str | bytes] = _copied("_cpu")
     cpu |= {f"cpu/{isa}.so": code for isa, code in libraries.items()}
-    cuda: dict[str, str | bytes] = {"_cuda.py": module_text("_cuda")}
+    cuda: dict[str, str | bytes] = _copied("_cuda", "_driver")
     cuda |= {f"cuda/{arch}.cubin": built.code for arch, built in cubins.items()}
     return {
-        "__init__.py": _init(attn, program, flags, targets, header, bool(libraries), cubins),
-        "_runtime.py": module_text("_runtime"),
-        "_checks.py": module_text("_checks"),
+        "__init__.py": _init(attn, program, flags, targets, header, bool(libraries), cubins, ahead),
+        **_copied("_runtime", "_checks"),
         **(gpu | hopper if targets else {}),
         **(cpu if libraries else {}),
         **(cuda if cubins else {}),
         "spec.yaml": spec_text,
     }
+
+
+def _copied(*names: str) -> dict[str, str | bytes]:
+    """Files that are the same in every package."""
+    return {f"{name}.py": module_text(name) for name in names}
 
 
 def _header(attn: Attention, program: Program, made_by: str, digest: str) -> list[str]:
@@ -110,46 +113,6 @@ def _header(attn: Attention, program: Program, made_by: str, digest: str) -> lis
     ]
 
 
-def _hopper(attn: Attention, texts: Sequence[str], header: Iterable[str]) -> str:
-    """The functions that the engine calls."""
-    about = (f"What the Hopper engine in `_hopper.py` asks of {attn.name}.", "", *header, "", *SHARED)
-    imports = ("from triton.experimental import gluon", "from triton.experimental.gluon import language as gl")
-    return _module(about, imports, texts)
-
-
-SHARED: Final = (
-    "args is what a launch has: tensors, their strides, sizes and the scale; s what is known of a query tile, r of its",
-    "rows. BM rows and BN keys make a tile; i and j are positions in the sequence.",
-)
-
-
-def _kernels(attn: Attention, texts: Sequence[str], header: Iterable[str]) -> str:
-    about = (f"Triton kernels of {attn.name}.", "", *header, "", *NOTATION)
-    bf16 = ("", *BF16) if any("BF16" in text for text in texts) else ()
-    return _module(about, ("import triton", "import triton.language as tl", *bf16), texts)
-
-
-def _module(about: Sequence[str], imports: Iterable[str], texts: Iterable[str]) -> str:
-    """A module: what it is about, what it imports, and its functions."""
-    w = Writer()
-    w.block([f'"""{about[0]}', *about[1:], '"""', "", *imports])
-    for text in texts:
-        w.block(["", "", *text.splitlines()])
-    return w.text()
-
-
-BF16: Final = (
-    "# the interpreter multiplies bf16 bit patterns: it is given fp32, and computes in that",
-    "BF16 = tl.constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16)",
-)
-NOTATION: Final = (
-    "B batch, Hq and Hk query and key heads, Sq queries, Sk keys; Q K V O operands [b, h, row, column], given as",
-    "tensor descriptors where TMA is set, else as pointers; x_b x_h x_s their strides. BM rows and BN keys make a",
-    "tile; i and j are positions in the sequence. The softmax runs in powers of 2: m is the running maximum, l the",
-    "running sum.",
-)
-
-
 def _init(
     attn: Attention,
     program: Program,
@@ -158,6 +121,7 @@ def _init(
     header: Iterable[str],
     has_library: bool,
     cubins: Mapping[str, Cubin],
+    ahead: Sequence[str],
 ) -> str:
     w = Writer()
     w.block(opening(f"{attn.name}: {sentence(attn.doc or 'an attention variant')}", 117))
@@ -169,21 +133,27 @@ def _init(
     _variant(body, attn, program, targets)
     w.block(["import math", ""] if "math." in body.text() else [])
     w.block(["import torch", ""])
+    with_engine = program.engine is not None
+    with_triton = {"_engine": with_engine, "_hopper": with_engine, "kernels": bool(targets)}
     sides = {
         "_cpu": has_library,
         "_cuda": bool(cubins),
-        "_engine": program.engine is not None,
-        "_gpu": bool(targets),
-        "_hopper": program.engine is not None,
+        "_gpu": bool(targets) and not ahead,
+        "_launch": bool(targets) and not ahead,
+        "_prebuilt": bool(ahead),
         "_runtime": True,
-        "kernels": bool(targets),
+        **({} if ahead else with_triton),
     }
-    w.line(f"from . import {', '.join(name for name, used in sides.items() if used)}")
+    w.line(f"from . import {', '.join(sorted(name for name, used in sides.items() if used))}")
     w.block([f"from .configs import {', '.join(sorted(t.target for t in targets))}"] if targets else [])
     w.line("from ._checks import Size, Tensor")
     kinds = ["Kernel", *(["Scratch"] if scratch_of(program) else [])] if targets else []
     w.line(f"from ._runtime import {', '.join([*kinds, 'Variant'])}")
     w.line()
+    if ahead:
+        w.line("# these import Triton, which a call that has a cubin does not need")
+        w.block([f'{name} = _prebuilt.Later("{name}")' for name, used in with_triton.items() if used])
+        w.line()
     for kernel in program.kernels if targets else ():
         kernel_parameters(w, kernel, flags[kernel.name], parameters_name(attn, kernel))
         w.line()
@@ -195,7 +165,7 @@ def _init(
     if cubins:
         _blocks(w, cubins)
         w.line()
-    w.line(f"_RUNNER = {_runner(attn, bool(targets), bool(cubins), has_library)}")
+    w.line(f"_RUNNER = {_runner(attn, bool(targets), bool(cubins), has_library, ahead)}")
     w.line(f'_OP = _runtime.register("{attn.name}", _RUNNER)')
     w.block(["", ""])
     write_attention(w, attn)
@@ -218,10 +188,15 @@ def _blocks(w: Writer, cubins: Mapping[str, Cubin]) -> None:
     w.line("}")
 
 
-def _runner(attn: Attention, for_triton: bool, for_cuda: bool, for_cpu: bool) -> str:
+def _runner(attn: Attention, for_triton: bool, for_cuda: bool, for_cpu: bool, ahead: Sequence[str]) -> str:
     group = f", group={attn.heads.q // attn.heads.kv}" if decodes(attn) else ""
     cpu = f"_cpu.Runner(VARIANT{group})"
-    gpu = f"_cuda.Runner(VARIANT, {attn.heads.q}, BLOCKS)" if for_cuda else "_gpu.Runner(VARIANT)"
+    gpu = "_gpu.Runner(VARIANT, _launch.BY_TRITON)"
+    if ahead:
+        quoted = (f'"{arch}"' for arch in ahead)
+        gpu = f"_prebuilt.Runner(VARIANT, {tuple_text(quoted)})"
+    elif for_cuda:
+        gpu = f"_cuda.Runner(VARIANT, {attn.heads.q}, BLOCKS)"
     if not for_cpu:
         return gpu
     return f"_runtime.Either({gpu}, {cpu})" if for_triton or for_cuda else cpu

@@ -252,8 +252,10 @@ def test_the_rule_tells_of_the_row_and_the_time(files: Mapping[str, Any]) -> Non
         sizes = sizes | {"pairs": sizes["B"] * sizes["Sq"] * sizes["Sk"]}
         bounds, got = _cards.row(table, sizes)
         assert got == config
-        assert _cards.told(table, bounds, sizes) == f", measured on nvidia_h200 2026-11-28{words}"
-    assert _cards.told(files["sm_90"], {}, LARGE) == ""
+        said = f", measured on nvidia_h200 2026-11-28{words}"
+        assert _cards.told(table, bounds, sizes, table.CERTIFICATE["triton"]) == said
+        assert "this is 9.9: `attncc verify` checks again" in _cards.told(table, bounds, sizes, "9.9")
+    assert _cards.told(files["sm_90"], {}, LARGE, "9.9") == ""
 
 
 def test_every_engine_of_a_tuned_table_is_examined(files: Mapping[str, Any]) -> None:

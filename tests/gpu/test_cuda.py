@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -263,3 +264,69 @@ def test_cubins_need_no_triton(folder: Path) -> None:
         "assert (bare_tvm.attention(q, q, q) - want).abs().max() < 0.05\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
+
+
+PREBUILT = {
+    "dense": "heads: {q: 4, kv: 2}\ndims: 64\nmask: causal",
+    "bias": "inputs: {w: {shape: [Hq, Sq, Sk], dtype: fp16}}\nheads: 4\ndims: 64\nscore: qk * scale + w[h, row, j]",
+    "packed": "layout: varlen\nheads: 4\ndims: 128\nmask: causal",
+}
+
+
+def prebuilt_calls(name: str) -> Iterator[dict[str, Any]]:
+    """Small and large, odd and even, aligned and not."""
+    for b, s in ((1, 100), (2, 12), (2, 1024), (3, 1501)):
+        if name == "packed":
+            ends = torch.arange(b + 1, device=CUDA, dtype=torch.int32) * s
+            q, k, v = (normal(b * s, 4, 128) for _ in range(3))
+            yield {"q": q, "k": k, "v": v, "cu_seqlens_q": ends, "cu_seqlens_k": ends}
+            continue
+        kv = 2 if name == "dense" else 4
+        more = {"w": normal(4, s, s, dtype=torch.float16)} if name == "bias" else {}
+        k, v = normal(b, kv, s, 64), normal(b, kv, s, 64)
+        wide = normal(b, kv, s, 67)[..., 1:65]
+        yield {"q": normal(b, 4, s, 64), "k": k, "v": v} | more
+        yield {"q": normal(b, 4, s, 67)[..., :64], "k": wide, "v": v} | more
+        yield {"q": normal(b, s, 4, 64).transpose(1, 2), "k": k, "v": v} | more
+
+
+@pytest.mark.parametrize("name", PREBUILT)
+def test_cubins_compute_what_triton_does(folder: Path, name: str) -> None:
+    """To the last bit, in a graph and on a stream of its own too."""
+    arch = f"sm_{''.join(map(str, torch.cuda.get_device_capability()))}"
+    plain = package(folder, f"ordinary_{name}", PREBUILT[name], "triton")
+    driver.compile(spec.loads(f"attncc: 1\nname: ahead_{name}\n{PREBUILT[name]}\n"), folder, aot=[arch])
+    importlib.invalidate_caches()
+    ahead = importlib.import_module(f"ahead_{name}")
+    for call in prebuilt_calls(name):
+        both = [m.attention(**call, return_lse=True) for m in (plain, ahead)]
+        assert all(torch.equal(got, want) for want, got in zip(*both, strict=True))
+        assert torch.equal(ahead.attention(**call), want := plain.attention(**call))
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda.synchronize()
+            assert torch.equal(ahead.attention(**call), want)
+        torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = ahead.attention(**call)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(o, want)
+    assert ahead._RUNNER.other is None
+    assert f"aot/{arch}" in ahead.choose(CUDA, B=1, Sq=64, Sk=64, Tq=64, Tk=64)[1]
+
+
+def test_cubins_of_triton_kernels_need_neither_triton_nor_a_compiler(folder: Path) -> None:
+    arch = f"sm_{''.join(map(str, torch.cuda.get_device_capability()))}"
+    driver.compile(spec.loads("attncc: 1\nname: lone\nheads: 4\ndims: 64\nmask: causal\n"), folder, aot=[arch])
+    code = (
+        "import sys, torch\n"
+        "sys.modules['triton'] = sys.modules['tvm'] = sys.modules['attncc'] = None\n"
+        "import lone\n"
+        "for s in (100, 3000):\n"
+        "    q = torch.randn(2, 4, s, 64, device='cuda', dtype=torch.bfloat16)\n"
+        "    want = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)\n"
+        "    assert (lone.attention(q, q, q) - want).abs().max() < 0.05\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "CC"} | {"PATH": ""}
+    subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, check=True)

@@ -132,7 +132,15 @@ except RuntimeError as error:
 def test_a_package_needs_torch_alone(tmp_path: Path) -> None:
     path = driver.compile(spec.loads(f"attncc: 1\nname: deployed\n{CAUSAL}\n"), tmp_path, ["sm_90"], backend="tvm")
     held = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()}
-    assert held == {"__init__.py", "_checks.py", "_cuda.py", "_runtime.py", "spec.yaml", "cuda/sm_90.cubin"}
+    assert held == {
+        "__init__.py",
+        "_checks.py",
+        "_cuda.py",
+        "_driver.py",
+        "_runtime.py",
+        "spec.yaml",
+        "cuda/sm_90.cubin",
+    }
     done = subprocess.run([sys.executable, "-c", ALONE], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stdout == "deployed: tensors are on cpu, the kernels need an NVIDIA GPU\n", done.stderr
 

@@ -1,0 +1,49 @@
+"""The modules of a package that hold its kernels: what they are about, what they import, and their functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from attncc.codegen.source import Writer
+from attncc.ir.attention import Attention
+
+
+def hopper_module(attn: Attention, texts: Sequence[str], header: Iterable[str]) -> str:
+    """The functions that the engine calls."""
+    about = (f"What the Hopper engine in `_hopper.py` asks of {attn.name}.", "", *header, "", *SHARED)
+    imports = ("from triton.experimental import gluon", "from triton.experimental.gluon import language as gl")
+    return _module(about, imports, texts)
+
+
+SHARED: Final = (
+    "args is what a launch has: tensors, their strides, sizes and the scale; s what is known of a query tile, r of its",
+    "rows. BM rows and BN keys make a tile; i and j are positions in the sequence.",
+)
+
+
+def kernels_module(attn: Attention, texts: Sequence[str], header: Iterable[str]) -> str:
+    about = (f"Triton kernels of {attn.name}.", "", *header, "", *NOTATION)
+    bf16 = ("", *BF16) if any("BF16" in text for text in texts) else ()
+    return _module(about, ("import triton", "import triton.language as tl", *bf16), texts)
+
+
+def _module(about: Sequence[str], imports: Iterable[str], texts: Iterable[str]) -> str:
+    """A module: what it is about, what it imports, and its functions."""
+    w = Writer()
+    w.block([f'"""{about[0]}', *about[1:], '"""', "", *imports])
+    for text in texts:
+        w.block(["", "", *text.splitlines()])
+    return w.text()
+
+
+BF16: Final = (
+    "# the interpreter multiplies bf16 bit patterns: it is given fp32, and computes in that",
+    "BF16 = tl.constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16)",
+)
+NOTATION: Final = (
+    "B batch, Hq and Hk query and key heads, Sq queries, Sk keys; Q K V O operands [b, h, row, column], given as",
+    "tensor descriptors where TMA is set, else as pointers; x_b x_h x_s their strides. BM rows and BN keys make a",
+    "tile; i and j are positions in the sequence. The softmax runs in powers of 2: m is the running maximum, l the",
+    "running sum.",
+)
