@@ -72,6 +72,7 @@ def tile_of(attn: Attention, device: Device, config: Mapping[str, int]) -> Tile:
     registers = min(config.get("maxnreg") or device.registers_per_thread, device.registers_per_thread, wanted)
     stages = max(1, config.get("num_stages", 1))
     width = BYTES[attn.dtype]
-    shared = width * (rows * attn.dims.qk + stages * keys * (attn.dims.qk + attn.dims.v))
+    held = stages * (attn.dims.qk + attn.dims.v) if stages > 1 else max(attn.dims.qk, attn.dims.v)
+    shared = width * (rows * attn.dims.qk + keys * held)  # of one stage, values take the place of keys
     resident = min(device.registers_per_sm // int(registers * threads), device.shared_bytes_per_sm // shared)
     return Tile(rows, keys, max(1, resident), device.sms * max(1, resident))

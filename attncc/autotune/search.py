@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
-from optuna.samplers import BaseSampler, QMCSampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
@@ -17,7 +17,6 @@ from attncc.autotune.space import Branch, Candidate, Config
 SAMPLERS: Final[Mapping[str, Callable[[int], BaseSampler]]] = {
     "tpe": lambda seed: TPESampler(seed=seed, constant_liar=True, n_startup_trials=16),
     "random": lambda seed: RandomSampler(seed=seed),
-    "qmc": lambda seed: QMCSampler(seed=seed, warn_independent_sampling=False, warn_asynchronous_seeding=False),
 }
 """By name; `benchmarks/tuning.py replay` compares them on sweeps that were measured once."""
 SLACK: Final = 3.0

@@ -14,7 +14,7 @@ from attncc.passes.lower.defaults import Config, beside_engine, default_configs
 
 WARPS: Final = (4, 8)
 STAGES: Final = (1, 2, 3)
-REGISTERS: Final = (0, 128, 168)
+REGISTERS: Final = (0, 128, 160, 168)
 """Caps of a thread's registers, 0 for none: for two programs of 8 warps on a multiprocessor, or three of 4."""
 PRODUCER: Final = 24
 """Registers of a thread of the engine's warpgroup that loads."""

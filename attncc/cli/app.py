@@ -4,7 +4,21 @@ from __future__ import annotations
 
 import typer
 
-from attncc.cli import check, compile, explain, export, list, merge, report, schema, targets, tune, verify, worker
+from attncc.cli import (
+    check,
+    compile,
+    explain,
+    export,
+    list,
+    merge,
+    package,
+    report,
+    schema,
+    targets,
+    tune,
+    verify,
+    worker,
+)
 
 HELP = """A compiler for attention: a variant in a few lines of YAML becomes an importable package of kernels.
 
@@ -13,7 +27,7 @@ supported yet; 70 a bug in attncc.
 """
 
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for _module in (compile, check, explain, export, list, merge, report, schema, targets, tune, verify, worker):
+for _module in (compile, check, explain, export, list, merge, package, report, schema, targets, tune, verify, worker):
     app.command(_module.__name__.rpartition(".")[2])(_module.command)
 
 

@@ -49,7 +49,7 @@ For = Annotated[
     list[str] | None,
     typer.Option("--for", metavar="CARD", help="Repeatable: leave it to workers on such cards, --trials on each."),
 ]
-Sampler = Annotated[str, typer.Option(help="tpe, random or qmc.")]
+Sampler = Annotated[str, typer.Option(help="tpe or random.")]
 Warm = Annotated[bool, typer.Option("--warm", help="Time calls with what the last one left in the L2 cache.")]
 Seed = Annotated[int, typer.Option(help="Of operands and sampler.")]
 

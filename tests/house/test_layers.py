@@ -30,7 +30,7 @@ BELOW: dict[str, set[str]] = {
         "check",
         "driver",
     },
-    "cli": {"errors", "device", "driver", "autotune"},
+    "cli": {"errors", "device", "codegen", "driver", "autotune"},
     "__main__": {"cli"},
     "attncc": {"errors", "device", "spec", "driver"},
 }
