@@ -56,12 +56,21 @@ class Launch(Binding):
 
     def __call__(self, tensors: list[Any], scale: float, stream: int) -> None:
         """Starts the kernel on the current stream: the first time through Triton's front door, then directly."""
-        if self.compiled is None or INTERPRETED or observed():
-            given = self.prepared(self.bound, tensors, scale, self.make_map)
-            self.compiled = self.function[(self.programs,)](*given, **self.options)
-            return
-        direct = self.direct or self.enter(tensors)
-        self.start(stream, self.prepared(direct, tensors, scale, self.kept_map))
+        if self.compiled is None or INTERPRETED:
+            self.compiled = self.first(self.prepared(self.bound, tensors, scale, self.make_map))
+        elif observed():
+            self.compiled[self.programs, 1, 1](*self.prepared(self.bound, tensors, scale, self.make_map))
+        else:
+            direct = self.direct or self.enter(tensors)
+            self.start(stream, self.prepared(direct, tensors, scale, self.kept_map))
+
+    def first(self, given: list[Any]) -> Any:
+        """Compiles the kernel and starts it."""
+        return self.function[(self.programs,)](*given, **self.options)
+
+    def compile(self, given: list[Any]) -> Any:
+        """The kernel that takes such arguments, which is not started."""
+        return self.function.warmup(*given, grid=(self.programs,), **self.options)
 
     def enter(self, tensors: list[Any]) -> Bound:
         """Finds the way past Triton's front door."""

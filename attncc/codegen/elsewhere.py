@@ -112,8 +112,7 @@ def compiled(package: Any, config: Mapping[str, int]) -> Iterator[Any]:
     call = large_call(runner)
     launches, tensors = call.launches(config, runner.variant.lse is not None, with_maps=True)
     for launch in sorted(launches, key=lambda x: "args" not in x.bound.at):
-        arguments = launch.prepared(launch.bound, tensors, 0.1, launch.make_map)
-        yield launch.function.warmup(*arguments, grid=(launch.programs,), **launch.options)
+        yield launch.compile(launch.prepared(launch.bound, tensors, 0.1, launch.make_map))
 
 
 def disassembled(made: Any) -> str:
