@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attncc.autotune.toolchain import toolchain
+from attncc.device import Device
 from attncc.version import VERSION
 
 if TYPE_CHECKING:
@@ -72,6 +74,18 @@ def gpu_meta() -> Row:
         "device": torch.cuda.get_device_name(), "driver": driver, "torch": torch.__version__,
         "triton": triton.__version__, "cudnn": torch.backends.cudnn.version(), "attncc": VERSION,
         "date": date.today().isoformat(), "spread": "least and greatest",
+    }  # fmt: skip
+
+
+def tuning_meta(device: Device) -> Row:
+    """What a stranger needs to tune the same again, on a GPU or in Triton's interpreter."""
+    import torch
+
+    tools = toolchain(device)
+    return {
+        "device": torch.cuda.get_device_name() if device.is_gpu else device.name, "driver": tools.driver,
+        "torch": tools.torch, "triton": tools.triton, "attncc": VERSION, "date": date.today().isoformat(),
+        "spread": "least and greatest",
     }  # fmt: skip
 
 

@@ -41,6 +41,8 @@ HOPELESS: Final = log(2.0)
 """A config this far behind the default on the shapes so far is not measured on the others."""
 NOISE: Final = 0.005
 """A winner must be this much faster than the default, in most rounds of an alternation."""
+LEAD: Final = 0.01
+"""What leads the default by less is not certified."""
 LOSS: Final = 0.02
 """A table with fewer configs is worth this much time."""
 ASSUMED: Final = Certificate(cases=1, inputs=(), worst=0.0)
@@ -265,7 +267,8 @@ class Run:
         """The table of what is certified; what would win is certified first, and compared with the default."""
         packed = self.task.attn.layout == "varlen"
         while certify and self._left_s(1.0) > 0:
-            assumed = [_assumed(r) for r in self.known.values()]
+            worth = {knobs for knobs, n in self.known if self._is_ahead(knobs, n)}
+            assumed = [_assumed(r) if frozenset(r.config.items()) in worth else r for r in self.known.values()]
             wanted = decide(assumed, self.rows, LOSS, packed)
             due = [r for r in wanted.used if r.certificate == ASSUMED]
             if not due:
@@ -273,34 +276,45 @@ class Run:
             self._certify(due[0].config)
         return decide([*self.known.values()], self.rows, LOSS, packed)
 
+    def _is_ahead(self, knobs: Knobs, number: int) -> bool:
+        """Whether a config may be worth a certificate: it is the default, or leads it on this shape."""
+        record, default = self.known[knobs, number], self.defaults[number]
+        if record.ms is None or knobs == frozenset(default.items()):
+            return True
+        return record.ms < self._default_ms(number) * (1 - LEAD)
+
     def _certify(self, config: Config) -> None:
-        """Its records get a certificate, and times measured in alternation with the default's; or it is wrong."""
+        """Its records get times measured in alternation with the default's, then a certificate; or it is wrong.
+
+        The certificate comes last: what has one may win, also in the next run if this one is killed here.
+        """
         self._say(f"certifying {' '.join(f'{k}={v}' for k, v in config.items())}")
         found = self.trials.certify(config)
-        mine = {n: r for n in range(len(self.task.shapes)) if (r := self._record(config, n)) and r.ms}
-        for number, record in mine.items():
-            if found.certificate is None:
-                self._replace(number, record, status=found.status, why=found.why, ms=None, spread=None)
-                continue
-            self._replace(number, record, certificate=found.certificate)
-            if config != self.defaults[number]:
-                self._compare(number, config)
+        shapes = [n for n in range(len(self.task.shapes)) if (r := self._record(config, n)) and r.ms]
+        if found.certificate is not None:
+            for number in shapes:
+                if config != self.defaults[number]:
+                    self._compare(number, config)
+        right = {"certificate": found.certificate}
+        wrong = {"status": found.status, "why": found.why, "ms": None, "spread": None}
+        for number in shapes:
+            self._replace(number, config, **(right if found.certificate is not None else wrong))
 
     def _compare(self, number: int, config: Config) -> None:
         """Both times anew, in alternation; a lead within the noise is none, and the config then counts as no faster."""
         default = self.defaults[number]
         rounds = self.trials.compare(self.task.shapes[number], [default, config])
-        mine, other = self._record(config, number), self._record(default, number)
-        if not rounds or mine is None or other is None:
+        if not rounds:
             return
         ours, theirs = median(rounds[1]), median(rounds[0])
         ahead = sum(b < a * (1 - NOISE) for a, b in zip(*rounds, strict=True))
         if ours < theirs and ahead * 2 <= len(rounds[0]):
             ours = theirs
-        self._replace(number, other, ms=theirs)
-        self._replace(number, mine, ms=ours)
+        self._replace(number, default, ms=theirs)
+        self._replace(number, config, ms=ours)
 
-    def _replace(self, number: int, record: Record, **changes: Any) -> None:
+    def _replace(self, number: int, config: Config, **changes: Any) -> None:
+        record = self.known[frozenset(config.items()), number]
         fields = {name: getattr(record, name) for name in Record.model_fields if name not in ("schema_", "when")}
         fresh = Record(**(fields | changes))
         self.store.add([fresh])
