@@ -277,11 +277,10 @@ class Run:
         return decide([*self.known.values()], self.rows, LOSS, packed)
 
     def _is_ahead(self, knobs: Knobs, number: int) -> bool:
-        """Whether a config may be worth a certificate: it is the default, or leads it on this shape."""
-        record, default = self.known[knobs, number], self.defaults[number]
-        if record.ms is None or knobs == frozenset(default.items()):
-            return True
-        return record.ms < self._default_ms(number) * (1 - LEAD)
+        """Whether a config may be worth a certificate: the default rule has it, or it leads the default here."""
+        ms = self.known[knobs, number].ms
+        untuned = any(knobs == frozenset(config.items()) for _, config in self.rows)
+        return untuned or (ms is not None and ms < self._default_ms(number) * (1 - LEAD))
 
     def _certify(self, config: Config) -> None:
         """Its records get times measured in alternation with the default's, then a certificate; or it is wrong.

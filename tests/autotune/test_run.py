@@ -165,3 +165,19 @@ def test_an_engine_is_a_branch_of_the_same_space(tmp_path: Path) -> None:
     assert chosen(found, LONG)["E_STAGES"] == 2
     assert {bool(r.config.get("ENGINE")) for r in Store(tmp_path).records()} == {True, False}
     assert found.rank_correlation is not None
+
+
+def test_a_run_that_is_killed_between_certificate_and_comparison_lets_no_noise_win(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nearly(config: Config, shape: Mapping[str, float]) -> float:
+        return 0.97 if config["BM"] == 16 else 1.0
+
+    bench = Imagined(nearly)
+    monkeypatch.setattr(bench, "compare", lambda shape, configs: (_ for _ in ()).throw(RuntimeError("killed")))
+    with pytest.raises(RuntimeError, match="killed"):
+        run(bench, tmp_path, trials=None)
+    assert not [r for r in Store(tmp_path).records() if r.certificate and r.config["BM"] == 16]
+    after = Imagined(lambda config, shape: 1.0)  # in alternation there is no lead
+    found = run(after, tmp_path, trials=None)
+    assert all(o.ms == o.default_ms for o in found.decision.outcomes)
