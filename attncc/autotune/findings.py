@@ -13,6 +13,7 @@ import numpy as np
 
 from attncc.autotune.ranks import rank_correlation
 from attncc.autotune.record import Record, Sparsity
+from attncc.autotune.table import holds, sizes_of
 from attncc.ir.attention import SIZE_NAMES
 
 Config = Mapping[str, int]
@@ -76,16 +77,6 @@ def time_ms(record: Record) -> float:
     return record.ms
 
 
-def latest(records: Iterable[Record]) -> list[Record]:
-    """The newest trial of each config on each case, the newest last: what was tried again counts once."""
-    newest: dict[object, Record] = {}
-    for record in sorted(records, key=lambda r: r.when):
-        key = Case.of(record), record.knobs
-        newest.pop(key, None)
-        newest[key] = record
-    return list(newest.values())
-
-
 def outcomes(records: Sequence[Record], defaults: Rows = (), table: Rows = ()) -> tuple[Outcome, ...]:
     """The records by case, small shapes first."""
     cases: dict[Case, list[Record]] = {}
@@ -100,9 +91,8 @@ def outcomes(records: Sequence[Record], defaults: Rows = (), table: Rows = ()) -
 
 def row_for(rows: Rows, shape: Mapping[str, int]) -> int | None:
     """Which row of a decision table a call of this shape takes, as an emitted package reads it."""
-    sizes = {"pairs": prod(shape.get(s, 1) for s in ("B", "Sq", "Sk"))} | dict(shape)
-    holds = (all(k in sizes and sizes[k] <= most for k, most in bounds.items()) for bounds, _ in rows)
-    return next((at for at, yes in enumerate(holds) if yes), None)
+    sizes = sizes_of(shape)
+    return next((at for at, (bounds, _) in enumerate(rows) if holds(bounds, sizes)), None)
 
 
 def importance(outcomes: Iterable[Outcome]) -> dict[str, float]:

@@ -6,6 +6,7 @@ number bounded, and unknown fields are refused.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Annotated, Final, Literal
 
@@ -135,3 +136,13 @@ class Record(Data):
     def knobs(self) -> tuple[tuple[str, int], ...]:
         """The config as a key of a dict."""
         return tuple(sorted(self.config.items()))
+
+
+def latest(records: Iterable[Record]) -> list[Record]:
+    """The newest record of each config on each case, the newest last: what was tried again counts once."""
+    newest: dict[object, Record] = {}
+    for record in sorted(records, key=lambda r: r.when):
+        key = record.key, record.knobs
+        newest.pop(key, None)
+        newest[key] = record
+    return list(newest.values())

@@ -22,7 +22,6 @@ from attncc.autotune.findings import (
     Rejection,
     Rows,
     importance,
-    latest,
     order,
     outcomes,
     predictions,
@@ -30,9 +29,10 @@ from attncc.autotune.findings import (
     row_for,
     time_ms,
 )
-from attncc.autotune.record import Card, Record, Toolchain
+from attncc.autotune.record import Card, Record, Toolchain, latest
 from attncc.autotune.store import Store, default_root
 from attncc.autotune.style import head
+from attncc.autotune.table import LOSS, certified, decide
 from attncc.autotune.work import Work, kept, work
 from attncc.errors import SpecError, nearest
 from attncc.ir.attention import Attention
@@ -64,19 +64,20 @@ def write_report(
     out: str | os.PathLike[str] | None = None,
     root: Path | None = None,
     card: str | None = None,
-    table: Rows = (),
 ) -> Path:
     """Writes the page of a spec's records on a card, and returns its path: NAME-CARD.html where none is named.
 
     The records are those of the store at `root`, a user's own where none is named; `card` may be left out where only
-    one has records. `table` is the decision table that was made of them, if any.
+    one has records.
     """
     loaded = driver.load(source)
     records = of_one_card(loaded, Store(root or default_root()), card)
     attn, found = loaded.attention, records[-1].card
     cases = dict.fromkeys(map(Case.of, records))
     counted = {c: work(attn, c.shape, kept(c.sparsity, c.shape.get("Sk", 0))) for c in cases}
-    text = page(records, table, f"Tuning of {attn.name} on {found.name}", counted, defaults(attn, found))
+    untuned = defaults(attn, found)
+    table = decide(records, untuned, LOSS, attn.layout == "varlen").rows if untuned and certified(records) else ()
+    text = page(records, table, f"Tuning of {attn.name} on {found.name}", counted, untuned)
     path = Path(f"{attn.name}-{found.name}.html" if out is None else out)
     path.write_text(text, encoding="utf-8")
     return path

@@ -24,7 +24,7 @@ from attncc.autotune.search import Search
 from attncc.autotune.space import Candidate, branches, candidates
 from attncc.autotune.sparsity import Kept
 from attncc.autotune.store import Store
-from attncc.autotune.table import Decision, decide, pick
+from attncc.autotune.table import LOSS, Decision, decide, pick
 from attncc.autotune.table import sizes_of as call_sizes
 from attncc.autotune.task import Options, Standing, Task, Tuned
 from attncc.autotune.toolchain import toolchain
@@ -43,8 +43,6 @@ NOISE: Final = 0.005
 """A winner must be this much faster than the default, in most rounds of an alternation."""
 LEAD: Final = 0.01
 """What leads the default by less is not certified."""
-LOSS: Final = 0.02
-"""A table with fewer configs is worth this much time."""
 ASSUMED: Final = Certificate(cases=1, inputs=(), worst=0.0)
 """Of what is fast enough to win, and therefore still to be certified."""
 CERTIFIED: Final = "certified-"

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from attncc.autotune.record import Record, Sparsity
+from attncc.autotune.record import Record, Sparsity, latest
 from attncc.errors import TuneError
 
 Config = Mapping[str, int]
@@ -30,6 +30,8 @@ Knobs = tuple[tuple[str, int], ...]
 
 AXES: Final = ("pairs", "Sq", "Tq", "Sk", "Tk", "B")
 """Sizes that bounds are set on, those that say most first."""
+LOSS: Final = 0.02
+"""A table with fewer configs is worth this much time."""
 FAR: Final = 8
 BROKEN: Final = ("wrong", "crashed", "hung")
 
@@ -103,7 +105,7 @@ class _Case:
         return self.default_ms is not None and self.times.get(knobs, math.inf) > self.default_ms
 
 
-def decide(records: Sequence[Record], fallback: Sequence[Row], loss: float = 0.02, packed: bool = False) -> Decision:
+def decide(records: Sequence[Record], fallback: Sequence[Row], loss: float = LOSS, packed: bool = False) -> Decision:
     """The table for the records of one variant on one card.
 
     Args:
@@ -115,7 +117,7 @@ def decide(records: Sequence[Record], fallback: Sequence[Row], loss: float = 0.0
     Raises:
         TuneError: no config may win.
     """
-    left = _latest(records)
+    left = latest(records)
     broken = _broken(left)
     cases = _cases(left, fallback, loss, packed)
     if not cases:
@@ -130,13 +132,8 @@ def decide(records: Sequence[Record], fallback: Sequence[Row], loss: float = 0.0
 
 def certified(records: Iterable[Record]) -> set[Knobs]:
     """The configs that may win."""
-    left = _latest(records)
+    left = latest(records)
     return {r.knobs for r in left if r.certificate is not None} - _broken(left)
-
-
-def _latest(records: Iterable[Record]) -> list[Record]:
-    """Of what was tried again the newest record."""
-    return list({(r.key, r.knobs): r for r in sorted(records, key=lambda r: r.when)}.values())
 
 
 def _broken(records: Iterable[Record]) -> set[Knobs]:
@@ -157,7 +154,12 @@ def sizes_of(shape: Mapping[str, int], packed: bool = False) -> dict[str, int]:
 
 def row_of(rows: Sequence[Row], sizes: Mapping[str, int]) -> Row:
     """The first row whose bounds hold, as an emitted package finds it."""
-    return next(r for r in rows if all(name in sizes and sizes[name] <= most for name, most in r[0].items()))
+    return next(row for row in rows if holds(row[0], sizes))
+
+
+def holds(bounds: Mapping[str, int], sizes: Mapping[str, int]) -> bool:
+    """Whether sizes are within all bounds; what is not known of them is not."""
+    return all(name in sizes and sizes[name] <= most for name, most in bounds.items())
 
 
 def pick(rows: Sequence[Row], sizes: Mapping[str, int]) -> Config:
@@ -258,7 +260,7 @@ def _kept(fallback: Sequence[Row], cases: Sequence[_Case], broken: set[Knobs]) -
     """The fallback's rows with bounds, cut to where no tuned shape speaks."""
     rows: list[Row] = []
     for bounds, config in fallback:
-        inside = [c for c in cases if all(name in c.sizes and c.sizes[name] <= most for name, most in bounds.items())]
+        inside = [c for c in cases if holds(bounds, c.sizes)]
         cut = {name: min([most, *(c.sizes[name] // FAR for c in inside)]) for name, most in bounds.items()}
         if bounds and all(cut.values()) and _knobs(config) not in broken:
             rows.append((cut, config))

@@ -14,7 +14,7 @@ from typing import Final
 
 from attncc.autotune.record import Card, Record, Toolchain
 from attncc.autotune.store import Store
-from attncc.autotune.table import Decision, Outcome, Row, certified, decide, pick, row_of, sizes_of
+from attncc.autotune.table import LOSS, Decision, Outcome, Row, certified, decide, pick, row_of, sizes_of
 from attncc.codegen.configs import Measured, Plain, TargetConfigs, configs_text
 from attncc.device import ARCHITECTURES, CARDS, Device, nearest
 from attncc.driver import default_config, load, lower
@@ -22,8 +22,6 @@ from attncc.errors import TuneError
 from attncc.ir.attention import Attention
 from attncc.ir.text import digest
 
-LOSS: Final = 0.02
-"""A table with fewer configs is worth this much time."""
 SHOWN: Final = 12
 """Measurements that a file of configs has."""
 RATES: Final = ("sms", "bandwidth_gbps", "bf16_tflops")

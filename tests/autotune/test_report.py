@@ -16,8 +16,8 @@ from typer.testing import CliRunner, Result
 from attncc import device
 from attncc.autotune import report
 from attncc.autotune.figures import importance_bars, number, prediction, roofline, times
-from attncc.autotune.findings import Case, importance, latest, outcomes, rejections, row_for
-from attncc.autotune.record import Card, Certificate, Record, Sparsity, Toolchain
+from attncc.autotune.findings import Case, importance, outcomes, rejections, row_for
+from attncc.autotune.record import Card, Certificate, Record, Sparsity, Toolchain, latest
 from attncc.autotune.work import Work
 from attncc.cli import app
 from attncc.driver import EXAMPLES
