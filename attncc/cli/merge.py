@@ -10,20 +10,19 @@ import typer
 
 from attncc.autotune.fleet import collect
 from attncc.autotune.storages import is_url, open_storage, without_password
-from attncc.autotune.store import Merged, Store, default_root
-from attncc.cli.output import Json, guarded, print_json, print_table
+from attncc.autotune.store import Merged, Store
+from attncc.cli.output import Json, StorePath, guarded, opened, print_json, print_table
 
 Sources = Annotated[
     list[str],
     typer.Argument(metavar="SOURCE...", help="Stores' directories, files of records, or storages: journal:FILE, …://…"),
 ]
-Root = Annotated[Path | None, typer.Option("--store", metavar="DIR", help="Where records go. Default: your own store.")]
 
 
 @guarded
-def command(sources: Sources, root: Root = None, as_json: Json = False) -> None:
+def command(sources: Sources, root: StorePath = None, as_json: Json = False) -> None:
     """Add the tuning records of every SOURCE to the local store; what is known already is not added twice."""
-    store = Store(root or default_root(), say=lambda message: typer.echo(f"note: {message}", err=True))
+    store = opened(root)
     merged = [(without_password(source), _merged(store, source)) for source in sources]
     if as_json:
         rows = [{"source": source, **asdict(counts)} for source, counts in merged]

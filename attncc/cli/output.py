@@ -52,6 +52,7 @@ Backend = Annotated[
 StorePath = Annotated[
     Path | None, typer.Option("--store", metavar="DIR", help="Of tuning records. Default: $ATTNCC_STORE, else yours.")
 ]
+DeviceName = Annotated[str | None, typer.Option("--device", help="The GPU here (default), or interpreter.")]
 SpecPath = Annotated[str, typer.Argument(metavar="SPEC", help="The variant's YAML file.")]
 
 P = ParamSpec("P")
@@ -95,8 +96,9 @@ def _as_data(error: Exception) -> dict[str, Any]:
 
 
 def opened(store: Path | None) -> Store:
-    """The store in this folder, or the user's own."""
-    return Store(default_root() if store is None else store)
+    """The store in this folder, or the user's own; what it skips is told on standard error."""
+    root = default_root() if store is None else store
+    return Store(root, say=lambda message: typer.echo(f"note: {message}", err=True))
 
 
 def parse_shape(text: str) -> dict[str, int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
@@ -18,10 +17,10 @@ from rich.text import Text
 from attncc.autotune.fleet import submit
 from attncc.autotune.run import Watch
 from attncc.autotune.storages import open_storage
-from attncc.autotune.store import Store, default_root
+from attncc.autotune.store import Store
 from attncc.autotune.task import Options, Standing, Tuned
 from attncc.autotune.tune import tune
-from attncc.cli.output import Json, SpecPath, guarded, print_json, print_table
+from attncc.cli.output import DeviceName, Json, SpecPath, StorePath, guarded, opened, print_json, print_table
 from attncc.device import find
 from attncc.errors import SpecError
 
@@ -43,8 +42,6 @@ StorageUrl = Annotated[
         "--storage", metavar="URL", help="Shared trials: a journal file, postgresql://…, sqlite:///…, grpc://…"
     ),
 ]
-StorePath = Annotated[Path | None, typer.Option("--store", metavar="DIR", help="Where records are kept.")]
-DeviceName = Annotated[str | None, typer.Option("--device", help="The GPU here (default), or interpreter.")]
 For = Annotated[
     list[str] | None,
     typer.Option("--for", metavar="CARD", help="Repeatable: leave it to workers on such cards, --trials on each."),
@@ -76,7 +73,7 @@ def command(
     """
     options = Options(seconds_of(budget), trials, resume, sampler, seed, cold=not warm)
     shapes = None if shape is None else [shape_of(s) for s in shape]
-    place = Store(store or default_root())
+    place = opened(store)
     shared = None if storage is None else open_storage(storage)
     if cards:
         _leave(spec, cards, shared, trials, shapes, as_json)

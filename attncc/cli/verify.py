@@ -11,11 +11,10 @@ import typer
 
 from attncc.autotune.trials import Tried
 from attncc.autotune.verify import verify
-from attncc.cli.output import FAILED, Json, guarded, print_json, print_table, progress
+from attncc.cli.output import FAILED, DeviceName, Json, guarded, print_json, print_table, progress
 from attncc.device import find
 
 Package = Annotated[Path, typer.Argument(metavar="PACKAGE", help="Its folder, DIR/<name>. Its code is run.")]
-DeviceName = Annotated[str | None, typer.Option("--device", help="The GPU here (default), or interpreter.")]
 Seed = Annotated[int, typer.Option(help="Of the random operands.")]
 
 

@@ -8,9 +8,8 @@ import typer
 
 from attncc.autotune.fleet import work
 from attncc.autotune.storages import open_storage
-from attncc.autotune.store import Store, default_root
-from attncc.cli.output import Json, guarded, print_json
-from attncc.cli.tune import INTERRUPTED, DeviceName, StorePath, as_data, shown
+from attncc.cli.output import DeviceName, Json, StorePath, guarded, opened, print_json
+from attncc.cli.tune import INTERRUPTED, as_data, shown
 from attncc.device import find
 
 Url = Annotated[
@@ -29,7 +28,7 @@ def command(
 
     A worker that is killed loses the trial in flight; another one takes it up.
     """
-    place = Store(store or default_root())
+    place = opened(store)
     card = None if device is None else find(device)
     with shown(as_json) as watch:
         say = lambda text: typer.echo(text, err=True)
