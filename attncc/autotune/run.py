@@ -29,7 +29,9 @@ from attncc.autotune.table import sizes_of as call_sizes
 from attncc.autotune.task import Options, Standing, Task, Tuned
 from attncc.autotune.toolchain import toolchain
 from attncc.autotune.trials import Legality, Trials
+from attncc.codegen.package import without_engine
 from attncc.errors import TuneError
+from attncc.passes.lower.defaults import default_configs
 
 Config = Mapping[str, int]
 Knobs = frozenset[tuple[str, int]]
@@ -53,12 +55,16 @@ REPORT: Final = "this is a bug in attncc, or a broken toolchain: attncc check sa
 class Run:
     """One run: what is known of each config on each shape, and how to learn more."""
 
-    def __init__(self, what: Task, options: Options, store: Store, trials: Trials, watch: Watch) -> None:
+    def __init__(
+        self, what: Task, options: Options, store: Store, trials: Trials, watch: Watch, has_engine: bool = True
+    ) -> None:
+        """`has_engine`: whether the package that is tried has the engine that the device could use."""
         self.task, self.options, self.store, self.trials, self.watch = what, options, store, trials, watch
         self.begun = time.monotonic()
-        self.attn, self.program = driver.lower(what.attn)
+        self.attn, program = driver.lower(what.attn)
+        self.program = program if has_engine else without_engine(program)
         self.card, self.tools = Card.of(what.device), toolchain(what.device)
-        self.rows = driver.default_config(self.attn, what.device).rows
+        self.rows = default_configs(self.attn, what.device, has_engine)[0]
         packed = what.attn.layout == "varlen"
         self.defaults = [pick(self.rows, call_sizes(sizes_of(s), packed)) for s in what.shapes]
         self.kept: list[Kept] = []

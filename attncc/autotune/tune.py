@@ -53,5 +53,6 @@ def tune(
         with opened(
             package, what.device, cache, options.compilers, options.seed, options.seconds, options.cold
         ) as trials:
-            run = Run(what, options, store or Store(default_root()), trials, watch)
+            has_engine = (package / "_engine.py").exists()  # it is left out where its machine code is wrong
+            run = Run(what, options, store or Store(default_root()), trials, watch, has_engine)
             return run.tune(storage)

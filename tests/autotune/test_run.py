@@ -181,3 +181,11 @@ def test_a_run_that_is_killed_between_certificate_and_comparison_lets_no_noise_w
     after = Imagined(lambda config, shape: 1.0)  # in alternation there is no lead
     found = run(after, tmp_path, trials=None)
     assert all(o.ms == o.default_ms for o in found.decision.outcomes)
+
+
+def test_an_engine_that_was_left_out_of_the_package_is_not_tried(tmp_path: Path) -> None:
+    task = Task(SPEC, SPEC.attention, H200, (SHORT,))
+    options = Options(budget_s=None, trials=20, sampler="random")
+    found = Run(task, options, Store(tmp_path), Imagined(by_rows), lambda s: None, has_engine=False).tune(None)  # type: ignore[arg-type]
+    assert not [r for r in Store(tmp_path).records() if r.config.get("ENGINE")]
+    assert not [c for _, c in found.decision.rows if c.get("ENGINE")]
