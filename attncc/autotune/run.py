@@ -56,11 +56,21 @@ class Run:
     """One run: what is known of each config on each shape, and how to learn more."""
 
     def __init__(
-        self, what: Task, options: Options, store: Store, trials: Trials, watch: Watch, has_engine: bool = True
+        self,
+        what: Task,
+        options: Options,
+        store: Store,
+        trials: Trials,
+        watch: Watch,
+        has_engine: bool = True,
+        begun: float | None = None,
     ) -> None:
-        """`has_engine`: whether the package that is tried has the engine that the device could use."""
+        """`has_engine`: whether the package that is tried has the engine that the device could use.
+
+        `begun`: when the budget began, on the monotonic clock; now, if not given.
+        """
         self.task, self.options, self.store, self.trials, self.watch = what, options, store, trials, watch
-        self.begun = time.monotonic()
+        self.begun = time.monotonic() if begun is None else begun
         self.attn, program = driver.lower(what.attn)
         self.program = program if has_engine else without_engine(program)
         self.card, self.tools = Card.of(what.device), toolchain(what.device)
@@ -135,20 +145,27 @@ class Run:
             search.know(dict(knobs), value)
         ahead: deque[tuple[Trial, Candidate, Future[Legality]]] = deque()
         with search.heartbeat:
-            while True:
-                self._absorb(search.catch_up())
-                while len(ahead) < max(1, options.compilers) and self._may_ask(len(ahead)):
-                    found = search.ask()
-                    if found is None:
-                        break
-                    ahead.append((*found, self.trials.legality(found[1].config)))
-                if not ahead or self._left_s() <= 0:
-                    break
-                trial, candidate, legality = ahead.popleft()
-                records = self._try(candidate.config, legality.result())
-                value = self._mean(records) if records[-1].status == "measured" else None
-                notes = {f"record{n}": r.model_dump(mode="json") for n, r in enumerate(records)}
-                search.tell(trial, candidate, value, notes)
+            try:
+                while self._ask_ahead(search, ahead):
+                    trial, candidate, legality = ahead[0]
+                    records = self._try(candidate.config, legality.result())
+                    value = self._mean(records) if records[-1].status == "measured" else None
+                    notes = {f"record{n}": r.model_dump(mode="json") for n, r in enumerate(records)}
+                    search.tell(trial, candidate, value, notes)
+                    ahead.popleft()
+            finally:
+                for trial, candidate, _ in ahead:
+                    search.leave(trial, candidate)
+
+    def _ask_ahead(self, search: Search, ahead: deque[tuple[Trial, Candidate, Future[Legality]]]) -> bool:
+        """Has as many configs compiled as there are compilers; whether there is one, and time, to try it."""
+        self._absorb(search.catch_up())
+        while len(ahead) < max(1, self.options.compilers) and self._may_ask(len(ahead)):
+            found = search.ask()
+            if found is None:
+                break
+            ahead.append((*found, self.trials.legality(found[1].config)))
+        return bool(ahead) and self._left_s() > 0
 
     def _may_ask(self, ahead: int) -> bool:
         limit = self.options.trials

@@ -132,6 +132,12 @@ class Search:
         self._end(trial, value)
         self.heartbeat.release(trial)
 
+    def leave(self, trial: Trial, candidate: Candidate) -> None:
+        """A trial that does not come to its end here: its config is free for others, and for the next run."""
+        self.left[_place(candidate)] = candidate
+        insist(lambda: self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True))
+        self.heartbeat.release(trial)
+
     def share(self, name: str, what: Any) -> None:
         """Leaves something that is no trial to the others of a fleet, or to whoever collects it."""
         if self.is_shared:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +46,7 @@ def tune(
         SpecError, Unsupported: as `task`.
         TuneError: if the default config does not run, or computes something wrong.
     """
+    begun = time.monotonic()
     what = task(source, shapes, device)
     with tempfile.TemporaryDirectory(prefix="attncc-tune-") as folder:
         as_run = replace(what.spec, attention=what.attn, text=document(what.attn))
@@ -54,5 +56,5 @@ def tune(
             package, what.device, cache, options.compilers, options.seed, options.seconds, options.cold
         ) as trials:
             has_engine = (package / "_engine.py").exists()  # it is left out where its machine code is wrong
-            run = Run(what, options, store or Store(default_root()), trials, watch, has_engine)
+            run = Run(what, options, store or Store(default_root()), trials, watch, has_engine, begun)
             return run.tune(storage)

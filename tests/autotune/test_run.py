@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 from autotune.bench_in_mind import Imagined
 
 from attncc import spec
 from attncc.autotune.run import HOPELESS, Run
+from attncc.autotune.storages import open_storage
 from attncc.autotune.store import Store
 from attncc.autotune.table import pick, sizes_of
 from attncc.autotune.task import Options, Standing, Task, Tuned
@@ -189,3 +192,16 @@ def test_an_engine_that_was_left_out_of_the_package_is_not_tried(tmp_path: Path)
     found = Run(task, options, Store(tmp_path), Imagined(by_rows), lambda s: None, has_engine=False).tune(None)  # type: ignore[arg-type]
     assert not [r for r in Store(tmp_path).records() if r.config.get("ENGINE")]
     assert not [c for _, c in found.decision.rows if c.get("ENGINE")]
+
+
+def test_what_an_interrupted_run_had_asked_for_is_left_to_others(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path / "trials"))
+    task = Task(SPEC, SPEC.attention, INTERPRETER, (SHORT,))
+    options = Options(budget_s=None, trials=30, sampler="random", compilers=4)
+    bench = Imagined(by_rows, stop_after=8)
+    found = Run(task, options, Store(tmp_path / "store"), bench, lambda s: None).tune(storage)  # type: ignore[arg-type]
+    assert found.interrupted
+    trials = optuna.load_study(study_name=task.name, storage=storage).trials
+    states = Counter(t.state.name for t in trials)
+    assert states["RUNNING"] == 0
+    assert states["FAIL"] == 4
