@@ -162,7 +162,7 @@ def test_what_is_not_split(case: str) -> None:
     assert "SPLIT" not in {k.name for k in program.knobs}
     assert lowered(replace(VARIANTS["causal"], layout="varlen")).split_gap == "packed sequences"
     assert lowered(QUANTISED["tokens"]).split_gap == "quantised operands"
-    assert lowered(replace(VARIANTS["causal"], modes=("prefill",))).split_gap == "calls without decode"
+    assert lowered(replace(VARIANTS["causal"], modes=("prefill",))).split_gap == "modes without decode"
 
 
 @pytest.mark.parametrize("case", [c for c, attn in VARIANTS.items() if attn.align.kind != "input"])

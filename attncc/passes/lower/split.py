@@ -52,7 +52,7 @@ class Gap:
 
 
 GAPS: Final = (
-    Gap("calls without decode", lambda a: "decode" not in a.modes),
+    Gap("modes without decode", lambda a: "decode" not in a.modes),
     Gap("packed sequences", lambda a: a.layout == "varlen"),
     Gap("key tiles listed from data", lambda a: key_tiles_of(a).listed),
     Gap("quantised operands", lambda a: bool(a.quantize)),
