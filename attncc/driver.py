@@ -279,7 +279,9 @@ def _lowered(attn: Attention) -> Stage:
     verify_program(program)
     why = f"# skeleton: {program.skeleton}\n# because: {program.why}\n"
     why += f"# on sm_90: {program.engine_gap or 'the Hopper engine serves large calls'}\n"
-    return Stage(PROGRAM_STAGE, why + text(program))
+    gap = program.split_gap
+    few = f"the same kernels, because of {gap}" if gap else "keys are shared out to programs, then merged"
+    return Stage(PROGRAM_STAGE, f"{why}# calls of few queries: {few}\n{text(program)}")
 
 
 def systems(folder: str | os.PathLike[str] | None = None) -> tuple[System, ...]:

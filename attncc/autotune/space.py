@@ -11,6 +11,7 @@ from attncc.device import Device
 from attncc.ir.attention import Attention
 from attncc.ir.tile import Program
 from attncc.passes.lower.defaults import Config, beside_engine, default_configs
+from attncc.passes.lower.knobs import FILL, SPLIT
 
 WARPS: Final = (4, 8)
 STAGES: Final = (1, 2, 3)
@@ -18,6 +19,8 @@ REGISTERS: Final = (0, 128, 160, 168)
 """Caps of a thread's registers, 0 for none: for two programs of 8 warps on a multiprocessor, or three of 4."""
 PRODUCER: Final = 24
 """Registers of a thread of the engine's warpgroup that loads."""
+NOT_SEARCHED: Final = (SPLIT.name, FILL.name)
+"""How keys are shared out in calls of few queries, which have the default rule's rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,8 @@ def branches(attn: Attention, program: Program, device: Device) -> tuple[Branch,
     """
     rows, _ = default_configs(attn, device, with_engine=False)
     base = rows[-1][1]
-    axes = {k.name: k.choices for k in program.knobs if k.name in base} | _options(device)
+    searched = (k for k in program.knobs if k.name in base and k.name not in NOT_SEARCHED)
+    axes = {k.name: k.choices for k in searched} | _options(device)
     portable = Branch("portable", axes, lambda choice: {**base, **choice})
     if program.engine is None or not device.has_wgmma:
         return (portable,)

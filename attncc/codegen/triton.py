@@ -154,7 +154,8 @@ class Printer:
         """Reads of tensors."""
         p = self.params[str(e.attr)]
         if e.op == "load":
-            at, mask = e.args[: p.rank], e.args[p.rank :]
+            rank = 4 if p.role == "operand" else p.rank
+            at, mask = e.args[:rank], e.args[rank:]
             guard = f", mask={self.expr(mask[0])}, other=0" if mask else ""
             return f"tl.load({self.pointer(p, at)}{guard})"
         if e.op == "bucket":

@@ -279,6 +279,8 @@ class Program:
     """What serves large calls where the launch's config says so."""
     engine_gap: str = ""
     """Why there is none."""
+    split_gap: str = ""
+    """Why calls of few queries have no kernels of their own."""
 
     def kernel(self, name: str) -> Kernel:
         return next(k for k in self.kernels if k.name == name)

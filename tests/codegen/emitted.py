@@ -33,9 +33,10 @@ class Package:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.module.attention(*args, **kwargs)
 
-    def tiles(self, rows: int, keys: int, one_pass: int = 0) -> Package:
-        """Takes tiles of this shape from now on."""
+    def tiles(self, rows: int, keys: int, one_pass: int = 0, split: int = 0, fill: int = 64) -> Package:
+        """Takes tiles of this shape from now on; `split` key tiles or more to a share, where it is not 0."""
         knobs = {"BM": rows, "BN": keys, "GROUP": 2, "ONE_PASS": one_pass, "num_warps": 4, "num_stages": 1}
+        knobs |= {"SPLIT": split, "FILL": fill}
         self.module.VARIANT.configs["interpreter"].TABLE = (({}, knobs),)
         self.module._RUNNER.plans.clear()
         return self

@@ -40,7 +40,8 @@ def test_kernels(variant: str, golden: Golden, tmp_path: Path) -> None:
     wanted = {}
     for device in map(find, TARGETS):
         general = dict(default_configs(attn, device, with_engine=False)[0][-1][1])
-        wanted |= {f"{device.name}/{name}": job for name, job in jobs(program, str(kernels), device, general).items()}
+        found = jobs(program, str(kernels), device, general)
+        wanted |= {f"{device.name}/{name}": job for name, job in found.items() if not _is_of_few_queries(name)}
     built = dict(zip(wanted, build_all(list(wanted.values())), strict=True))
     failed = {name: outcome.reason for name, outcome in built.items() if isinstance(outcome, Failed)}
     assert not failed
@@ -49,6 +50,11 @@ def test_kernels(variant: str, golden: Golden, tmp_path: Path) -> None:
         assert not isinstance(outcome, Failed)
         assert outcome.shared_bytes <= find(outcome.target).shared_bytes_per_block, name
         assert _is_careful(name) or not outcome.notes, (name, outcome.notes)
+
+
+def _is_of_few_queries(name: str) -> bool:
+    """Launches that have configs of their own: tests/codegen/test_split.py compiles them."""
+    return name.split()[0].endswith(("_split", "_merge"))
 
 
 def _is_careful(name: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attncc import passes, reference
 from attncc.ir import interp
-from attncc.ir.attention import Align, Attention, Call, Dims, Heads, Input, Normalizer, Part, Quantizer
+from attncc.ir.attention import Align, Attention, Call, Dims, Heads, Input, Normalizer, Numerics, Part, Quantizer
 from attncc.ir.expr import TRUE, Expr, bucket, const, eq, ew, load, name, where
 from attncc.ir.tile import Program
 from attncc.ir.verify import verify_attention, verify_program
@@ -122,7 +122,10 @@ def agree(attn: Attention, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tens
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("case", [*VARIANTS, *QUANTISED])
 def test_dense(case: str, shape: tuple[int, int, int, dict[str, int]]) -> None:
-    attn, (B, Sq, Sk, knobs) = (VARIANTS | QUANTISED)[case], shape
+    compare((VARIANTS | QUANTISED)[case], *shape)
+
+
+def compare(attn: Attention, B: int, Sq: int, Sk: int, knobs: dict[str, int]) -> None:
     generator = torch.Generator().manual_seed(Sq)
     heads, dims = attn.heads, attn.dims
     q, k, v = (
@@ -134,6 +137,32 @@ def test_dense(case: str, shape: tuple[int, int, int, dict[str, int]]) -> None:
     o, lse = torch.full((B, heads.q, Sq, dims.v), torch.nan), torch.full((B, heads.q, Sq), torch.nan)
     interpret(attn, {"Q": q, "K": k, "V": v, "O": o, "LSE": lse, **given}, sizes, knobs)
     agree(attn, o, lse, q, k, v, inputs=given)
+
+
+SPLIT_SHAPES: list[tuple[int, int, int, dict[str, int], Literal["run", "batch"]]] = [
+    (2, 5, 90, {"BM": 16, "BN": 16, "SPLIT": 1, "FILL": 20}, "run"),
+    (1, 9, 5, {"BM": 16, "BN": 32, "SPLIT": 1, "FILL": 64}, "run"),
+    (1, 1, 70, {"BM": 16, "BN": 16, "SPLIT": 2, "ONE_PASS": 1}, "batch"),
+]
+LISTED = ("documents", "keys")
+
+
+@pytest.mark.parametrize("case", [c for c in VARIANTS if c not in LISTED])
+def test_split(case: str) -> None:
+    """Few queries: heads of a group in one tile, and keys shared out to several programs."""
+    assert not lowered(VARIANTS[case]).split_gap
+    for B, Sq, Sk, knobs, reproducible in SPLIT_SHAPES:
+        compare(replace(VARIANTS[case], numerics=Numerics(reproducible)), B, Sq, Sk, knobs)
+
+
+@pytest.mark.parametrize("case", LISTED)
+def test_what_is_not_split(case: str) -> None:
+    program = lowered(VARIANTS[case])
+    assert program.split_gap == "key tiles listed from data"
+    assert "SPLIT" not in {k.name for k in program.knobs}
+    assert lowered(replace(VARIANTS["causal"], layout="varlen")).split_gap == "packed sequences"
+    assert lowered(QUANTISED["tokens"]).split_gap == "quantised operands"
+    assert lowered(replace(VARIANTS["causal"], modes=("prefill",))).split_gap == "modes without decode"
 
 
 @pytest.mark.parametrize("case", [c for c, attn in VARIANTS.items() if attn.align.kind != "input"])

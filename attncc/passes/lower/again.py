@@ -10,9 +10,9 @@ from typing import Final
 
 from attncc.ir.attention import Attention
 from attncc.ir.build import Builder, program, quotient, read, remainder
-from attncc.ir.expr import TRUE, Expr, const
+from attncc.ir.expr import Expr, const
 from attncc.ir.tile import Function, Kernel, Param
-from attncc.passes.lower.forward import one_tile, parameters
+from attncc.passes.lower.forward import LOST, one_tile, parameters
 from attncc.passes.lower.grid import is_varlen, place_dense, place_packed, query_tiles, split_head
 from attncc.passes.lower.scores import own_name
 from attncc.passes.lower.tidy import tidy
@@ -33,7 +33,7 @@ def number_of(attn: Attention, head: Expr, tile: Expr) -> Expr:
 
 def kernel(attn: Attention) -> Kernel:
     """One program works on every `PROGRAMS`th entry."""
-    others = ("PASS", "GROUP", own_name("lost", attn))
+    others = ("PASS", "GROUP", own_name(LOST, attn))
     params = {n: p for n, p in parameters(attn).items() if n not in others}
     found = params[listed(attn).name] = listed(attn)
     b = Builder(params)
@@ -46,6 +46,6 @@ def kernel(attn: Attention) -> Kernel:
         else:
             t = place_dense(b, attn, *split_head(b, attn, head), number)
         with b.when(t.row0 < t.queries) if is_varlen(attn) else nullcontext():
-            functions.append(one_tile(b, attn, t, careful=TRUE))
+            functions.append(one_tile(b, attn, t))
     doc = "Does the query tiles again into which the engine may have let a hidden NaN leak."
     return Kernel(f"{attn.name}_again", *tidy(params.values(), b.body), tuple(functions), const(PROGRAMS), doc)

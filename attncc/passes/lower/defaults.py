@@ -16,7 +16,8 @@ from attncc.errors import Unsupported
 from attncc.ir.attention import Attention
 from attncc.ir.expr import TRUE
 from attncc.ir.rewrite import buffers, names
-from attncc.passes.lower import quantize
+from attncc.passes.lower import quantize, split
+from attncc.passes.lower.group import members
 from attncc.passes.lower.hopper import gap
 from attncc.passes.lower.pieces import pieces
 from attncc.passes.lower.skew import split_diagonals
@@ -209,6 +210,16 @@ SHORT: Final = 16
 SMALL: Final = 2**18
 """Up to so many (query, key) pairs a head, counted over the batch, a call takes as long as its launch: one launch then,
 and pointers, for which no descriptors are made."""
+WORTH_SPLITTING: Final = 512
+"""Up to so many keys a small call is done before the launch of a merge would be."""
+SHARE: Final = 256
+"""Keys that a share has at least, for it to cost more than its merge."""
+FIXED_SHARE: Final = 512
+"""Keys that it has where its size may depend on nothing else."""
+FILLING: Final = 4
+"""Programs a multiprocessor, as many as its registers hold, for it to have loads in flight always."""
+GROUPED: Final = (16, 32, 64)
+"""Rows of a group's query tile."""
 
 
 def default_configs(attn: Attention, device: Device, with_engine: bool = True) -> tuple[tuple[Row, ...], str]:
@@ -223,7 +234,25 @@ def default_configs(attn: Attention, device: Device, with_engine: bool = True) -
     large = {**config, **_engine_config(attn, device)} if with_engine else config
     few = {**config, "BM": 16, "maxnreg": 0, "num_stages": 1}
     small = {**config, "BN": min(64, config["BN"]), "ONE_PASS": 1, "TMA": 0, "maxnreg": 0}
-    return (({"pairs": SMALL}, small), ({"Sq": SHORT}, few), ({}, large)), rule.why
+    if split.gap(attn):
+        return (({"pairs": SMALL}, small), ({"Sq": SHORT}, few), ({}, large)), rule.why
+    whole = {"SPLIT": 0, "FILL": FILLING * device.sms}
+    short = _splitting(attn, {**few, **whole}, config["BM"])
+    small, large = {**small, **whole}, {**large, **whole}
+    if attn.numerics.reproducible == "batch":  # pairs are counted over the batch
+        return (*short, ({}, large)), rule.why
+    return (({"pairs": SMALL, "Sk": WORTH_SPLITTING}, small), *short, ({"pairs": SMALL}, small), ({}, large)), rule.why
+
+
+def _splitting(attn: Attention, few: Config, most_rows: int) -> list[Row]:
+    """Rows for calls of few queries, by how many of them with all heads of their group one query tile holds."""
+    fixed = attn.numerics.reproducible == "batch"
+    few = {**few, "BN": min(64, few["BN"])}
+    tiles = (FIXED_SHARE if fixed else SHARE) // few["BN"]
+    heights = [rows for rows in GROUPED if rows <= most_rows]
+    bounds = {min(rows // members(attn), SHORT): rows for rows in reversed(heights)}
+    bounds.setdefault(SHORT, heights[-1])
+    return [({"Sq": most}, {**few, "BM": bounds[most], "SPLIT": tiles}) for most in sorted(bounds) if most]
 
 
 def _engine_config(attn: Attention, device: Device) -> Config:

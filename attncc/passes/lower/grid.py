@@ -159,11 +159,9 @@ def _positions(
         "b": sequence, "h": h, "hk": hk if hk in (h, const(0)) else b.let("hk", hk), "Sq": queries, "Sk": keys,
         "row0": row0, "row1": last,
     }  # fmt: skip
-    heads, dims = attn.heads, attn.dims
-    fixed = {"Hq": heads.q, "Hk": heads.kv, "Hv": heads.v, "Dqk": dims.qk, "Dv": dims.v}
-    values |= {text: const(size) for text, size in fixed.items()}
+    values |= fixed_sizes(attn)
     scope = Scope(values, inputs)
-    offset = _offset(b, attn, scope)
+    offset = offset_of(b, attn, scope)
     values["i0"] = row0 if offset is None else b.let("i0", row0 + offset)
     values["i1"] = last if offset is None else b.let("i1", last + offset)
     values["row"] = minimum(rows, last)
@@ -172,7 +170,14 @@ def _positions(
     return QueryTile(batch, h, number, row0, rows, queries, keys, *begins, scope)
 
 
-def _offset(b: Builder, attn: Attention, scope: Scope) -> Expr | None:
+def fixed_sizes(attn: Attention) -> dict[str, Expr]:
+    """The sizes that are known when compiled, as a scope has them."""
+    heads, dims = attn.heads, attn.dims
+    fixed = {"Hq": heads.q, "Hk": heads.kv, "Hv": heads.v, "Dqk": dims.qk, "Dv": dims.v}
+    return {text: const(size) for text, size in fixed.items()}
+
+
+def offset_of(b: Builder, attn: Attention, scope: Scope) -> Expr | None:
     """Position of row 0, None for 0."""
     match attn.align.kind:
         case "bottom_right":

@@ -17,7 +17,7 @@ from attncc.ir.expr import FLOATS, Expr, const, eq, maximum, name, where
 from attncc.ir.rewrite import names, substitute, walk
 from attncc.ir.tile import Engine, Function, Launch, Let, Note, Param, Program, Scratch, Statement, binds, block, reads
 from attncc.passes.lower import again, classify, quantize, skew, stored
-from attncc.passes.lower.forward import Formulas, formulas_of, may_hide_values, read_early
+from attncc.passes.lower.fragments import Formulas, formulas_of, may_hide_values, read_early
 from attncc.passes.lower.grid import (
     CU_K,
     CU_Q,
@@ -35,7 +35,7 @@ from attncc.passes.lower.grid import (
     split_head,
 )
 from attncc.passes.lower.knobs import ENGINE_KNOBS
-from attncc.passes.lower.normalizers import NORMALIZERS, Rule
+from attncc.passes.lower.normalizers import NORMALIZERS, TOTAL, M, Rule
 from attncc.passes.lower.pieces import pieces
 from attncc.passes.lower.scores import input_param, share_reads
 from attncc.passes.lower.walk import BN, Run, key_tiles_of, number_tiles, solve_runs, tile_at
@@ -301,7 +301,7 @@ def _keep(b: Builder, formulas: Formulas) -> Function:
 def _finish(b: Builder, attn: Attention, t: QueryTile, rule: Rule) -> Function:
     inner = Builder(b.params)
     sink = attn.part.normalizer.sink
-    end = rule.finish(inner, None if sink is None else t.scope.bind(sink))
+    end = rule.finish(inner, M, TOTAL, None if sink is None else t.scope.bind(sink))
     assert end.lse is not None
     factor = 1.0 / end.divisor if end.divisor is not None else end.factor
     assert factor is not None

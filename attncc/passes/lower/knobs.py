@@ -15,6 +15,16 @@ KNOBS: Final = (
 WRITE_LSE: Final = Knob("WRITE_LSE", (1, 0), "0: the caller wants the output alone")
 ONE_PASS: Final = Knob("ONE_PASS", (0, 1), "1: tiles lost to NaN are redone by the program that finds them")
 
+SPLIT: Final = Knob(
+    "SPLIT",
+    (0, 4, 8, 16),
+    "0: one program walks all key tiles of its rows; else they are shared out, so many or more to a program; exactly "
+    "so many for `reproducible: batch`: shares then begin at the same keys, whatever stands beside a sequence",
+)
+FILL: Final = Knob(
+    "FILL", (528, 264, 1056), "programs that fill the GPU: where shares would be more in all, they are larger"
+)
+
 ENGINE_KNOBS: Final = (
     Knob("E_KEYS", (64, 128), "keys of its tiles"),
     Knob("E_CONSUMERS", (2, 3), "warpgroups that multiply, of 64 rows each"),

@@ -1,7 +1,7 @@
 """The normaliser as an algebra: init, step, merge, finish over an associative partial state.
 
-A state is what a set of keys contributes to a row. Dense loops step through tiles; splits, stream-K fragments and
-rings will `merge` states of disjoint key sets. Whoever adds a normaliser adds a row to `NORMALIZERS`.
+A state is what a set of keys contributes to a row. Loops step through tiles; splits `merge` states of disjoint key
+sets, as stream-K fragments and rings will. Whoever adds a normaliser adds a row to `NORMALIZERS`.
 """
 
 from __future__ import annotations
@@ -44,32 +44,38 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """What becomes of a row's accumulators: divided by `divisor` or multiplied by `factor`, [BM] each, or left."""
+    """What becomes of accumulators: divided by `divisor` or multiplied by `factor`, or left; a number for each row."""
 
     divisor: Expr | None = None
     factor: Expr | None = None
     lse: Expr | None = None
-    """[BM], where the normaliser has one."""
+    """Where the normaliser has one."""
 
     def of(self, acc: Expr) -> Expr:
-        """The output of an accumulator [BM, width]."""
+        """The output of an accumulator [BM, width], or of one row's, [width]."""
         if self.factor is not None:
-            return acc * column(self.factor)
-        return acc if self.divisor is None else acc / column(self.divisor)
+            return acc * _to_columns(self.factor)
+        return acc if self.divisor is None else acc / _to_columns(self.divisor)
+
+
+def _to_columns(x: Expr) -> Expr:
+    return column(x) if x.shape else x
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
     """init(b): binds what beside the accumulators makes the state; step(b, tile): adds one tile.
-    finish(b, sink): what ends a row; where `sums` are kept, their `total` is bound by then.
+    finish(b, m, total, sink): what ends rows of such a greatest score and sum, which not all normalisers have.
     """
 
     state: tuple[Expr, ...]
     init: Callable[[Builder], None]
     step: Callable[[Builder, Tile], None]
-    finish: Callable[[Builder, Expr | None], End]
+    finish: Callable[[Builder, Expr, Expr, Expr | None], End]
     sums: Expr | None = None
     """Parts of a row's sum, [BM, LANES]."""
+    peak: Expr | None = None
+    """[BM] in units of log 2: sums and accumulators are relative to 2 ** peak; to 1 where there is none."""
     exponential: bool = False
     """Whether scores are wanted in units of log 2."""
 
@@ -103,16 +109,16 @@ def _softmax_step(b: Builder, tile: Tile) -> None:
     b.let("m", m_new)
 
 
-def _softmax_finish(b: Builder, sink: Expr | None) -> End:
-    empty = b.let("empty", TOTAL <= 0.0)
-    lse = where(empty, -math.inf, (M + ew("log2", where(empty, 1.0, TOTAL))) * LN2)
+def _softmax_finish(b: Builder, m: Expr, total: Expr, sink: Expr | None) -> End:
+    empty = b.let("empty", total <= 0.0)
+    lse = where(empty, -math.inf, (m + ew("log2", where(empty, 1.0, total))) * LN2)
     if sink is None:
-        return End(divisor=b.let("divisor", where(empty, 1.0, TOTAL)), lse=lse)
+        return End(divisor=b.let("divisor", where(empty, 1.0, total)), lse=lse)
     b.note("the sink joins the denominator alone")
     z = b.let("z", sink * LOG2E)
-    top = b.let("top", maximum(M, z))
-    shrink = b.let("shrink", where(empty, 0.0, ew("exp2", M - top)))
-    divisor = b.let("divisor", TOTAL * shrink + ew("exp2", z - top))
+    top = b.let("top", maximum(m, z))
+    shrink = b.let("shrink", where(empty, 0.0, ew("exp2", m - top)))
+    divisor = b.let("divisor", total * shrink + ew("exp2", z - top))
     factor = b.let("factor", where(ew("eq", divisor, const(0.0)), 0.0, shrink / divisor), "no key, and a sink of -inf")
     return End(factor=factor, lse=lse)
 
@@ -131,7 +137,7 @@ def _pointwise(f: Callable[[Expr], Expr]) -> Rule:
     def step(b: Builder, tile: Tile) -> None:
         _accumulate(b, tile, _weights(b, tile, f(tile.x * tile.c)), None)
 
-    return Rule((), lambda b: None, step, lambda b, sink: End())
+    return Rule((), lambda b: None, step, lambda b, m, total, sink: End())
 
 
 def _linear(eps: float) -> Rule:
@@ -145,8 +151,8 @@ def _linear(eps: float) -> Rule:
         b.let("l", L + reduce("sum", reshape(p, ("BM", f"BN/{LANES}", LANES)), 1))
         _accumulate(b, tile, p, None)
 
-    def finish(b: Builder, sink: Expr | None) -> End:
-        total = b.let("total", TOTAL + eps)
+    def finish(b: Builder, m: Expr, total: Expr, sink: Expr | None) -> End:
+        total = b.let("total", total + eps)
         b.note("a row that sees no key has the sum eps, or 0: its output is 0 either way")
         return End(divisor=b.let("divisor", where(ew("eq", total, const(0.0)), 1.0, total)))
 
@@ -154,11 +160,35 @@ def _linear(eps: float) -> Rule:
 
 
 NORMALIZERS: Final[Mapping[str, Callable[[Normalizer], Rule]]] = {
-    "softmax": lambda n: Rule((M, L), _softmax_init, _softmax_step, _softmax_finish, L, exponential=True),
+    "softmax": lambda n: Rule((M, L), _softmax_init, _softmax_step, _softmax_finish, L, M, exponential=True),
     "sigmoid": lambda n: _pointwise(lambda s: ew("sigmoid", s)),
     "relu": lambda n: _pointwise(lambda s: maximum(s, 0.0)),
     "none": lambda n: _pointwise(lambda s: s),
     "linear": lambda n: _linear(n.eps),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class States:
+    """States of one row over disjoint sets of keys, some of many: [n], [n] and [n, width] a piece."""
+
+    peaks: Expr | None
+    totals: Expr | None
+    accumulators: tuple[Expr, ...]
+
+
+def merge(b: Builder, states: States, accumulators: tuple[str, ...]) -> None:
+    """Adds states to the row's, whose `m` is the greatest peak of all: each but for what it is below that.
+
+    The state of no keys adds 0 exactly, whatever else there is.
+    """
+    weights = None if states.peaks is None else b.let("weights", ew("exp2", states.peaks - name("m", "f32")))
+    if states.totals is not None:
+        totals = states.totals if weights is None else states.totals * weights
+        b.let("total", name("total", "f32") + reduce("sum", totals, 0))
+    for text, x in zip(accumulators, states.accumulators, strict=True):
+        x = x if weights is None else x * column(weights)
+        b.let(text, name(text, "f32", x.shape[1:]) + reduce("sum", x, 0))
+
 
 VALUE_DTYPE: Final[Mapping[str, Dtype]] = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}

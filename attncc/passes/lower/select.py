@@ -17,6 +17,7 @@ from attncc.passes.lower.hopper import accelerated
 from attncc.passes.lower.normalizers import NORMALIZERS
 from attncc.passes.lower.pieces import MAX_DIM
 from attncc.passes.lower.quantize import LIMITS
+from attncc.passes.lower.split import with_split
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,5 +121,5 @@ def select(attn: Attention) -> Program:
         raise Unsupported(gap.message, gap.key, hint=f"supported: {gap.supported}")
     for skeleton in SKELETONS:
         if skeleton.applies(attn):
-            return accelerated(attn, replace(skeleton.build(attn), why=skeleton.why))
+            return with_split(attn, accelerated(attn, replace(skeleton.build(attn), why=skeleton.why)))
     raise Unsupported("no skeleton carries this variant", "parts", hint="attncc explain shows its IR")

@@ -140,6 +140,30 @@ def for_each_tile(b: Builder, runs: tuple[Run, ...], text: str, body: Callable[[
         body(b.let("n", tile_at(t, runs, ends)))
 
 
+@dataclass(frozen=True, slots=True)
+class Line:
+    """The tiles of some runs, one behind the other."""
+
+    runs: tuple[Run, ...]
+    ends: tuple[Expr, ...]
+    """How many tiles there are up to the end of each run."""
+
+    @property
+    def tiles(self) -> Expr:
+        return self.ends[-1] if self.ends else const(0)
+
+
+def line_up(b: Builder, runs: tuple[Run, ...], text: str) -> Line:
+    return Line(runs, number_tiles(b, runs, text) if runs else ())
+
+
+def for_each_between(b: Builder, line: Line, first: Expr, last: Expr, body: Callable[[Expr], None]) -> None:
+    """One loop over the tiles [first, last) of a line: `body` gets the position of each tile's first key."""
+    if line.runs:
+        with b.loop("t", first, last) as t:
+            body(b.let("n", tile_at(t, line.runs, line.ends)))
+
+
 def number_tiles(b: Builder, runs: tuple[Run, ...], text: str) -> tuple[Expr, ...]:
     """Binds, for each run, how many tiles there are up to its end."""
     ends: list[Expr] = []

@@ -96,6 +96,39 @@ def key_tile(
     return acc, m, l
 
 
+@triton.jit
+def group_key_tile(
+    acc, m, l, K, k_b, k_h, k_s, bias_ptr, bias_s0, bias_s1, V, v_b, v_h, v_s, b, h, n, Sk, i, score, score_2,
+    len_W, q, scale,
+    MASKED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
+):
+    """Adds the keys from n on to the state."""
+    k = load_tile(K, b, h, n, 0, k_b, k_h, k_s, Sk, 64, BN, 64, TMA)  # [BN, 64]
+    j = n + tl.arange(0, BN)  # [BN]
+    if MASKED:
+        inside = j < Sk
+        j = tl.minimum(j, Sk - 1)  # past the end, the last one again, so that reads stay inside
+    bias_ij = tl.load(
+        bias_ptr + h * bias_s0 + tl.minimum(tl.maximum(i[:, None] - j[None, :] + score, 0), score_2) * bias_s1,
+        mask=(tl.minimum(tl.maximum(i[:, None] - j[None, :] + score, 0), score_2) >= 0)
+        & (tl.minimum(tl.maximum(i[:, None] - j[None, :] + score, 0), score_2) < len_W),
+        other=0,
+    )
+    s = tl.dot(q, k.T)  # [BM, BN]
+    x = s * scale + bias_ij  # [BM, BN]
+    if MASKED:
+        keep = inside[None, :]  # [1, BN]
+        x = tl.where(keep, x, float("-inf"))
+    m_new = tl.maximum(m, tl.max(x, 1) * 1.4426950408889634)  # [BM]
+    p = tl.exp2(x * 1.4426950408889634 - m_new[:, None])  # [BM, BN]
+    alpha = tl.exp2(m - m_new)
+    l = l * alpha[:, None] + tl.sum(tl.reshape(p, [BM, BN // 8, 8]), 1)
+    v = load_tile(V, b, h, n, 0, v_b, v_h, v_s, Sk, 64, BN, 64, TMA)  # [BN, 64]
+    acc = tl.dot(p.to(BF16), v, acc * alpha[:, None])
+    m = m_new
+    return acc, m, l
+
+
 @triton.jit(do_not_specialize=["Sq", "Sk", "len_W"])
 def relative_bias_skew_0(
     bias_ptr, skew_0,
@@ -168,3 +201,125 @@ def relative_bias_forward(
             mask=rows < Sq,
         )
     store_tile(O, (acc / divisor[:, None]).to(BF16), b, h, row0, 0, o_b, o_h, o_s, Sq, 64, BM, 64, TMA)
+
+
+@triton.jit(do_not_specialize=["B", "Sq", "Sk", "len_W"])
+def relative_bias_split(
+    Q, K, V, bias_ptr, part_m, part_l, part_o,
+    q_b: tl.int64, q_h: tl.int64, q_s: tl.int64, k_b: tl.int64, k_h: tl.int64, k_s: tl.int64, v_b: tl.int64,
+    v_h: tl.int64, v_s: tl.int64, bias_s0: tl.int64, bias_s1: tl.int64, part_m_s0: tl.int64,
+    part_m_s1: tl.int64, part_l_s0: tl.int64, part_l_s1: tl.int64, part_o_b: tl.int64, part_o_h: tl.int64,
+    part_o_s: tl.int64,
+    B, Sq, Sk, len_W, scale,
+    BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, FILL: tl.constexpr, TMA: tl.constexpr,
+):
+    """Few queries of relative_bias: one program per query tile of a group of heads and share of its keys."""
+    tiles = (Sq + (BM - 1)) // BM
+    shares = tl.minimum(
+        ((Sk + (BN - 1)) // BN + (SPLIT - 1)) // SPLIT, tl.maximum(FILL // (B * 16 * ((Sq + (BM - 1)) // BM)), 1),
+    )
+    number = tl.program_id(0) % tiles
+    rest = tl.program_id(0) // tiles
+    share = rest % shares
+    of = rest // shares
+    b = of // 16
+    h = of % 16
+    row0 = number * BM
+    rows = row0 + tl.arange(0, BM)  # [BM]
+    last_row = tl.minimum(row0 + BM, Sq) - 1
+    offset = Sk - Sq
+    i = tl.minimum(rows, last_row) + offset  # [BM] positions; past the end, the last one again
+    q = tl.load(
+        Q + b * q_b + h * q_h + tl.minimum(rows, last_row)[:, None] * q_s + tl.arange(0, 64)[None, :],
+    )  # [BM, 64]
+    score = len_W // 2
+    score_2 = len_W - 1
+    full_end = Sk // BN * BN
+    whole_0 = (tl.maximum(full_end, 0) + (BN - 1)) // BN
+    cut_0 = (tl.maximum(Sk - full_end, 0) + (BN - 1)) // BN
+    size = tl.maximum((whole_0 + cut_0 + (shares - 1)) // shares, SPLIT)
+    first = share * size
+    last = tl.minimum(first + size, whole_0 + cut_0)
+    m = tl.full([BM], -1.7014118346046923e+38, tl.float32)  # running maximum, in units of log 2
+    l = tl.full([BM, 8], 0.0, tl.float32)  # running sum, in parts that one thread holds
+    acc = tl.full([BM, 64], 0.0, tl.float32)  # [BM, 64]
+    # tiles in which every pair counts
+    for t in range(first, tl.minimum(last, whole_0)):
+        n = t * BN
+        acc, m, l = group_key_tile(
+            acc, m, l, K, k_b, k_h, k_s, bias_ptr, bias_s0, bias_s1, V, v_b, v_h, v_s, b, h, n, Sk, i, score, score_2,
+            len_W, q, scale, False, BM, BN, TMA,
+        )
+    # tiles cut by the mask or by the end of the keys
+    for t in range(tl.maximum(first, whole_0) - whole_0, last - whole_0):
+        n = full_end + t * BN
+        acc, m, l = group_key_tile(
+            acc, m, l, K, k_b, k_h, k_s, bias_ptr, bias_s0, bias_s1, V, v_b, v_h, v_s, b, h, n, Sk, i, score, score_2,
+            len_W, q, scale, True, BM, BN, TMA,
+        )
+    state = (b * 16 + h) * Sq + tl.minimum(rows, last_row)  # [BM]
+    tl.store(part_m + state * part_m_s0 + share * part_m_s1, m, mask=rows < Sq)
+    tl.store(part_l + state * part_l_s0 + share * part_l_s1, tl.sum(l, 1), mask=rows < Sq)
+    tl.store(
+        part_o + state[:, None] * part_o_h + share * part_o_s + tl.arange(0, 64)[None, :], acc,
+        mask=(rows < Sq)[:, None],
+    )
+
+
+@triton.jit(do_not_specialize=["B", "Sq", "Sk"])
+def relative_bias_merge(
+    O, LSE, part_m, part_l, part_o,
+    o_b: tl.int64, o_h: tl.int64, o_s: tl.int64, lse_s0: tl.int64, lse_s1: tl.int64, lse_s2: tl.int64,
+    part_m_s0: tl.int64, part_m_s1: tl.int64, part_l_s0: tl.int64, part_l_s1: tl.int64, part_o_b: tl.int64,
+    part_o_h: tl.int64, part_o_s: tl.int64,
+    B, Sq, Sk,
+    BM: tl.constexpr, BN: tl.constexpr, WRITE_LSE: tl.constexpr, SPLIT: tl.constexpr, FILL: tl.constexpr,
+):
+    """Merges what the shares of each row found, and ends the row."""
+    sequence = tl.program_id(0) // Sq
+    row = tl.program_id(0) % Sq
+    b = sequence // 16
+    h = sequence % 16
+    shares = tl.minimum(
+        ((Sk + (BN - 1)) // BN + (SPLIT - 1)) // SPLIT, tl.maximum(FILL // (B * 16 * ((Sq + (BM - 1)) // BM)), 1),
+    )
+    m = -1.7014118346046923e+38
+    for first in range(0, shares, 64):
+        share = first + tl.arange(0, 64)  # [64]
+        inside = share < shares
+        peaks = tl.where(
+            inside, tl.load(part_m + tl.program_id(0) * part_m_s0 + share * part_m_s1, mask=inside, other=0),
+            -1.7014118346046923e+38,
+        )
+        m = tl.maximum(m, tl.max(peaks, 0))
+    total = 0.0
+    acc = tl.full([64], 0.0, tl.float32)  # [64]
+    for first in range(0, shares, 64):
+        share = first + tl.arange(0, 64)  # [64]
+        inside = share < shares
+        weights = tl.exp2(
+            tl.where(
+                inside, tl.load(part_m + tl.program_id(0) * part_m_s0 + share * part_m_s1, mask=inside, other=0),
+                -1.7014118346046923e+38,
+            )
+            - m
+        )
+        total = total + tl.sum(
+            tl.load(part_l + tl.program_id(0) * part_l_s0 + share * part_l_s1, mask=inside, other=0) * weights, 0,
+        )
+        acc = acc + tl.sum(
+            tl.load(
+                part_o + tl.program_id(0) * part_o_h + share[:, None] * part_o_s + tl.arange(0, 64)[None, :],
+                mask=inside[:, None], other=0,
+            )
+            * weights[:, None],
+            0,
+        )
+    empty = total <= 0.0
+    divisor = tl.where(empty, 1.0, total)
+    if WRITE_LSE > 0:
+        tl.store(
+            LSE + b * lse_s0 + h * lse_s1 + row * lse_s2,
+            tl.where(empty, float("-inf"), (m + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453),
+        )
+    tl.store(O + b * o_b + h * o_h + row * o_s + tl.arange(0, 64), (acc / divisor).to(BF16))

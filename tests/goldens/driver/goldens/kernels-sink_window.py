@@ -278,3 +278,180 @@ def sink_window_again(
                 mask=rows < Sq,
             )
         store_tile(O, (acc / divisor[:, None]).to(BF16), b, h, row0, 0, o_b, o_h, o_s, Sq, 128, BM, 128, TMA)
+
+
+@triton.jit(do_not_specialize=["B", "Sq", "Sk"])
+def sink_window_split(
+    Q, K, V, part_m, part_l, part_o, part_lost,
+    q_b: tl.int64, q_h: tl.int64, q_s: tl.int64, k_b: tl.int64, k_h: tl.int64, k_s: tl.int64, v_b: tl.int64,
+    v_h: tl.int64, v_s: tl.int64, part_m_s0: tl.int64, part_m_s1: tl.int64, part_l_s0: tl.int64,
+    part_l_s1: tl.int64, part_o_b: tl.int64, part_o_h: tl.int64, part_o_s: tl.int64, part_lost_s0: tl.int64,
+    B, Sq, Sk, scale,
+    BM: tl.constexpr, BN: tl.constexpr, PASS: tl.constexpr, SPLIT: tl.constexpr, FILL: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Few queries of sink_window: one program per query tile of a group of heads and share of its keys."""
+    work = 1
+    if PASS == 1:
+        work = tl.load(part_lost + tl.program_id(0) * part_lost_s0)
+    if work > 0:
+        tiles = (Sq * 4 + (BM - 1)) // BM
+        shares = tl.minimum(
+            ((Sk + (BN - 1)) // BN + (SPLIT - 1)) // SPLIT,
+            tl.maximum(FILL // (B * 8 * ((Sq * 4 + (BM - 1)) // BM)), 1),
+        )
+        number = tl.program_id(0) % tiles
+        rest = tl.program_id(0) // tiles
+        share = rest % shares
+        of = rest // shares
+        b = of // 8
+        hk = of % 8
+        group_rows = Sq * 4
+        row0 = number * BM
+        rows = row0 + tl.arange(0, BM)  # [BM]
+        last_row = tl.minimum(row0 + BM, group_rows) - 1
+        r = tl.minimum(rows, last_row)  # [BM] past the end, the last one again
+        row = r // 4  # [BM] queries
+        h = hk * 4 + r % 4  # [BM] heads
+        first_query = row0 // 4
+        last_query = last_row // 4
+        offset = Sk - Sq
+        i0 = first_query + offset
+        i1 = last_query + offset
+        i = row + offset  # [BM] positions
+        q = tl.load(Q + b * q_b + h[:, None] * q_h + row[:, None] * q_s + tl.arange(0, 128)[None, :])  # [BM, 128]
+        c = scale * 1.4426950408889634  # to units of log 2
+        mask = i - 1023
+        key_hi_0 = tl.maximum(tl.minimum(tl.minimum(i1 + 1, 4), Sk), 0)
+        full_hi_0 = tl.maximum(tl.minimum(tl.minimum(i0 + 1, 4), Sk), 0)
+        key_lo_1 = tl.maximum(tl.minimum(i0 - 1023, Sk), 0)
+        key_hi_1 = tl.maximum(tl.minimum(i1 + 1, Sk), 0)
+        full_lo_1 = tl.maximum(tl.minimum(i1 - 1023, Sk), 0)
+        full_hi_1 = tl.maximum(tl.minimum(i0 + 1, Sk), 0)
+        # several ranges: in order, and each only from where the one before it ended
+        full_end_0 = tl.minimum(full_hi_0, key_hi_0) // BN * BN
+        cursor = tl.maximum(0, (key_hi_0 + (BN - 1)) // BN * BN)
+        lo_1 = key_lo_1 // BN * BN
+        lo_1 = tl.maximum(lo_1, cursor)
+        full_start_1 = tl.minimum(
+            tl.maximum((full_lo_1 + (BN - 1)) // BN * BN, lo_1), tl.maximum((key_hi_1 + (BN - 1)) // BN * BN, lo_1),
+        )
+        full_end_1 = tl.maximum(tl.minimum(full_hi_1, key_hi_1) // BN * BN, full_start_1)
+        whole_0 = (tl.maximum(full_end_0, 0) + (BN - 1)) // BN
+        whole_1 = whole_0 + (tl.maximum(full_end_1 - full_start_1, 0) + (BN - 1)) // BN
+        cut_0 = (tl.maximum(key_hi_0 - full_end_0, 0) + (BN - 1)) // BN
+        cut_1 = cut_0 + (tl.maximum(full_start_1 - lo_1, 0) + (BN - 1)) // BN
+        cut_2 = cut_1 + (tl.maximum(key_hi_1 - full_end_1, 0) + (BN - 1)) // BN
+        size = tl.maximum((whole_1 + cut_2 + (shares - 1)) // shares, SPLIT)
+        first = share * size
+        last = tl.minimum(first + size, whole_1 + cut_2)
+        m = tl.full([BM], -1.7014118346046923e+38, tl.float32)  # running maximum, in units of log 2
+        l = tl.full([BM, 8], 0.0, tl.float32)  # running sum, in parts that one thread holds
+        acc = tl.full([BM, 128], 0.0, tl.float32)  # [BM, 128]
+        # tiles in which every pair counts
+        for t in range(first, tl.minimum(last, whole_1)):
+            n = tl.where(t < whole_0, t * BN, full_start_1 + (t - whole_0) * BN)
+            acc, m, l = key_tile(
+                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask, c, False, False, BM, BN, TMA,
+            )
+        # tiles cut by the mask or by the end of the keys
+        for t in range(tl.maximum(first, whole_1) - whole_1, last - whole_1):
+            n = tl.where(
+                t < cut_0, full_end_0 + t * BN,
+                tl.where(t < cut_1, lo_1 + (t - cut_0) * BN, full_end_1 + (t - cut_1) * BN),
+            )
+            acc, m, l = key_tile(
+                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask, c, True, PASS == 1, BM, BN,
+                TMA,
+            )
+        if PASS == 0:
+            tl.store(part_lost + tl.program_id(0) * part_lost_s0, tl.max((acc != acc).to(tl.int32)))
+        if PASS == 2:
+            lost_here = tl.max((acc != acc).to(tl.int32))
+            if lost_here > 0:
+                m = tl.full([BM], -1.7014118346046923e+38, tl.float32)  # running maximum, in units of log 2
+                l = tl.full([BM, 8], 0.0, tl.float32)  # running sum, in parts that one thread holds
+                acc = tl.full([BM, 128], 0.0, tl.float32)  # [BM, 128]
+                # tiles in which every pair counts
+                for t in range(first, tl.minimum(last, whole_1)):
+                    n = tl.where(t < whole_0, t * BN, full_start_1 + (t - whole_0) * BN)
+                    acc, m, l = key_tile(
+                        acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask, c, False, False, BM,
+                        BN, TMA,
+                    )
+                # tiles cut by the mask or by the end of the keys
+                for t in range(tl.maximum(first, whole_1) - whole_1, last - whole_1):
+                    n = tl.where(
+                        t < cut_0, full_end_0 + t * BN,
+                        tl.where(t < cut_1, lo_1 + (t - cut_0) * BN, full_end_1 + (t - cut_1) * BN),
+                    )
+                    acc, m, l = key_tile(
+                        acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask, c, True, True, BM, BN,
+                        TMA,
+                    )
+        state = (b * 32 + h) * Sq + row  # [BM]
+        tl.store(part_m + state * part_m_s0 + share * part_m_s1, m, mask=rows < group_rows)
+        tl.store(part_l + state * part_l_s0 + share * part_l_s1, tl.sum(l, 1), mask=rows < group_rows)
+        tl.store(
+            part_o + state[:, None] * part_o_h + share * part_o_s + tl.arange(0, 128)[None, :], acc,
+            mask=(rows < group_rows)[:, None],
+        )
+
+
+@triton.jit(do_not_specialize=["B", "Sq", "Sk"])
+def sink_window_merge(
+    O, LSE, part_m, part_l, part_o,
+    o_b: tl.int64, o_h: tl.int64, o_s: tl.int64, lse_s0: tl.int64, lse_s1: tl.int64, lse_s2: tl.int64,
+    part_m_s0: tl.int64, part_m_s1: tl.int64, part_l_s0: tl.int64, part_l_s1: tl.int64, part_o_b: tl.int64,
+    part_o_h: tl.int64, part_o_s: tl.int64,
+    B, Sq, Sk,
+    BM: tl.constexpr, BN: tl.constexpr, WRITE_LSE: tl.constexpr, SPLIT: tl.constexpr, FILL: tl.constexpr,
+):
+    """Merges what the shares of each row found, and ends the row."""
+    sequence = tl.program_id(0) // Sq
+    row = tl.program_id(0) % Sq
+    b = sequence // 32
+    h = sequence % 32
+    shares = tl.minimum(
+        ((Sk + (BN - 1)) // BN + (SPLIT - 1)) // SPLIT, tl.maximum(FILL // (B * 8 * ((Sq * 4 + (BM - 1)) // BM)), 1),
+    )
+    m = -1.7014118346046923e+38
+    for first in range(0, shares, 64):
+        share = first + tl.arange(0, 64)  # [64]
+        inside = share < shares
+        peaks = tl.where(
+            inside, tl.load(part_m + tl.program_id(0) * part_m_s0 + share * part_m_s1, mask=inside, other=0),
+            -1.7014118346046923e+38,
+        )
+        m = tl.maximum(m, tl.max(peaks, 0))
+    total = 0.0
+    acc = tl.full([128], 0.0, tl.float32)  # [128]
+    for first in range(0, shares, 64):
+        share = first + tl.arange(0, 64)  # [64]
+        inside = share < shares
+        weights = tl.exp2(
+            tl.where(
+                inside, tl.load(part_m + tl.program_id(0) * part_m_s0 + share * part_m_s1, mask=inside, other=0),
+                -1.7014118346046923e+38,
+            )
+            - m
+        )
+        total = total + tl.sum(
+            tl.load(part_l + tl.program_id(0) * part_l_s0 + share * part_l_s1, mask=inside, other=0) * weights, 0,
+        )
+        acc = acc + tl.sum(
+            tl.load(
+                part_o + tl.program_id(0) * part_o_h + share[:, None] * part_o_s + tl.arange(0, 128)[None, :],
+                mask=inside[:, None], other=0,
+            )
+            * weights[:, None],
+            0,
+        )
+    empty = total <= 0.0
+    divisor = tl.where(empty, 1.0, total)
+    if WRITE_LSE > 0:
+        tl.store(
+            LSE + b * lse_s0 + h * lse_s1 + row * lse_s2,
+            tl.where(empty, float("-inf"), (m + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453),
+        )
+    tl.store(O + b * o_b + h * o_h + row * o_s + tl.arange(0, 128), (acc / divisor).to(BF16))

@@ -1,0 +1,72 @@
+"""Hidden values that are no numbers: query tiles into which they may have leaked are walked again, with care.
+
+Values that a row does not see must not matter, even where they are NaN, yet 0 * NaN is NaN. Zeroing them would cost
+every call registers, so a kernel is launched twice: the first pass marks tiles that hold NaN, the second, which ends
+at once for all others, redoes those with care. Or each program looks at its own tile: one launch, of more registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from functools import reduce as fold
+from typing import Final
+
+from attncc.ir.attention import Attention
+from attncc.ir.build import Builder, program, read, reduce_all
+from attncc.ir.expr import TRUE, Expr, cast_to, const, eq, ew, maximum, name
+from attncc.ir.tile import Launch, Param
+from attncc.passes.lower.fragments import begin, may_hide_values
+from attncc.passes.lower.knobs import ONE_PASS
+from attncc.passes.lower.normalizers import Rule
+from attncc.passes.lower.pieces import pieces
+from attncc.passes.lower.scores import own_name
+
+PASS: Final = Param("PASS", "constexpr", "i32", doc="0: all tiles; 1: those lost to NaN; 2: both at once")
+NUMBER: Final = name("PASS")
+
+
+def marks(text: str, attn: Attention) -> Param:
+    """The tensor of marks, by the name it has where no input has that."""
+    return Param(own_name(text, attn), "buffer", "i32", rank=1, doc="[programs] whether the first pass left NaN")
+
+
+def passes(kernel: str) -> tuple[Launch, ...]:
+    """Two launches, or one for small calls, whose time is that of launching."""
+    at_once, apart = (eq(name(ONE_PASS.name), n) for n in (1, 0))
+    return (
+        Launch(kernel, (("PASS", 2),), at_once),
+        Launch(kernel, (("PASS", 0),), apart),
+        Launch(kernel, (("PASS", 1),), apart),
+    )
+
+
+@contextmanager
+def unless_done(b: Builder, attn: Attention, lost: Param) -> Generator[None]:
+    """What a program does, in the second pass only if its tile is marked."""
+    if not may_hide_values(attn):
+        yield
+        return
+    b.let("work", const(1))
+    with b.when(eq(NUMBER, 1)):
+        b.let("work", read(lost, program()))
+    with b.when(name("work") > 0):
+        yield
+
+
+def walk_twice(b: Builder, attn: Attention, rule: Rule, lost: Param, walk: Callable[[Expr], None]) -> None:
+    """Binds the state of all keys that `walk` visits; it is told when to take care."""
+    begin(b, attn, rule)
+    walk(eq(NUMBER, 1))
+    if not may_hide_values(attn):
+        return
+    values = pieces(attn.dims.v)
+    accumulators = [name("acc" + p.suffix(values), "f32", ("BM", p.width)) for p in values]
+    spoilt = fold(maximum, [reduce_all("max", cast_to(ew("ne", acc, acc), "i32")) for acc in accumulators])
+    with b.when(eq(NUMBER, 0)):
+        b.store(lost, (program(),), spoilt)
+    with b.when(eq(NUMBER, 2)):
+        b.let("lost_here", spoilt)
+        with b.when(name("lost_here") > 0):
+            begin(b, attn, rule)
+            walk(TRUE)

@@ -1,0 +1,210 @@
+"""What the kernels of a softmax-like part are made of: formulas, the step over a key tile, the walk over key tiles.
+
+The dense kernel, the split one and the engine share these; they differ in who works on which rows and keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+from attncc.ir.attention import Attention
+from attncc.ir.build import Builder, column, dot, full, function, iota, row, trans
+from attncc.ir.expr import TRUE, Expr, broadcast, cast_to, const, ew, minimum, name, where
+from attncc.ir.factors import fold_constants, split_multiplier
+from attncc.ir.rewrite import names, transform, walk
+from attncc.ir.tile import Function
+from attncc.passes.lower import classify, quantize, skew
+from attncc.passes.lower.grid import QueryTile, is_varlen
+from attncc.passes.lower.normalizers import LOG2E, Rule, Tile
+from attncc.passes.lower.pieces import pieces
+from attncc.passes.lower.scores import Scope, hoist, regroup
+from attncc.passes.lower.skew import Diagonal
+from attncc.passes.lower.walk import Runs, for_each_tile, key_tiles_of
+
+MASKED: Final = name("MASKED", "bool")
+CAREFUL: Final = name("CAREFUL", "bool")
+INSIDE: Final = name("inside", "bool", ("BN",))
+
+
+@dataclass(frozen=True, slots=True)
+class Formulas:
+    """A part's formulas with everything hoisted that no key moves."""
+
+    score: Expr
+    """score = x * multiplier; this is x."""
+    c: Expr
+    """The multiplier, times log2(e) where the normaliser is exponential."""
+    mask: Expr
+    diagonals: Mapping[str, Diagonal]
+    """Reads of skewed copies, by their names."""
+    scope: Scope
+    """Rows as columns: what is bound in it broadcasts to [BM, BN]."""
+
+
+def writes_lse(attn: Attention) -> bool:
+    return attn.wants("lse") and attn.part.normalizer.kind == "softmax"
+
+
+def begin(b: Builder, attn: Attention, rule: Rule) -> None:
+    """The state of no keys at all."""
+    rule.init(b)
+    values = pieces(attn.dims.v)
+    for p in values:
+        b.let("acc" + p.suffix(values), full(("BM", p.width), 0.0), f"[BM, {p.width}]")
+
+
+def formulas_of(b: Builder, attn: Attention, t: QueryTile, rule: Rule, skewed: bool = True) -> Formulas:
+    """Binds what no key moves. `skewed`: reads along diagonals are of skewed copies."""
+    part = attn.part
+    moving = {text: t.scope.values[text] for text in ("i", "row", "h")}
+    columns = t.scope.with_(**{text: column(e) for text, e in moving.items() if e.shape})
+    score, diagonals = skew.split_diagonals(attn) if skewed else (part.score, ())
+    score, multiplier = quantize.with_unit(attn, *split_multiplier(regroup(score)))
+    c = t.scope.bind(fold_constants(multiplier * LOG2E) if rule.exponential else multiplier)
+    if c.value is None:
+        c = b.let("c", c, "to units of log 2" if rule.exponential else "")
+    score = hoist(b, score, t.scope, "score")
+    mask = hoist(b, part.mask, t.scope, "mask")
+    return Formulas(score, c, mask, {d.name: d for d in diagonals}, columns)
+
+
+Visit = Callable[[Expr], None]
+"""What is done with the tile whose first key this is."""
+
+
+def walk_keys(b: Builder, attn: Attention, t: QueryTile, runs: Runs, step: Function, careful: Expr) -> None:
+    """Both loops over key tiles."""
+    if key_tiles_of(attn).listed:
+        classify.walk(b, attn, t, lambda masked: _call(b, step, careful, masked))
+        return
+    whole, cut = visits(b, attn, t, step, careful)
+    if runs.full:
+        b.note(WHOLE_TILES)
+        for_each_tile(b, runs.full, "whole", whole)
+    b.note(CUT_TILES)
+    for_each_tile(b, runs.masked, "cut", cut)
+
+
+WHOLE_TILES: Final = "tiles in which every pair counts"
+CUT_TILES: Final = "tiles cut by the mask or by the end of the keys"
+
+
+def visits(b: Builder, attn: Attention, t: QueryTile, step: Function, careful: Expr) -> tuple[Visit, Visit]:
+    """What is done with whole tiles and with cut ones."""
+    skip, whole, cut = key_tiles_of(attn).skip, _call(b, step, careful, False), _call(b, step, careful, True)
+    if skip is None:
+        return whole, cut
+
+    def cut_unless_empty(n: Expr) -> None:
+        ends = t.scope.with_(j0=n, j1=minimum(n + name("BN"), t.keys) - 1)
+        with b.when(b.let("some", ends.bind(skip))):
+            cut(n)
+
+    return whole, cut_unless_empty
+
+
+def _call(b: Builder, step: Function, careful: Expr, masked: bool) -> Visit:
+    """Where every pair counts no value is hidden, so no care is due."""
+    return lambda n: b.call(step, step.results, n=n, MASKED=masked, CAREFUL=careful if masked else False)
+
+
+def key_tile(outer: Builder, attn: Attention, t: QueryTile, rule: Rule, formulas: Formulas) -> Function:
+    """The device function that adds one key tile, at key `n`, to the state."""
+    b, n = Builder(outer.params), name("n")
+    columns = pieces(attn.dims.qk) if "qk" in names(formulas.score) else ()
+    values = pieces(attn.dims.v)
+    at = t.first_key + n
+    keys = [
+        b.let(
+            "k" + p.suffix(columns),
+            quantize.read_tile(b, attn, "k", (t.batch, t.scope.values["hk"], at), "BN", p),
+            f"[BN, {p.width}]",
+        )
+        for p in columns
+    ]
+    j = b.let("j", n + iota("BN"), "[BN]")
+    with b.when(MASKED):
+        b.let("inside", j < t.keys)
+        if _reads_at_keys(formulas.score, formulas.diagonals) or _reads_at_keys(formulas.mask):
+            b.let("j", minimum(j, t.keys - 1), "past the end, the last one again, so that reads stay inside")
+    scope = formulas.scope.with_(j=row(j))
+    score = read_early(b, formulas, scope, lambda d: skew.read_tile(d, attn, t, n))
+    s: Expr | None = None
+    for p, k in zip(columns, keys, strict=True):
+        s = dot(name("q" + p.suffix(columns), k.dtype, ("BM", p.width)), trans(k), s)
+    x = (scope if s is None else scope.with_(qk=b.let("s", s, "[BM, BN]"))).bind(score)
+    if x.shape != ("BM", "BN"):  # a score of rows or keys alone
+        x = full(("BM", "BN"), 0.0) + x
+
+    def keep() -> Expr:
+        mask = scope.bind(formulas.mask)
+        return b.let("keep", row(INSIDE) & mask, "[BM, BN]") if mask != TRUE else b.let("keep", row(INSIDE), "[1, BN]")
+
+    def load_values() -> tuple[Expr, ...]:
+        place, kept = (t.batch, value_head(attn, t), at), broadcast((1, "BN"), scope.bind(formulas.mask).shape)
+        tiles = ((p.suffix(values), quantize.read_tile(b, attn, "v", place, "BN", p)) for p in values)
+        return tuple(_values(b, attn, v, suffix, name("keep", "bool", kept)) for suffix, v in tiles)
+
+    accumulators = tuple("acc" + p.suffix(values) for p in values)
+    weigh = partial(quantize.weigh, attn)
+    rule.step(b, Tile(x, formulas.c, MASKED, keep, load_values, accumulators, weigh))
+    state = [name(a, "f32", ("BM", p.width)) for a, p in zip(accumulators, values, strict=True)]
+    flags = ("MASKED", "CAREFUL") if may_hide_values(attn) else ("MASKED",)
+    return function("key_tile", b, [*state, *rule.state], (*flags, "BM", "BN"), "Adds the keys from n on to the state.")
+
+
+def value_head(attn: Attention, t: QueryTile) -> Expr:
+    return t.scope.values["hk"] if attn.heads.v == attn.heads.kv else name("hv")
+
+
+def _reads_at_keys(e: Expr, tiled: Collection[str] = ()) -> bool:
+    """Whether a formula reads single elements at keys; those of `tiled` come as whole tiles."""
+    return any(node.op in ("load", "bucket") and node.attr not in tiled and "j" in names(node) for node in walk(e))
+
+
+def read_early(b: Builder, formulas: Formulas, scope: Scope, tile_of: Callable[[Diagonal], Expr]) -> Expr:
+    """Binds the reads that move with the key but not with qk, before the product whose latency hides theirs."""
+
+    bound: dict[Expr, Expr] = {}
+
+    def bind(node: Expr) -> Expr:
+        diagonal = formulas.diagonals.get(str(node.attr))
+        if diagonal is None:
+            return b.let(b.fresh(f"{node.attr}_ij"), scope.bind(node))
+        return cast_to(b.let(b.fresh(f"{diagonal.read.attr}_ij"), tile_of(diagonal)), node.dtype)
+
+    def step(node: Expr) -> Expr | None:
+        if node.op not in ("load", "bucket") or "qk" in names(node):
+            return None
+        if node not in bound:
+            bound[node] = bind(node)
+        return bound[node]
+
+    return transform(formulas.score, step)
+
+
+def _values(b: Builder, attn: Attention, v: Expr, suffix: str, keep: Expr) -> Expr:
+    """A V tile. With CAREFUL, what is not finite in it reaches the rows that see it (as NaN) and no other."""
+    v = b.let("v" + suffix, v, f"[BN, {v.shape[1]}]")
+    if not may_hide_values(attn):
+        return v
+    with b.when(CAREFUL):
+        dtype, acc = v.dtype, name("acc" + suffix, "f32", ("BM", v.shape[1]))
+        bad = b.let("bad", ew("ne", v - v, const(0.0, dtype)))
+        seen = full(("BM", "BN"), 1.0, dtype) * where(keep, const(1.0, dtype), const(0.0, dtype))
+        hits = dot(seen, where(bad, const(1.0, dtype), const(0.0, dtype)))
+        b.let("acc" + suffix, where(hits > 0.0, math.nan, acc))
+        b.let("v" + suffix, where(bad, const(0.0, dtype), v))
+    return v
+
+
+def may_hide_values(attn: Attention) -> bool:
+    """Whether a tile can hold keys that some of its rows must not see: their values, even NaN, must not matter.
+
+    Stored values are numbers always.
+    """
+    return quantize.held(attn, "v") is None and (attn.part.mask != TRUE or is_varlen(attn))
