@@ -142,7 +142,7 @@ def measure(
     with trials_of(what, options) as (_, trials):
         run = Everything(what, options, store, trials, lambda standing: print(standing.doing, flush=True))
         run.begin()
-        every = branches(run.attn, run.program, what.device)
+        every = branches(run.attn, run.program, what.device, shortest(what))
         order = in_model_order(candidates(run.attn, every, what.device), run.predicted)
         found = Sweep(head, what.shapes, run.default_ms, {b.name: b.axes for b in every}, len(order), ())
         progress = Progress(file, found, len(order) if limit is None else min(limit, len(order)))
@@ -200,7 +200,7 @@ def in_model_order(every: Sequence[Candidate], predicted: Callable[[Config], Seq
 def imagine(what: Task, head: Mapping[str, Any], seed: int, kept: float = 0.5) -> Sweep:
     """A sweep by the model, with what it does not know: an effect of each choice, of each pair of them, and noise."""
     attn, program = driver.lower(what.attn)
-    every = branches(attn, program, what.device)
+    every = branches(attn, program, what.device, shortest(what))
     space = candidates(attn, every, what.device)
     chance = random.Random(seed)
     effects: dict[object, float] = {}
@@ -260,3 +260,8 @@ def branches_of(sweep: Sweep) -> tuple[Branch, ...]:
 
 def _knobs(config: Config) -> frozenset[tuple[str, int]]:
     return frozenset(config.items())
+
+
+def shortest(what: Task) -> int:
+    """The fewest queries of its shapes."""
+    return min(sizes_of(shape)["Sq"] for shape in what.shapes)

@@ -15,6 +15,7 @@ from typing import Final
 from attncc.autotune.work import BYTES, work
 from attncc.device import Device
 from attncc.ir.attention import Attention
+from attncc.passes.lower.group import groups, members
 
 FLOPS_PER_EXP: Final = 256
 """Of the matrix unit, in the time of one exponential: 4096 and 16 a clock on a Hopper multiprocessor."""
@@ -41,13 +42,11 @@ class Tile:
 
 def predict(attn: Attention, device: Device, shape: Mapping[str, int], config: Mapping[str, int], kept: float) -> float:
     """Milliseconds of a call of this shape whose mask keeps a share `kept` of the pairs."""
-    tile = tile_of(attn, device, config)
-    queries, keys = shape["Sq"], shape["Sk"]
-    tiles = ceil(queries / tile.rows)
-    programs = shape["B"] * attn.heads.q * tiles
+    tile, keys = tile_of(attn, device, config), shape["Sk"]
+    tiles, programs, partial = _programs(attn, tile, shape, config)
     cut = (tile.rows + tile.keys) / 2 / max(keys, 1) if kept < 1 else 0.0  # masks cut tiles, which are computed whole
     share = min(1.0, kept + cut)
-    pairs = programs * tile.rows * ceil(keys * share / tile.keys) * tile.keys
+    pairs = tiles * tile.rows * ceil(keys * share / tile.keys) * tile.keys
     peak = device.bf16_tflops * 1e9  # a millisecond's flops
     products = 2 * pairs * (attn.dims.qk + attn.dims.v) / peak
     exponentials = pairs * FLOPS_PER_EXP / peak
@@ -58,7 +57,22 @@ def predict(attn: Attention, device: Device, shape: Mapping[str, int], config: M
     through_cache = pairs / tile.rows * (attn.dims.qk + attn.dims.v) * width / (L2_RATE * rate)
     waves = programs / tile.slots
     full = ceil(waves) / waves if waves else 1.0
-    return LAUNCH_MS + max(compute * full, through_cache, work(attn, shape, kept).bytes / rate)
+    busy = min(1.0, programs / device.sms)  # a multiprocessor has loads of its own in flight, and no more
+    from_memory = work(attn, shape, kept).bytes / (rate * busy) + 2 * partial / rate
+    return LAUNCH_MS + max(compute * full, through_cache / busy, from_memory)
+
+
+def _programs(
+    attn: Attention, tile: Tile, shape: Mapping[str, int], config: Mapping[str, int]
+) -> tuple[int, int, float]:
+    """Query tiles, programs, and bytes of partial states that are written to be merged."""
+    batch, queries = shape["B"], shape["Sq"]
+    if not config.get("SPLIT"):
+        tiles = batch * attn.heads.q * ceil(queries / tile.rows)
+        return tiles, tiles, 0.0
+    tiles = batch * groups(attn) * ceil(queries * members(attn) / tile.rows)
+    shares = min(ceil(shape["Sk"] / tile.keys / config["SPLIT"]), max(1, config["FILL"] // tiles))
+    return tiles, tiles * shares, 4.0 * batch * attn.heads.q * queries * shares * (attn.dims.v + 2)
 
 
 def tile_of(attn: Attention, device: Device, config: Mapping[str, int]) -> Tile:

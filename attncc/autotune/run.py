@@ -135,7 +135,8 @@ class Run:
                 raise TuneError(f"the default config {dict(config)} is {record.status}: {record.why}", hint=REPORT)
 
     def _search(self, storage: BaseStorage | None) -> None:
-        every = branches(self.attn, self.program, self.task.device)
+        shortest = min(sizes_of(shape)["Sq"] for shape in self.task.shapes)
+        every = branches(self.attn, self.program, self.task.device, shortest)
         space = candidates(self.attn, every, self.task.device)
         options = self.options
         search = self.search = Search(

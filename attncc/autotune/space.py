@@ -19,8 +19,12 @@ REGISTERS: Final = (0, 128, 160, 168)
 """Caps of a thread's registers, 0 for none: for two programs of 8 warps on a multiprocessor, or three of 4."""
 PRODUCER: Final = 24
 """Registers of a thread of the engine's warpgroup that loads."""
-NOT_SEARCHED: Final = (SPLIT.name, FILL.name)
-"""How keys are shared out in calls of few queries, which have the default rule's rows."""
+SHARED_OUT: Final = (SPLIT.name, FILL.name)
+"""How keys are shared out to programs, in calls of few queries."""
+FILLINGS: Final = (2, 4, 8)
+"""Programs a multiprocessor that fill it."""
+FEW: Final = 16
+"""Queries; calls of no more are tried with their keys shared out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,23 +51,26 @@ class Candidate:
     config: Config
 
 
-def branches(attn: Attention, program: Program, device: Device) -> tuple[Branch, ...]:
-    """The portable kernels' branch, and that of the engine where the device has one that carries the variant.
+def branches(attn: Attention, program: Program, device: Device, queries: int) -> tuple[Branch, ...]:
+    """The portable kernels' branch, that of the engine where the device has one that carries the variant, and that of
+    shared keys where the shortest call has so few queries that it may be worth it.
 
     Raises:
         Unsupported: if nothing is known of launches on the device.
     """
     rows, _ = default_configs(attn, device, with_engine=False)
     base = rows[-1][1]
-    searched = (k for k in program.knobs if k.name in base and k.name not in NOT_SEARCHED)
-    axes = {k.name: k.choices for k in searched} | _options(device)
-    portable = Branch("portable", axes, lambda choice: {**base, **choice})
-    if program.engine is None or not device.has_wgmma:
-        return (portable,)
-    around = {**base, "TMA": 1}
-    engine = {k.name: k.choices for k in program.engine.knobs}
-    made = Branch(program.engine.name, engine, lambda choice: {**around, **beside_engine(attn, choice)})
-    return portable, made
+    knobs = {k.name: k.choices for k in program.knobs if k.name in base}
+    plain = {name: choices for name, choices in knobs.items() if name not in SHARED_OUT}
+    found = [Branch("portable", plain | _options(device), lambda choice: {**base, **choice})]
+    if program.engine is not None and device.has_wgmma:
+        around = {**base, "TMA": 1}
+        engine = {k.name: k.choices for k in program.engine.knobs}
+        found.append(Branch(program.engine.name, engine, lambda choice: {**around, **beside_engine(attn, choice)}))
+    if SPLIT.name in knobs and queries <= FEW:
+        shares = {SPLIT.name: SPLIT.choices[1:], FILL.name: tuple(n * device.sms for n in FILLINGS)}
+        found.append(Branch("split", plain | _options(device) | shares, lambda choice: {**base, **choice}))
+    return tuple(found)
 
 
 def _options(device: Device) -> dict[str, tuple[int, ...]]:

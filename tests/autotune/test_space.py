@@ -7,6 +7,7 @@ import pytest
 from attncc import driver
 from attncc.autotune.model import predict, tile_of
 from attncc.autotune.space import PRODUCER, branches, candidates
+from attncc.autotune.table import pick, sizes_of
 from attncc.device import A100, B200, H100, H200, INTERPRETER, MI300X, Device
 from attncc.ir.attention import Attention
 from attncc.passes.lower.defaults import default_configs
@@ -14,11 +15,12 @@ from attncc.passes.lower.defaults import default_configs
 CARRIED = [s.file for s in driver.systems() if "triton: forward" in s.lowerings]
 SOME = CARRIED[::4]
 LONG = {"B": 1, "Sq": 16384, "Sk": 16384}
+FEW = {"B": 1, "Sq": 1, "Sk": 65536}
 
 
-def space(name: str, device: Device) -> tuple[Attention, list[dict[str, int]]]:
+def space(name: str, device: Device, queries: int = 4096) -> tuple[Attention, list[dict[str, int]]]:
     attn, program = driver.lower(driver.load(driver.EXAMPLES / name).attention)
-    return attn, [dict(c.config) for c in candidates(attn, branches(attn, program, device), device)]
+    return attn, [dict(c.config) for c in candidates(attn, branches(attn, program, device, queries), device)]
 
 
 @pytest.mark.parametrize("device", [A100, H200, B200, MI300X, INTERPRETER], ids=lambda d: d.name)
@@ -69,15 +71,35 @@ def test_no_call_is_faster_than_its_card() -> None:
     assert min(predict(attn, H200, LONG, c, 1.0) for c in configs) >= flops / (H200.bf16_tflops * 1e9)
 
 
-def test_tall_tiles_win_where_keys_are_read_again_and_low_ones_where_rows_are_few() -> None:
+def test_tall_tiles_win_where_keys_are_read_again_and_not_where_rows_are_few() -> None:
     attn, configs = space("dense.yaml", A100)
-    few = {"B": 1, "Sq": 16, "Sk": 16384}
-    for shape, tall in ((LONG, True), (few, False)):
-        best = min(configs, key=lambda c, s=shape: predict(attn, A100, s, c, 1.0))
-        assert (best["BM"] >= 64) == tall
+
+    def least(rows: int, shape: dict[str, int]) -> float:
+        return min(predict(attn, A100, shape, c, 1.0) for c in configs if c["BM"] == rows)
+
+    assert least(64, LONG) < least(16, LONG)
+    assert least(16, FEW) <= least(128, FEW)
 
 
 def test_fewer_registers_make_room_for_more_programs() -> None:
     attn, _ = space("dense.yaml", H200)
     config = {"BM": 64, "BN": 128, "num_warps": 4, "num_stages": 1, "maxnreg": 0}
     assert tile_of(attn, H200, {**config, "maxnreg": 128}).slots > tile_of(attn, H200, config).slots
+
+
+def test_keys_are_shared_out_where_queries_are_few_and_a_default_does() -> None:
+    attn, configs = space("causal_gqa.yaml", H200, queries=1)
+    default = pick(default_configs(attn, H200)[0], sizes_of(FEW))
+    assert default["SPLIT"] > 0
+    assert dict(default) in configs
+    assert not [c for c in space("causal_gqa.yaml", H200, queries=64)[1] if c.get("SPLIT")]
+
+
+def test_a_card_is_filled_by_shares_of_one_long_row() -> None:
+    attn, configs = space("causal_gqa.yaml", H200, queries=1)
+    best = min(configs, key=lambda c: predict(attn, H200, FEW, c, 1.0))
+    assert best["SPLIT"] > 0
+    whole = min((c for c in configs if not c["SPLIT"]), key=lambda c: predict(attn, H200, FEW, c, 1.0))
+    assert predict(attn, H200, FEW, whole, 1.0) > 2 * predict(attn, H200, FEW, best, 1.0)
+    least = 2 * FEW["Sk"] * attn.heads.kv * attn.dims.qk * 2 / (H200.bandwidth_gbps * 1e6)
+    assert least < predict(attn, H200, FEW, best, 1.0) < 2 * least
