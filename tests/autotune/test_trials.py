@@ -15,7 +15,10 @@ from attncc.errors import SpecError, TuneError
 
 BODY = "attncc: 1\nname: tried\nheads: 1\ndims: 16\ndtype: fp16\nmask: causal\n"
 SHAPE = {"B": 1, "Sq": 48, "Sk": 48}
-CONFIG = {"BM": 64, "BN": 64, "GROUP": 8, "ONE_PASS": 0, "TMA": 0, "num_warps": 4, "num_stages": 1, "maxnreg": 0}
+CONFIG = {
+    "BM": 64, "BN": 64, "GROUP": 8, "ONE_PASS": 0, "TMA": 0, "SPLIT": 0, "FILL": 4, "num_warps": 4, "num_stages": 1,
+    "maxnreg": 0,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +81,7 @@ def test_a_package_is_verified_and_a_spoilt_one_is_not(tmp_path: Path) -> None:
     good = verify(folder, INTERPRETER)
     assert good.passed
     assert {tried.certificate.cases for _, tried in good.outcomes if tried.certificate} == {17}
-    assert len(good.outcomes) == len({tuple(c.items()) for c, _ in good.outcomes}) == 3
+    assert len(good.outcomes) == len({tuple(c.items()) for c, _ in good.outcomes}) >= 3
     spoil(folder, "tl.exp2(", "1.01 * tl.exp2(")
     bad = verify(folder, INTERPRETER)
     assert not bad.passed

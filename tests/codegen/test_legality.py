@@ -13,7 +13,10 @@ from attncc.autotune.child import Child
 from attncc.device import A100, L40S, Device
 
 SPEC = "attncc: 1\nname: judged\nheads: 2\ndims: 64\nmask: causal\n"
-CONFIG = {"BM": 64, "BN": 64, "GROUP": 1, "ONE_PASS": 0, "TMA": 0, "num_warps": 4, "num_stages": 2, "maxnreg": 0}
+CONFIG = {
+    "BM": 64, "BN": 64, "GROUP": 1, "ONE_PASS": 0, "TMA": 0, "SPLIT": 0, "FILL": 1, "num_warps": 4, "num_stages": 2,
+    "maxnreg": 0,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

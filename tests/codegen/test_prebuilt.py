@@ -28,7 +28,10 @@ from attncc.codegen import _index, prebuilt
 from attncc.errors import CompilerBug, SpecError, Unsupported
 
 SPEC = "attncc: 1\nname: ahead\nheads: {q: 2, kv: 1}\ndims: 16\ndtype: fp16\nmask: causal\n"
-SMALL = {"BM": 16, "BN": 16, "GROUP": 1, "ONE_PASS": 1, "TMA": 0, "num_warps": 1, "num_stages": 1, "maxnreg": 0}
+SMALL = {
+    "BM": 16, "BN": 16, "GROUP": 1, "ONE_PASS": 1, "TMA": 0, "SPLIT": 0, "FILL": 1, "num_warps": 1, "num_stages": 1,
+    "maxnreg": 0,
+}  # fmt: skip
 CONFIGS = {"sm_80": SMALL, "sm_90": SMALL | {"TMA": 1}}
 STREAM = 0x77
 
