@@ -47,6 +47,11 @@ def sizes_of(shape: Shape) -> dict[str, int]:
     return {name: int(shape[name]) for name in SIZES}
 
 
+def named(shape: Shape) -> str:
+    """`B=2 Sq=4096 Sk=4096`."""
+    return " ".join(f"{name}={value}" for name, value in shape.items())
+
+
 def _fitted(attn: Attention, shape: Shape) -> Iterable[tuple[str, int]]:
     """A shape of the family as a spec with bounds allows it."""
     for name, n in shape.items():

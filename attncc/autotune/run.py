@@ -6,6 +6,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from itertools import takewhile
 from math import inf, log
 from statistics import median
 from typing import Any, Final
@@ -16,7 +17,7 @@ from optuna.trial import FrozenTrial, Trial
 from pydantic import ValidationError
 
 from attncc import driver
-from attncc.autotune.declared import Shape, sizes_of
+from attncc.autotune.declared import named, sizes_of
 from attncc.autotune.model import predict
 from attncc.autotune.ranks import rank_correlation
 from attncc.autotune.record import Card, Certificate, Record, Status
@@ -129,7 +130,7 @@ class Run:
     def _measure_defaults(self) -> None:
         """The config that each shape has untuned: it must run, and be right."""
         for number, config in enumerate(self.defaults):
-            self._say(f"the default config, {_named(self.task.shapes[number])}")
+            self._say(f"the default config, {named(self.task.shapes[number])}")
             record = self._measured(config, number, self.trials.legality(config).result())
             if record.status != "measured":
                 raise TuneError(f"the default config {dict(config)} is {record.status}: {record.why}", hint=REPORT)
@@ -268,7 +269,9 @@ class Run:
         yield from ((knobs, None) for knobs in self.refused)
         for knobs in {knobs for knobs, _ in self.known} - self.refused.keys():
             found = [self.known.get((knobs, n)) for n in range(len(self.task.shapes))]
-            records = [r for r in found if r is not None]
+            records = [r for r in takewhile(lambda r: r is not None, found) if r is not None]
+            if not records:
+                continue
             if any(r.status != "measured" for r in records):
                 yield knobs, None
             elif len(records) == len(found) or self._mean(records) > HOPELESS:
@@ -376,7 +379,3 @@ def _valid(note: Any) -> Record | None:
         return Record.model_validate(note)
     except ValidationError:
         return None
-
-
-def _named(shape: Shape) -> str:
-    return " ".join(f"{name}={value}" for name, value in shape.items())

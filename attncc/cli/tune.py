@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from attncc.autotune.declared import named
 from attncc.autotune.fleet import submit
 from attncc.autotune.run import Watch
 from attncc.autotune.storages import open_storage
@@ -147,10 +148,6 @@ def _drawn(s: Standing) -> Group:
     often = sorted(s.reasons.items(), key=lambda r: -r[1])[:REASONS]
     rejected = [Text(f"  {n} x {why}", style="dim") for why, n in often]
     return Group(Text(f"{s.tried} configs tried ({statuses}){left}"), table, Text(s.doing, "dim"), *rejected)
-
-
-def named(shape: Any) -> str:
-    return " ".join(f"{name}={value}" for name, value in shape.items())
 
 
 def as_data(found: Tuned) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import optuna
 import pytest
 from autotune.bench_in_mind import Imagined
 
-from attncc import spec
+from attncc import driver, spec
 from attncc.autotune.run import HOPELESS, Run
 from attncc.autotune.storages import open_storage
 from attncc.autotune.store import Store
@@ -19,6 +19,7 @@ from attncc.autotune.table import pick, sizes_of
 from attncc.autotune.task import Options, Standing, Task, Tuned
 from attncc.device import H200, INTERPRETER, Device
 from attncc.errors import TuneError
+from attncc.passes.lower.defaults import default_configs
 
 SPEC = spec.loads("attncc: 1\nname: imagined\nheads: 16\ndims: 128\nmask: causal\n")
 SHORT, LONG = {"B": 16, "Sq": 1024, "Sk": 1024}, {"B": 1, "Sq": 16384, "Sk": 16384}
@@ -205,3 +206,14 @@ def test_what_an_interrupted_run_had_asked_for_is_left_to_others(tmp_path: Path)
     states = Counter(t.state.name for t in trials)
     assert states["RUNNING"] == 0
     assert states["FAIL"] == 4
+
+
+def test_the_default_of_one_shape_is_tried_on_the_others(tmp_path: Path) -> None:
+    tiny = {"B": 1, "Sq": 64, "Sk": 64}
+    task = Task(SPEC, SPEC.attention, INTERPRETER, (tiny, LONG))
+    bench = Imagined(lambda config, shape: by_rows(config, LONG) * shape["Sq"])
+    options = Options(budget_s=None, sampler="random", compilers=3)
+    Run(task, options, Store(tmp_path), bench, lambda s: None).tune(None)  # type: ignore[arg-type]
+    default = default_configs(driver.lower(SPEC.attention)[0], INTERPRETER)[0][-1][1]
+    on = {r.shape["Sq"] for r in Store(tmp_path).records() if r.config == dict(default)}
+    assert on == {64, LONG["Sq"]}
