@@ -217,7 +217,7 @@ def _read_nvidia(asm: Mapping[str, Any], log: str) -> dict[str, Any]:
     found = assembly.read(text, assembly.SASS)
     spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
     return {
-        "registers": int(_only(r"Used (\d+) registers", log)),
+        "registers": int(only(r"Used (\d+) registers", log)),
         "spill_bytes": sum(map(int, spilled)),
         "instructions": found.total,
         "loop": found.loop,
@@ -238,8 +238,8 @@ def _read_amd(asm: Mapping[str, Any], _: str) -> dict[str, Any]:
     text = asm["amdgcn"]
     found = assembly.read(text, assembly.AMDGCN)
     return {
-        "registers": int(_only(r"\.vgpr_count:\s+(\d+)", text)),
-        "spill_bytes": 4 * int(_only(r"\.vgpr_spill_count:\s+(\d+)", text)),
+        "registers": int(only(r"\.vgpr_count:\s+(\d+)", text)),
+        "spill_bytes": 4 * int(only(r"\.vgpr_spill_count:\s+(\d+)", text)),
         "instructions": found.total,
         "loop": found.loop,
     }
@@ -248,7 +248,8 @@ def _read_amd(asm: Mapping[str, Any], _: str) -> dict[str, Any]:
 _READERS: Final[Mapping[Vendor, Any]] = {"nvidia": _read_nvidia, "amd": _read_amd}
 
 
-def _only(pattern: str, text: str) -> str:
+def only(pattern: str, text: str) -> str:
+    """The first group of a pattern that the toolchain's output must have."""
     found = re.search(pattern, text)
     if found is None:
         raise ValueError(f"the toolchain's output has no '{pattern}':\n{text[-2000:]}")

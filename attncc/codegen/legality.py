@@ -6,7 +6,6 @@ input by one line, what it found as JSON. What is compiled stays in Triton's cac
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from typing import Any, Final
 
 from attncc.codegen import assembly
 from attncc.codegen.answer import answer
+from attncc.codegen.aot import only
 from attncc.codegen.elsewhere import compiled, disassembled, opened, resource_usage
 from attncc.codegen.gate import judge
 from attncc.codegen.uniform import undefined, unwritten
@@ -58,13 +58,12 @@ def judged(package: Any, config: Mapping[str, int], device: Device) -> Found:
 
 def _takes(made: Any, device: Device) -> dict[str, int]:
     shared = {"shared_bytes": made.metadata.shared}
-    if "cubin" not in made.asm:
-        text = made.asm["amdgcn"]
-        return shared | {"registers": _number(r"\.vgpr_count:\s+(\d+)", text), "spill_bytes": 4 * _number(
-            r"\.vgpr_spill_count:\s+(\d+)", text
-        )}  # fmt: skip
-    said = resource_usage(made)
-    return shared | {"registers": _number(r"\bREG:(\d+)", said), "spill_bytes": _number(r"\bSTACK:(\d+)", said)}
+    if "cubin" in made.asm:
+        said = resource_usage(made)
+        return shared | {"registers": int(only(r"\bREG:(\d+)", said)), "spill_bytes": int(only(r"\bSTACK:(\d+)", said))}
+    text = made.asm["amdgcn"]
+    spilled = 4 * int(only(r"\.vgpr_spill_count:\s+(\d+)", text))
+    return shared | {"registers": int(only(r"\.vgpr_count:\s+(\d+)", text)), "spill_bytes": spilled}
 
 
 def _excess(made: Any, taken: Mapping[str, int], device: Device) -> list[str]:
@@ -84,13 +83,6 @@ def _faults(made: Any, few: int | None) -> list[str]:
     reasons = [f"in {made.name} ptxas reads register {u.register} before it is written: {u.instruction}" for u in lost]
     spilled = assembly.read(text, assembly.SASS).turn.get("spill_load", 0)
     return [*reasons, *[f"{made.name} reloads {spilled} words a turn"] * (few is not None and spilled > few)]
-
-
-def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    if found is None:
-        raise ValueError(f"the toolchain's output has no '{pattern}':\n{text[-2000:]}")
-    return int(found[1])
 
 
 def _main(folder: Path, device: Device) -> None:
