@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
@@ -60,6 +62,8 @@ class Search:
         self.values: dict[Place, float | None] = {}
         self.mine: set[int] = set()
         """Numbers of trials that are this run's own, or known."""
+        self.under_way: set[Place] = set()
+        """Asked for here, and neither told nor left yet."""
         self.is_shared = storage is not None
         self.study = insist(
             lambda: optuna.create_study(
@@ -97,7 +101,7 @@ class Search:
             match trial.state:
                 case TrialState.RUNNING:
                     self.left.pop(place, None)
-                case TrialState.FAIL if place not in self.values:
+                case TrialState.FAIL if place not in self.values and place not in self.under_way:
                     self.left[place] = candidate
                 case TrialState.COMPLETE | TrialState.PRUNED if RECORD in trial.user_attrs:
                     self.mine.add(trial.number)
@@ -117,9 +121,11 @@ class Search:
             trial = insist(self.study.ask)
             self.mine.add(trial.number)
             place = insist(lambda t=trial: self._suggested(t))
-            if place in self.left:
+            candidate = self.left.pop(place, None)
+            if candidate is not None and not self._is_taken(candidate, trial.number):
                 insist(lambda t=trial: self.heartbeat.hold(t))
-                return trial, self.left.pop(place)
+                self.under_way.add(place)
+                return trial, candidate
             self._end(trial, self.values.get(place))
             repeats += 1
         return None
@@ -127,14 +133,17 @@ class Search:
     def tell(self, trial: Trial, candidate: Candidate, value: float | None, notes: Mapping[str, Any]) -> None:
         """The value of a trial, None if its config has no time; and what others should know of it."""
         self.values[_place(candidate)] = value
-        for name, note in notes.items() if self.is_shared else ():
-            insist(lambda n=name, x=note: trial.set_user_attr(n, x))
+        self.under_way.discard(_place(candidate))
+        with suppress(UpdateFinishedTrialError):  # it was taken for dead meanwhile, and its config is with another
+            for name, note in notes.items() if self.is_shared else ():
+                insist(lambda n=name, x=note: trial.set_user_attr(n, x))
         self._end(trial, value)
         self.heartbeat.release(trial)
 
     def leave(self, trial: Trial, candidate: Candidate) -> None:
         """A trial that does not come to its end here: its config is free for others, and for the next run."""
         self.left[_place(candidate)] = candidate
+        self.under_way.discard(_place(candidate))
         insist(lambda: self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True))
         self.heartbeat.release(trial)
 
@@ -142,6 +151,14 @@ class Search:
         """Leaves something that is no trial to the others of a fleet, or to whoever collects it."""
         if self.is_shared:
             insist(lambda: self.study.set_user_attr(name, what))
+
+    def _is_taken(self, candidate: Candidate, number: int) -> bool:
+        """Whether another has asked for the same at the same time; whose trial is the earlier keeps it."""
+        if not self.is_shared:
+            return False
+        running = insist(lambda: self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
+        others = (t for t in running if t.number < number and t.number not in self.mine)
+        return candidate in (self._placed(t.params) for t in others)
 
     def _end(self, trial: Trial, value: float | None) -> None:
         state = TrialState.PRUNED if value is None else TrialState.COMPLETE

@@ -16,6 +16,7 @@ import pytest
 from autotune.postgres import Server, server
 from golden import TESTS
 from optuna.storages import BaseStorage
+from optuna.trial import TrialState
 
 from attncc import spec
 from attncc.autotune.fleet import collect, jobs, submit
@@ -65,7 +66,9 @@ def until_done(storage: BaseStorage, trials: int, patience: float = 60) -> int:
 
 
 def measured(storage: BaseStorage, study: str) -> list[Record]:
-    trials = optuna.load_study(study_name=study, storage=storage).trials
+    """Of the trials that came to their end; those of the dead may have left a record, too."""
+    states = (TrialState.COMPLETE, TrialState.PRUNED)
+    trials = optuna.load_study(study_name=study, storage=storage).get_trials(states=states)
     return [Record.model_validate(t.user_attrs["record0"]) for t in trials if "record0" in t.user_attrs]
 
 

@@ -118,6 +118,30 @@ def test_a_config_under_way_elsewhere_is_left_to_it_until_it_fails(tmp_path: Pat
     assert len(second.left) == len(CANDIDATES)
 
 
+def test_a_config_that_two_ask_for_at_once_is_the_earlier_trial_s(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path / "trials"))
+    first, second = (search("random", storage=storage, seed=0) for n in range(2))  # both suggest the same
+    pairs = [(first.ask(), second.ask()) for _ in range(len(CANDIDATES) // 2)]
+    asked = [found[1].config for pair in pairs for found in pair if found]
+    assert len(asked) == len(CANDIDATES)
+    assert len({frozenset(config.items()) for config in asked}) == len(CANDIDATES)
+    assert (first.ask(), second.ask()) == (None, None)
+
+
+def test_a_trial_that_was_taken_for_dead_ends_without_harm_and_is_not_asked_for_again(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path / "trials"))
+    made, other = (search("random", storage=storage) for _ in range(2))
+    found = made.ask()
+    assert found
+    other.study.tell(found[0], state=TrialState.FAIL)
+    made.catch_up()
+    assert found[1] not in made.left.values(), "it is under way"
+    made.tell(*found, 0.5, {"record0": {}})
+    made.catch_up()
+    assert found[1] not in made.left.values()
+    assert found[1] in other.left.values()
+
+
 @pytest.mark.parametrize("wrong", [{"sampler": "luck"}, {"sampler": ""}, {"trials": 0}, {"trials": -1}])
 def test_wrong_options_are_refused(wrong: dict) -> None:
     with pytest.raises(SpecError):
