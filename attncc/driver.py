@@ -28,6 +28,7 @@ from attncc.ir.primitives import primitives
 from attncc.ir.text import digest, text
 from attncc.ir.tile import Program
 from attncc.ir.verify import verify_program
+from attncc.passes.lower import short
 from attncc.passes.lower.defaults import default_configs
 from attncc.passes.lower.select import gaps, select
 from attncc.spec import Spec
@@ -61,6 +62,7 @@ PROGRAM_STAGE: Final = "lower"
 EXAMPLES: Final = Path(__file__).parents[1] / "examples"
 LOWERINGS: Final[Mapping[str, Callable[[Attention], bool]]] = {
     "triton: forward": lambda attn: True,
+    "triton: decode": lambda attn: not short.gap(attn),
     "tvm: forward": is_carried,
     "tvm: decode": lambda attn: is_carried(attn) and decodes(attn),
 }
@@ -279,9 +281,7 @@ def _lowered(attn: Attention) -> Stage:
     verify_program(program)
     why = f"# skeleton: {program.skeleton}\n# because: {program.why}\n"
     why += f"# on sm_90: {program.engine_gap or 'the Hopper engine serves large calls'}\n"
-    gap = program.split_gap
-    few = f"the same kernels, because of {gap}" if gap else "keys are shared out to programs, then merged"
-    return Stage(PROGRAM_STAGE, f"{why}# calls of few queries: {few}\n{text(program)}")
+    return Stage(PROGRAM_STAGE, f"{why}# calls of few queries: {short.told(attn)}\n{text(program)}")
 
 
 def systems(folder: str | os.PathLike[str] | None = None) -> tuple[System, ...]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attncc.check.cases import Case, Trait
 from attncc.check.inputs import draw_inputs
+from attncc.check.pages import lay_out
 from attncc.ir.attention import Attention
 
 LARGE_GAIN: Final = 64.0
@@ -26,7 +27,7 @@ class Operands:
     v: Tensor
     inputs: Mapping[str, Tensor]
     offsets: Mapping[str, Tensor]
-    """varlen: cu_seqlens_q and cu_seqlens_k."""
+    """What says where sequences lie: cu_seqlens_q and cu_seqlens_k, block_table and seqused_k."""
     compared: int
     """How many sequences' results are to be compared, or packed rows of them."""
 
@@ -43,7 +44,7 @@ class Sequence:
 def draw(attn: Attention, case: Case, dtype: torch.dtype, generator: torch.Generator) -> Operands:
     """The operands of `case`, on the generator's device."""
     packed = attn.layout == "varlen"
-    lengths = case.lengths if packed else ((case.Sq, case.Sk),) * case.B
+    lengths = _lengths(attn, case)
     sequences = [_sequence(attn, case.trait, pair, generator) for pair in lengths]
     if case.trait == "nan_neighbour" and len(sequences) > 1:
         last = sequences[-1]
@@ -53,18 +54,44 @@ def draw(attn: Attention, case: Case, dtype: torch.dtype, generator: torch.Gener
     compared = len(sequences) - (case.trait == "nan_neighbour" and len(sequences) > 1)
     heads = {"q": (attn.heads.q, attn.dims.qk), "k": (attn.heads.kv, attn.dims.qk), "v": (attn.heads.v, attn.dims.v)}
     place = PLACEMENTS.get(case.trait, _as_is)
-    q, k, v = (
-        place(_pack([getattr(s, x) for s in sequences], attn.layout, length, heads[x], generator.device).to(dtype))
-        for x, length in (("q", case.Sq), ("k", case.Sk), ("v", case.Sk))
-    )
-    sizes = {"B": case.B, "Sq": case.Sq, "Sk": case.Sk, "Hq": attn.heads.q, "Hk": attn.heads.kv}
-    sizes |= {"Hv": attn.heads.v, "Dqk": attn.dims.qk, "Dv": attn.dims.v}
-    offsets: dict[str, Tensor] = {}
+
+    def in_rows(x: str, length: int) -> Tensor:
+        rows = [getattr(s, x) for s in sequences]
+        return place(_pack(rows, attn.layout, length, heads[x], generator.device).to(dtype))
+
+    q, offsets, room = in_rows("q", case.Sq), {}, case.Sk
     if packed:
-        starts = [_starts([len(getattr(s, x)) for s in sequences], generator.device) for x in ("q", "k")]
-        offsets = {"cu_seqlens_q": starts[0], "cu_seqlens_k": starts[1]}
-        compared = int(starts[0][compared])
+        offsets["cu_seqlens_q"] = _starts([len(s.q) for s in sequences], generator.device)
+        compared = int(offsets["cu_seqlens_q"][compared])
+    if attn.page_size:
+        place = _as_is if case.trait == "expanded" else place  # a page repeated is another cache
+        pages = lay_out([len(s.k) for s in sequences], _table_pages(attn, case.Sk), attn.page_size, generator)
+        k, v = (place(pages.fill([getattr(s, x) for s in sequences], heads[x]).to(dtype)) for x in "kv")
+        offsets |= {"block_table": pages.table, "seqused_k": pages.used}
+        room = pages.room
+    else:
+        k, v = (in_rows(x, case.Sk) for x in "kv")
+        offsets |= {"cu_seqlens_k": _starts([len(s.k) for s in sequences], generator.device)} if packed else {}
+    sizes = {"B": case.B, "Sq": case.Sq, "Sk": room, "Hq": attn.heads.q, "Hk": attn.heads.kv}
+    sizes |= {"Hv": attn.heads.v, "Dqk": attn.dims.qk, "Dv": attn.dims.v}
     return Operands(q, k, v, draw_inputs(attn, sizes, generator), offsets, compared)
+
+
+def _lengths(attn: Attention, case: Case) -> tuple[tuple[int, int], ...]:
+    """(Sq, Sk) of each sequence: packed ones differ in both, those in pages in their keys."""
+    if attn.layout == "varlen":
+        pairs = case.lengths
+    elif attn.page_size:
+        pairs = tuple((case.Sq, keys) for _, keys in case.lengths)
+    else:
+        return ((case.Sq, case.Sk),) * case.B
+    most = _table_pages(attn, case.Sk) * attn.page_size if attn.page_size else case.Sk
+    return tuple((queries, min(keys, most)) for queries, keys in pairs)
+
+
+def _table_pages(attn: Attention, keys: int) -> int:
+    """Entries of a sequence's row of the table: one more than its keys need, if the spec allows that."""
+    return min(-(-keys // attn.page_size) + 1, attn.size("Sk").most // attn.page_size)
 
 
 def _starts(lengths: list[int], device: torch.device) -> Tensor:

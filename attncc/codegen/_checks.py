@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -13,6 +14,8 @@ P = TypeVar("P")
 PLANS_KEPT = 1024
 RUN_TIME = ("B", "Sq", "Sk", "Tq", "Tk")
 """Names of sizes that are the language's; others are the spec's own."""
+CHECKED = os.environ.get("ATTNCC_CHECK") == "1"
+"""Whether every call reads what its index tensors hold, which waits for the device: for debugging."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ def check_tensors(
             raise ValueError(
                 f"{where} must be contiguous along its last axis, got strides {tuple(t.stride())}: call .contiguous()"
             )
+    for axis in [a for a in sizes if a.startswith("Sk / ")]:
+        sizes["Sk"] = sizes.pop(axis) * int(axis.removeprefix("Sk / "))
     if "B + 1" in sizes:
         batch = sizes.pop("B + 1") - 1
         if batch < 0:
@@ -118,6 +123,47 @@ def check_shape(where: str, expected: Tensor, t: torch.Tensor, sizes: Sizes, own
             )
         if isinstance(axis, str) and axis not in sizes:
             sizes[axis], owner[axis] = size, expected.name
+
+
+def check_indices(
+    name: str, wanted: Sequence[Tensor], tensors: Sequence[torch.Tensor], known: Mapping[str, Size]
+) -> None:
+    """Checks the tensors that say where sequences lie, beyond their shapes.
+
+    Raises:
+        ValueError: with the entry that is wrong, and what was expected.
+    """
+    sizes = check_tensors(name, wanted, tensors, known)
+    named = {expected.name: t for expected, t in zip(wanted, tensors, strict=True)}
+    for text, rows in (("cu_seqlens_q", "Tq"), ("cu_seqlens_k", "Tk")):
+        if text in named:
+            check_offsets(f"{name}: {text}", named[text].tolist(), sizes[rows])
+    if "block_table" in named:
+        used: list[int] = named["seqused_k"].tolist()
+        pages, page_size = named["k"].shape[:2]
+        for b, (n, row) in enumerate(zip(used, named["block_table"].tolist(), strict=True)):
+            if not 0 <= n <= sizes["Sk"]:
+                raise ValueError(
+                    f"{name}: seqused_k[{b}] is {n}, expected 0 to {sizes['Sk']}: block_table has {len(row)} pages "
+                    f"of {page_size} a sequence"
+                )
+            for at, page in enumerate(row[: -(-n // page_size)]):
+                if not 0 <= page < pages:
+                    raise ValueError(
+                        f"{name}: block_table[{b}, {at}] is {page}, expected 0 to {pages - 1}: "
+                        f"the sequence has {n} keys, and k has {pages} pages"
+                    )
+
+
+def check_offsets(where: str, offsets: Sequence[int], rows: int) -> None:
+    """Checks that sequences begin one behind the other, within so many rows."""
+    if offsets[0] != 0:
+        raise ValueError(f"{where}[0] is {offsets[0]}, expected 0")
+    for at in range(1, len(offsets)):
+        if offsets[at] < offsets[at - 1]:
+            raise ValueError(f"{where}[{at}] is {offsets[at]}, less than {offsets[at - 1]} before it")
+    if offsets[-1] > rows:
+        raise ValueError(f"{where}[{len(offsets) - 1}] is {offsets[-1]}, behind the {rows} rows there are")
 
 
 def own_sizes(known: Mapping[str, Size], sizes: Sizes) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ._checks import Size, Sizes, Tensor, fill
+from ._checks import CHECKED, Size, Sizes, Tensor, check_indices, fill
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def register(package: str, runner: Runner) -> Any:
 
     def forward(*arguments: Any) -> Any:
         *tensors, scale = arguments
-        o, lse = runner(tensors, scale, v.lse is not None)
+        o, lse = run(runner, tensors, scale, v.lse is not None)
         return o if lse is None else (o, lse)
 
     def fake(*arguments: Any) -> Any:
@@ -140,9 +140,17 @@ def call(
                 "call it under torch.no_grad()"
             )
     if plain and not torch.compiler.is_compiling():
-        return runner(tensors, scale, with_lse)
+        return run(runner, tensors, scale, with_lse)
     result = op(*tensors, scale)
     return result if isinstance(result, tuple) else (result, None)
+
+
+def run(runner: Runner, tensors: Sequence[torch.Tensor], scale: float | None, with_lse: bool) -> Result:
+    """The kernels, behind a look at what the index tensors hold if ATTNCC_CHECK=1 was set before the import."""
+    if CHECKED:
+        v = runner.variant
+        check_indices(v.name, v.tensors, tensors, v.sizes)
+    return runner(tensors, scale, with_lse)
 
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)

@@ -17,12 +17,24 @@ AXES: Final[Mapping[str, tuple[str, ...]]] = {
 }  # fmt: skip
 
 
-PACKED: Final = ("cu_seqlens_q", "cu_seqlens_k")
+INDEX_DOCS: Final[Mapping[str, str]] = {
+    "cu_seqlens_q": "[B + 1] int32, where each sequence begins; the last entry is the total",
+    "cu_seqlens_k": "[B + 1] int32, where each sequence begins; the last entry is the total",
+    "block_table": "[B, pages of a sequence] int32, the page of each run of keys; entries behind the last are not read",
+    "seqused_k": "[B] int32, how many keys each sequence has",
+}
+"""Tensors that say where sequences lie."""
+
+
+def indices(attn: Attention) -> tuple[str, ...]:
+    """Names of the tensors that say where a call's sequences lie."""
+    packed = ("cu_seqlens_q", "cu_seqlens_k") if attn.layout == "varlen" else ()
+    return (*packed[:1], "block_table", "seqused_k") if attn.page_size else packed
 
 
 def arguments(attn: Attention) -> list[str]:
     """Names of the tensors of a call, in the order of `Variant.tensors`."""
-    return ["q", "k", "v", *(PACKED if attn.layout == "varlen" else ()), *(x.name for x in attn.inputs)]
+    return ["q", "k", "v", *indices(attn), *(x.name for x in attn.inputs)]
 
 
 def write_attention(w: Writer, attn: Attention) -> None:
@@ -58,17 +70,20 @@ def _lse_doc(attn: Attention) -> str:
 
 
 def _shown(attn: Attention, heads: str, length: str, dim: int) -> str:
-    return axes_text(attn, heads, length, dim).replace('"', "").replace("(", "[").replace(")", "]")
+    return _bare(axes_text(attn, heads, length, dim))
+
+
+def _bare(axes: str) -> str:
+    return axes.replace('"', "").replace("(", "[").replace(")", "]")
 
 
 def _argument_docs(attn: Attention) -> list[str]:
     out = [
         f"q: {_shown(attn, 'Hq', 'Sq', attn.dims.qk)} {attn.dtype}",
-        f"k: {_shown(attn, 'Hk', 'Sk', attn.dims.qk)} {attn.dtype}",
-        f"v: {_shown(attn, 'Hv', 'Sk', attn.dims.v)} {attn.dtype}",
+        f"k: {_bare(key_axes(attn, 'Hk', attn.dims.qk))} {attn.dtype}",
+        f"v: {_bare(key_axes(attn, 'Hv', attn.dims.v))} {attn.dtype}",
     ]
-    if attn.layout == "varlen":
-        out += [f"{n}: [B + 1] int32, where each sequence begins; the last entry is the total" for n in PACKED]
+    out += [f"{n}: {INDEX_DOCS[n]}" for n in indices(attn)]
     out += [f"{x.name}: [{', '.join(map(str, x.shape))}] {x.dtype}" for x in attn.inputs]
     out.append(f"scale: positive float that qk is multiplied by; default {_scale_doc(attn.scale)}")
     return out
@@ -102,6 +117,16 @@ def sentence(text: str) -> str:
 
 
 def axes_text(attn: Attention, heads: str, length: str, dim: int) -> str:
-    count = {"Hq": attn.heads.q, "Hk": attn.heads.kv, "Hv": attn.heads.v}[heads]
-    values = {"B": '"B"', "H": str(count), "S": f'"{length}"', "T": f'"T{length[1:]}"', "D": str(dim)}
+    values = {"B": '"B"', "H": str(_count(attn, heads)), "S": f'"{length}"', "T": f'"T{length[1:]}"', "D": str(dim)}
     return f"({', '.join(values[a] for a in AXES[attn.layout])})"
+
+
+def key_axes(attn: Attention, heads: str, dim: int) -> str:
+    """Axes of the keys or values as text of a tuple; pages of all sequences lie in one tensor."""
+    if not attn.page_size:
+        return axes_text(attn, heads, "Sk", dim)
+    return f'("all pages", {attn.page_size}, {_count(attn, heads)}, {dim})'
+
+
+def _count(attn: Attention, heads: str) -> int:
+    return {"Hq": attn.heads.q, "Hk": attn.heads.kv, "Hv": attn.heads.v}[heads]

@@ -7,15 +7,17 @@ from attncc.ir.attention import Attention
 
 
 def is_carried(attn: Attention) -> bool:
-    """Whether a variant that has a skeleton has TVM's kernels too: they read operands as they come."""
-    return not attn.quantize
+    """Whether a variant that has a skeleton has TVM's kernels too: they read dense operands as they come."""
+    return not attn.quantize and attn.part.kv.kind == "dense"
 
 
 def check_carried(attn: Attention) -> None:
     """Raises Unsupported for what TVM's kernels would compute as if it were not there."""
-    if not is_carried(attn):
-        hint = "Triton kernels store operands in few bits: choose a GPU, or --target interpreter"
+    hint = "Triton's kernels do: choose a GPU, or --target interpreter"
+    if attn.quantize:
         raise Unsupported("TVM's kernels, which CPUs have, do not quantise operands", "quantize", hint=hint)
+    if not is_carried(attn):
+        raise Unsupported("TVM's kernels, which CPUs have, do not read keys from pages", "kv", hint=hint)
 
 
 def decodes(attn: Attention) -> bool:

@@ -7,7 +7,16 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import Final
 
-from attncc.codegen.call import PACKED, axes_text, has_lse, opening, sentence, tuple_text, write_attention
+from attncc.codegen.call import (
+    axes_text,
+    has_lse,
+    indices,
+    key_axes,
+    opening,
+    sentence,
+    tuple_text,
+    write_attention,
+)
 from attncc.codegen.configs import TargetConfigs, configs_text, uses_engine
 from attncc.codegen.cpu import decodes
 from attncc.codegen.cuda import Cubin
@@ -28,6 +37,9 @@ TORCH_DTYPE: Final[Mapping[str, str]] = {
 SCRATCH_DTYPE: Final[Mapping[Dtype, str]] = {
     "i32": "int32", "i64": "int64", "i8": "int8", "u8": "uint8", "f16": "float16", "bf16": "bfloat16", "f32": "float32",
     "bool": "bool", "f8e4m3": "uint8", "f8e5m2": "uint8",
+}  # fmt: skip
+INDEX_AXES: Final[Mapping[str, str]] = {
+    "cu_seqlens_q": '("B + 1",)', "cu_seqlens_k": '("B + 1",)', "seqused_k": '("B",)',
 }  # fmt: skip
 STRIDED: Final[Mapping[str, str]] = {"bhsd": "bhsd", "bshd": "bshd", "varlen": "shd"}
 
@@ -276,7 +288,8 @@ def _operand_axes(attn: Attention, program: Program) -> dict[str, str]:
     made = {s.name for s in scratch_of(program)}
     operands = [p.name for k in program.kernels for p in k.params if p.role == "operand"]
     read = [text for text in (*operands, *(program.engine.tensors if program.engine else ())) if text in made]
-    return dict.fromkeys("qkvo", STRIDED[attn.layout]) | dict.fromkeys(read, "bhsd")
+    keys = dict.fromkeys("kv", "bshd") if attn.page_size else {}
+    return dict.fromkeys("qkvo", STRIDED[attn.layout]) | keys | dict.fromkeys(read, "bhsd")
 
 
 def _quoted(target: str) -> str:
@@ -290,7 +303,8 @@ def _fixed(attn: Attention, text: str) -> str:
 def _sizes(attn: Attention) -> list[str]:
     """What a call's sizes may be: formulas were proven for these."""
     own = {s: None for x in attn.inputs for s in x.shape if isinstance(s, str) and s not in SIZE_NAMES}
-    sizes = ("B", "Tq", "Tk") if attn.layout == "varlen" else ("B", "Sq", "Sk")
+    packed = attn.layout == "varlen"
+    sizes = ("B", "Tq" if packed else "Sq", "Tk" if packed and not attn.page_size else "Sk")
     return [f'"{s}": {_size_bounds(attn.size(s))}' for s in (*sizes, *own)]
 
 
@@ -303,11 +317,11 @@ def _tensors(attn: Attention) -> list[str]:
     dtype = f"torch.{TORCH_DTYPE[attn.dtype]}"
     out = [
         f'Tensor("q", {axes_text(attn, "Hq", "Sq", attn.dims.qk)}, {dtype}, tiled=True),',
-        f'Tensor("k", {axes_text(attn, "Hk", "Sk", attn.dims.qk)}, {dtype}, tiled=True),',
-        f'Tensor("v", {axes_text(attn, "Hv", "Sk", attn.dims.v)}, {dtype}, tiled=True),',
+        f'Tensor("k", {key_axes(attn, "Hk", attn.dims.qk)}, {dtype}, tiled=True),',
+        f'Tensor("v", {key_axes(attn, "Hv", attn.dims.v)}, {dtype}, tiled=True),',
     ]
-    if attn.layout == "varlen":
-        out += [f'Tensor("{n}", ("B + 1",), torch.int32),' for n in PACKED]
+    axes = INDEX_AXES | {"block_table": f'("B", "Sk / {attn.page_size}")'}
+    out += [f'Tensor("{n}", {axes[n]}, torch.int32),' for n in indices(attn)]
     known = {"Hq": attn.heads.q, "Hk": attn.heads.kv, "Hv": attn.heads.v, "Dqk": attn.dims.qk, "Dv": attn.dims.v}
     for x in attn.inputs:
         shape = [known.get(s, s) if isinstance(s, str) else s for s in x.shape]

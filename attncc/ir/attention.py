@@ -253,6 +253,11 @@ class Attention:
         (part,) = self.parts
         return part
 
+    @property
+    def page_size(self) -> int:
+        """Keys of a page, 0 where none lie in pages; where they do, `Sk` is how many a sequence has room for."""
+        return next((p.kv.page_size or 0 for p in self.parts if p.kv.kind == "paged"), 0)
+
     def input(self, name: str) -> Input:
         return next(i for i in self.inputs if i.name == name)
 

@@ -277,8 +277,8 @@ def _program(program: Program) -> Iterator[str]:
         yield f"{INDENT}{_launch(launch)}"
     if program.engine_gap:
         yield f"{INDENT}engine: none, because of {program.engine_gap!r}"
-    if program.split_gap:
-        yield f"{INDENT}split: none, because of {program.split_gap!r}"
+    if program.short_gap:
+        yield f"{INDENT}few queries: as others, because of {program.short_gap!r}"
     for kernel in program.kernels:
         yield ""
         yield from _kernel(kernel)

@@ -279,7 +279,7 @@ class Program:
     """What serves large calls where the launch's config says so."""
     engine_gap: str = ""
     """Why there is none."""
-    split_gap: str = ""
+    short_gap: str = ""
     """Why calls of few queries have no kernels of their own."""
 
     def kernel(self, name: str) -> Kernel:

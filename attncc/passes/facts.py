@@ -11,11 +11,12 @@ from attncc.ir.intervals import Interval
 
 
 def fixed_sizes(attn: Attention) -> Mapping[str, int]:
-    """Sizes known when compiled; those of a packed sequence differ from call to call."""
+    """Sizes known when compiled; those of a packed sequence differ from call to call, and keys in pages do."""
     heads, dims = attn.heads, attn.dims
     known = {"Hq": heads.q, "Hk": heads.kv, "Hv": heads.v, "Dqk": dims.qk, "Dv": dims.v}
+    differing = ("B", "Sq", "Sk") if attn.layout == "varlen" else ("Sk",) if attn.page_size else ()
     for size in attn.sizes:
-        if size.fixed is not None and not (attn.layout == "varlen" and size.name in ("B", "Sq", "Sk")):
+        if size.fixed is not None and size.name not in differing:
             known[size.name] = size.fixed
     return known
 
@@ -29,7 +30,8 @@ def size_ranges(attn: Attention) -> Mapping[str, Range]:
 
 def _most(attn: Attention, size: str) -> int:
     """No call sees how long packed sequences are: only their total is bounded, and by the default."""
-    return MAX_SIZE if attn.layout == "varlen" and size in ("Sq", "Sk") else attn.size(size).most
+    packed = ("Sq",) if attn.page_size else ("Sq", "Sk")
+    return MAX_SIZE if attn.layout == "varlen" and size in packed else attn.size(size).most
 
 
 def positions(attn: Attention) -> Mapping[str, Interval]:

@@ -213,15 +213,15 @@ def test_list_tells_of_every_spec(spec: Path) -> None:
     )
     table = run("list", spec.parent)
     assert table.exit_code == 0, table.output
-    row = r"^ tiny +triton: forward, tvm: forward, tvm: decode +mask\(positions\) *$"
+    row = r"^ tiny +triton: forward, triton: decode, tvm: forward, tvm: decode +mask\(positions\) *$"
     assert re.search(row, table.stdout, re.MULTILINE)
     assert table.stdout.endswith("2 specs: 2 with a lowering, 0 that do not load\n")
     page = run("list", spec.parent, "--markdown").stdout.splitlines()
     assert page[0] == "# Systems"
     link = "[arXiv 2401.00001](https://arxiv.org/abs/2401.00001)"
     assert page[-2:] == [
-        "| `tiny` |  |  | triton: forward, tvm: forward, tvm: decode | mask(positions) |",
-        rf"| `other` | f\|g | {link} | triton: forward, tvm: forward, tvm: decode | mask(positions) |",
+        "| `tiny` |  |  | triton: forward, triton: decode, tvm: forward, tvm: decode | mask(positions) |",
+        rf"| `other` | f\|g | {link} | triton: forward, triton: decode, tvm: forward, tvm: decode | mask(positions) |",
     ]
     listed = json.loads(run("list", spec.parent, "--json").stdout)["systems"]
     assert [s["name"] for s in listed] == ["tiny", "other"]

@@ -143,7 +143,7 @@ for system in driver.systems("examples"):
     ("line", "key"),
     [
         ("dropout: 0.1", "dropout"),
-        ("kv: paged(16)", "kv"),
+        ("kv: pooled(16)", "kv"),
         ("modes: [prefill, backward]", "modes"),
         ("quantize: {q: int4(per=token)}", "quantize"),
     ],
@@ -197,12 +197,17 @@ def test_what_does_not_go_with_quantised_values(more: str, supported: str, tmp_p
     assert (error.value.key, error.value.hint) == ("quantize", f"supported: {supported}")
 
 
+@pytest.mark.parametrize(
+    ("line", "why"), [("quantize: {q: int8}", "do not quantise operands"), ("kv: paged(16)", "do not read keys from")]
+)
 @pytest.mark.parametrize(("target", "backend"), [("cpu", None), ("sm_90", "tvm")])
-def test_tvm_refuses_what_it_would_leave_out(target: str, backend: str | None, tmp_path: Path) -> None:
-    text = "attncc: 1\nname: t\nheads: 2\ndims: 32\nquantize: {q: int8}\n"
-    with pytest.raises(Unsupported, match="do not quantise") as error:
+def test_tvm_refuses_what_it_would_leave_out(
+    target: str, backend: str | None, line: str, why: str, tmp_path: Path
+) -> None:
+    text = f"attncc: 1\nname: t\nheads: 2\ndims: 32\n{line}\n"
+    with pytest.raises(Unsupported, match=why) as error:
         driver.compile(spec.loads(text), tmp_path, [target], backend=backend)
-    assert error.value.key == "quantize"
+    assert error.value.key == line.partition(":")[0]
     assert error.value.location is not None
     assert "--target interpreter" in error.value.hint
     assert not list(tmp_path.iterdir())
@@ -286,7 +291,7 @@ def test_systems_tell_what_they_use_and_what_carries_them(tmp_path: Path) -> Non
     plain, first, second, broken = found
     used = {"score": ("data", "positions"), "mask": ("positions",)}
     assert (first.family, first.source, first.primitives) == ("alpha", "arXiv 1", used)
-    assert (first.lowerings, first.missing) == (("triton: forward", "tvm: forward", "tvm: decode"), ())
+    assert (first.lowerings, first.missing) == (("triton: forward", "triton: decode", "tvm: forward", "tvm: decode"), ())
     assert plain.primitives == first.primitives
     assert second.primitives == used | {"dropout": ("philox",), "prologue": ("silu",), "epilogue": ("lerp_v",)}
     assert (second.lowerings, second.missing) == ((), ("dropout", "prologue", "epilogue"))

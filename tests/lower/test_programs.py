@@ -150,7 +150,7 @@ LISTED = ("documents", "keys")
 @pytest.mark.parametrize("case", [c for c in VARIANTS if c not in LISTED])
 def test_split(case: str) -> None:
     """Few queries: heads of a group in one tile, and keys shared out to several programs."""
-    assert not lowered(VARIANTS[case]).split_gap
+    assert not lowered(VARIANTS[case]).short_gap
     for B, Sq, Sk, knobs, reproducible in SPLIT_SHAPES:
         compare(replace(VARIANTS[case], numerics=Numerics(reproducible)), B, Sq, Sk, knobs)
 
@@ -158,11 +158,11 @@ def test_split(case: str) -> None:
 @pytest.mark.parametrize("case", LISTED)
 def test_what_is_not_split(case: str) -> None:
     program = lowered(VARIANTS[case])
-    assert program.split_gap == "key tiles listed from data"
+    assert program.short_gap == "key tiles listed from data"
     assert "SPLIT" not in {k.name for k in program.knobs}
-    assert lowered(replace(VARIANTS["causal"], layout="varlen")).split_gap == "packed sequences"
-    assert lowered(QUANTISED["tokens"]).split_gap == "quantised operands"
-    assert lowered(replace(VARIANTS["causal"], modes=("prefill",))).split_gap == "modes without decode"
+    assert lowered(replace(VARIANTS["causal"], layout="varlen")).short_gap == "packed sequences"
+    assert lowered(QUANTISED["tokens"]).short_gap == "quantised operands"
+    assert lowered(replace(VARIANTS["causal"], modes=("prefill",))).short_gap == "modes without decode"
 
 
 @pytest.mark.parametrize("case", [c for c, attn in VARIANTS.items() if attn.align.kind != "input"])

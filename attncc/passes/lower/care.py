@@ -54,8 +54,13 @@ def unless_done(b: Builder, attn: Attention, lost: Param) -> Generator[None]:
         yield
 
 
-def walk_twice(b: Builder, attn: Attention, rule: Rule, lost: Param, walk: Callable[[Expr], None]) -> None:
-    """Binds the state of all keys that `walk` visits; it is told when to take care."""
+def walk_twice(
+    b: Builder, attn: Attention, rule: Rule, mark: Callable[[Expr], None], walk: Callable[[Expr], None]
+) -> None:
+    """Binds the state of all keys that `walk` visits; it is told when to take care.
+
+    `mark` notes whether the first pass left NaN.
+    """
     begin(b, attn, rule)
     walk(eq(NUMBER, 1))
     if not may_hide_values(attn):
@@ -64,7 +69,7 @@ def walk_twice(b: Builder, attn: Attention, rule: Rule, lost: Param, walk: Calla
     accumulators = [name("acc" + p.suffix(values), "f32", ("BM", p.width)) for p in values]
     spoilt = fold(maximum, [reduce_all("max", cast_to(ew("ne", acc, acc), "i32")) for acc in accumulators])
     with b.when(eq(NUMBER, 0)):
-        b.store(lost, (program(),), spoilt)
+        mark(spoilt)
     with b.when(eq(NUMBER, 2)):
         b.let("lost_here", spoilt)
         with b.when(name("lost_here") > 0):

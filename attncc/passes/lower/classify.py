@@ -15,12 +15,14 @@ from attncc.ir.build import Builder, column, iota, program, quotient, read, redu
 from attncc.ir.expr import Expr, cast_to, const, maximum, minimum, name, where
 from attncc.ir.rewrite import names
 from attncc.ir.tile import Kernel, Param, Scratch
+from attncc.passes.lower import storage
 from attncc.passes.lower.grid import (
     CU_K,
     CU_Q,
     QueryTile,
     cdiv,
     is_varlen,
+    key_rows,
     place_dense,
     place_packed,
     query_tiles,
@@ -46,17 +48,17 @@ def lists(attn: Attention) -> tuple[Param, Param]:
 
 def scratch(attn: Attention) -> tuple[Scratch, ...]:
     rows = query_tiles(attn) * _maps(attn)
-    keys = name("Tk") if is_varlen(attn) else name("Sk")
     tiles, counts = lists(attn)
     return (
-        Scratch(tiles.name, (rows, maximum(cdiv(keys, BN), 1)), tiles.dtype),
+        Scratch(tiles.name, (rows, maximum(cdiv(key_rows(attn), BN), 1)), tiles.dtype),
         Scratch(counts.name, (rows, const(2)), counts.dtype),
     )
 
 
 def kernel(attn: Attention) -> Kernel:
     """One program per query tile of each map; masks that ignore batch or head share one."""
-    params = [*([CU_Q, CU_K] if is_varlen(attn) else []), *map(input_param, attn.inputs), *lists(attn)]
+    params = [*([CU_Q, CU_K] if is_varlen(attn) else []), *storage.index_params(attn)]
+    params += [*map(input_param, attn.inputs), *lists(attn)]
     params += size_parameters(attn)
     params += [Param(k.name, "constexpr", "i32", doc=k.doc) for k in KNOBS if k.name in ("BM", "BN")]
     b = Builder({p.name: p for p in params})
@@ -80,7 +82,13 @@ def find(b: Builder, attn: Attention, t: QueryTile) -> tuple[Expr, Expr]:
     if _by_batch(attn):
         which = t.scope.values["b"] * attn.heads.q + t.h if _by_head(attn) else t.scope.values["b"]
     listed = b.let("listed", which * count + t.number)
-    return listed, b.let("last_tile", maximum(cdiv(name("Tk") if is_varlen(attn) else t.keys, BN), 1) - 1)
+    return listed, _last(b, attn, t)
+
+
+def _last(b: Builder, attn: Attention, t: QueryTile) -> Expr:
+    """The last entry of a row of the lists, from which whole tiles stand to the left."""
+    keys = key_rows(attn) if is_varlen(attn) else t.keys
+    return b.let("last_tile", maximum(cdiv(keys, BN), 1) - 1)
 
 
 def walk(b: Builder, attn: Attention, t: QueryTile, visit: Callable[[bool], Callable[[Expr], None]]) -> None:
@@ -100,8 +108,10 @@ def _by_head(attn: Attention) -> bool:
 
 
 def _by_batch(attn: Attention) -> bool:
-    """Packed sequences are told apart by their tiles already."""
-    return not is_varlen(attn) and ("b" in names(attn.part.mask) or attn.align.kind == "input")
+    """Packed sequences are told apart by their tiles already; those in pages differ in length."""
+    if is_varlen(attn):
+        return False
+    return "b" in names(attn.part.mask) or attn.align.kind == "input" or attn.page_size > 0
 
 
 def _map(b: Builder, attn: Attention, which: Expr) -> tuple[Expr, Expr]:
@@ -139,7 +149,7 @@ def _classify(b: Builder, attn: Attention, t: QueryTile) -> None:
     scope = t.scope.with_(i=column(i), row=column(row_))
     b.let("masked", const(0))
     b.let("whole", const(0))
-    last = b.let("last_tile", maximum(cdiv(name("Tk") if is_varlen(attn) else t.keys, BN), 1) - 1)
+    last = _last(b, attn, t)
     first, end = lo if lo.value == 0 else b.let("first", quotient(lo, BN)), cdiv(hi, BN)
 
     def holds(j: Expr) -> Expr:

@@ -16,7 +16,7 @@ from attncc.errors import Unsupported
 from attncc.ir.attention import Attention
 from attncc.ir.expr import TRUE
 from attncc.ir.rewrite import buffers, names
-from attncc.passes.lower import quantize, split
+from attncc.passes.lower import quantize, short, storage
 from attncc.passes.lower.group import members
 from attncc.passes.lower.hopper import gap
 from attncc.passes.lower.pieces import pieces
@@ -218,6 +218,8 @@ FIXED_SHARE: Final = 512
 """Keys that it has where its size may depend on nothing else."""
 FILLING: Final = 4
 """Programs a multiprocessor, as many as its registers hold, for it to have loads in flight always."""
+KEYS: Final = (16, 32, 64, 128)
+"""Of a key tile."""
 GROUPED: Final = (16, 32, 64)
 """Rows of a group's query tile."""
 
@@ -231,17 +233,18 @@ def default_configs(attn: Attention, device: Device, with_engine: bool = True) -
         raise Unsupported(f"nothing is known of launches on {device.arch}", hint=f"supported: {', '.join(RULES)}")
     rule = next(r for r in RULES[device.arch] if r.applies(attn))
     config = {**rule.config, "GROUP": min(2, rule.config["GROUP"])} if _is_unmasked(attn) else rule.config
+    config = {**config, "BN": max(n for n in KEYS if n <= config["BN"] and storage.fits_tiles(attn, n))}
     large = {**config, **_engine_config(attn, device)} if with_engine else config
     few = {**config, "BM": 16, "maxnreg": 0, "num_stages": 1}
     small = {**config, "BN": min(64, config["BN"]), "ONE_PASS": 1, "TMA": 0, "maxnreg": 0}
-    if split.gap(attn):
+    if short.gap(attn):
         return (({"pairs": SMALL}, small), ({"Sq": SHORT}, few), ({}, large)), rule.why
     whole = {"SPLIT": 0, "FILL": FILLING * device.sms}
-    short = _splitting(attn, {**few, **whole}, config["BM"])
+    brief = _splitting(attn, {**few, **whole}, config["BM"])
     small, large = {**small, **whole}, {**large, **whole}
     if attn.numerics.reproducible == "batch":  # pairs are counted over the batch
-        return (*short, ({}, large)), rule.why
-    return (({"pairs": SMALL, "Sk": WORTH_SPLITTING}, small), *short, ({"pairs": SMALL}, small), ({}, large)), rule.why
+        return (*brief, ({}, large)), rule.why
+    return (({"pairs": SMALL, "Sk": WORTH_SPLITTING}, small), *brief, ({"pairs": SMALL}, small), ({}, large)), rule.why
 
 
 def _splitting(attn: Attention, few: Config, most_rows: int) -> list[Row]:

@@ -12,10 +12,10 @@ from functools import partial
 from typing import Final
 
 from attncc.ir.attention import Attention
-from attncc.ir.build import Builder, column, iota, reduce, row
+from attncc.ir.build import Builder, column, iota, program, reduce, row
 from attncc.ir.expr import TRUE, Expr, cast_to, name
-from attncc.ir.tile import Function, Kernel, Launch, Param, Program, Scratch
-from attncc.passes.lower import care, classify, quantize, skew, stored
+from attncc.ir.tile import Function, Kernel, Knob, Launch, Param, Program, Scratch
+from attncc.passes.lower import care, classify, quantize, skew, storage, stored
 from attncc.passes.lower.fragments import (
     begin,
     formulas_of,
@@ -25,7 +25,7 @@ from attncc.passes.lower.fragments import (
     walk_keys,
     writes_lse,
 )
-from attncc.passes.lower.grid import CU_K, CU_Q, QueryTile, is_varlen, programs, query_tile, size_parameters
+from attncc.passes.lower.grid import CU_K, CU_Q, QueryTile, is_varlen, key_rows, programs, query_tile, size_parameters
 from attncc.passes.lower.knobs import KNOBS, ONE_PASS, WRITE_LSE
 from attncc.passes.lower.normalizers import NORMALIZERS, TOTAL, VALUE_DTYPE, M, Rule
 from attncc.passes.lower.pieces import pieces
@@ -65,7 +65,8 @@ def dense_forward(attn: Attention) -> Program:
     for h in quantize.all_held(attn):
         kernels, scratch = (*stored.kernels(attn, h), *kernels), (*stored.scratch(attn, h), *scratch)
     launches = tuple(Launch(k.name) for k in kernels)
-    knobs = (*KNOBS, WRITE_LSE) if writes_lse(attn) else KNOBS
+    knobs = tuple(_fitting(attn, k) for k in KNOBS)
+    knobs = (*knobs, WRITE_LSE) if writes_lse(attn) else knobs
     if may_hide_values(attn):
         scratch = (*scratch, Scratch(lost.name, (programs(attn),), lost.dtype))
         launches = (*launches[:-1], *care.passes(forward.name))
@@ -73,10 +74,17 @@ def dense_forward(attn: Attention) -> Program:
     return Program(attn.name, kernels, launches, knobs, scratch, "dense_forward")
 
 
+def _fitting(attn: Attention, knob: Knob) -> Knob:
+    """The knob with the choices that suit the pages."""
+    if knob.name != "BN":
+        return knob
+    return replace(knob, choices=tuple(n for n in knob.choices if storage.fits_tiles(attn, n)))
+
+
 def parameters(attn: Attention) -> dict[str, Param]:
     """Everything the kernel reads and writes, in the order of its signature."""
     dtype = VALUE_DTYPE[attn.dtype]
-    rows_q, rows_k = (name("Tq"), name("Tk")) if is_varlen(attn) else (name("Sq"), name("Sk"))
+    rows_q, rows_k = name("Tq") if is_varlen(attn) else name("Sq"), key_rows(attn)
 
     def operand(text: str, knob: str, rows: Expr, dim: int, doc: str) -> Param:
         shapes = tuple(dict.fromkeys((knob, p.width) for p in pieces(dim)))
@@ -89,6 +97,7 @@ def parameters(attn: Attention) -> dict[str, Param]:
         operand("V", "BN", rows_k, attn.dims.v, "values"),
         operand("O", "BM", rows_q, attn.dims.v, "output"),
     ]
+    out[1:3] = (storage.as_stored(attn, p) for p in out[1:3])
     if is_varlen(attn):  # a whole tile would overwrite the rows of the next sequence
         out[-1] = replace(out[-1], tiles=())
     if attn.wants("lse"):
@@ -98,6 +107,7 @@ def parameters(attn: Attention) -> dict[str, Param]:
             )
         )
     out += [CU_Q, CU_K] if is_varlen(attn) else []
+    out += storage.index_params(attn)
     out += map(input_param, attn.inputs)
     out += classify.lists(attn) if key_tiles_of(attn).listed else ()
     out += [d.operand for d in skew.split_diagonals(attn)[1]]
@@ -131,7 +141,8 @@ def one_tile(b: Builder, attn: Attention, t: QueryTile, lost: Param | None = Non
         begin(b, attn, rule)
         walk_keys(b, attn, t, runs, step, TRUE)
     else:
-        care.walk_twice(b, attn, rule, lost, partial(walk_keys, b, attn, t, runs, step))
+        mark = partial(b.store, lost, (program(),))
+        care.walk_twice(b, attn, rule, mark, partial(walk_keys, b, attn, t, runs, step))
     _finish(b, attn, t, rule)
     return step
 

@@ -17,10 +17,10 @@ from attncc.ir.expr import TRUE, Expr, broadcast, cast_to, const, ew, minimum, n
 from attncc.ir.factors import fold_constants, split_multiplier
 from attncc.ir.rewrite import names, transform, walk
 from attncc.ir.tile import Function
-from attncc.passes.lower import classify, quantize, skew
+from attncc.passes.lower import classify, quantize, skew, storage
 from attncc.passes.lower.grid import QueryTile, is_varlen
 from attncc.passes.lower.normalizers import LOG2E, Rule, Tile
-from attncc.passes.lower.pieces import pieces
+from attncc.passes.lower.pieces import Piece, pieces
 from attncc.passes.lower.scores import Scope, hoist, regroup
 from attncc.passes.lower.skew import Diagonal
 from attncc.passes.lower.walk import Runs, for_each_tile, key_tiles_of
@@ -117,13 +117,10 @@ def key_tile(outer: Builder, attn: Attention, t: QueryTile, rule: Rule, formulas
     b, n = Builder(outer.params), name("n")
     columns = pieces(attn.dims.qk) if "qk" in names(formulas.score) else ()
     values = pieces(attn.dims.v)
-    at = t.first_key + n
+    if attn.page_size:
+        storage.find_pages(b, attn, t.scope.values["b"], n, t.keys)
     keys = [
-        b.let(
-            "k" + p.suffix(columns),
-            quantize.read_tile(b, attn, "k", (t.batch, t.scope.values["hk"], at), "BN", p),
-            f"[BN, {p.width}]",
-        )
+        b.let("k" + p.suffix(columns), _read_rows(b, attn, "k", t, t.scope.values["hk"], p), f"[BN, {p.width}]")
         for p in columns
     ]
     j = b.let("j", n + iota("BN"), "[BN]")
@@ -145,8 +142,8 @@ def key_tile(outer: Builder, attn: Attention, t: QueryTile, rule: Rule, formulas
         return b.let("keep", row(INSIDE) & mask, "[BM, BN]") if mask != TRUE else b.let("keep", row(INSIDE), "[1, BN]")
 
     def load_values() -> tuple[Expr, ...]:
-        place, kept = (t.batch, value_head(attn, t), at), broadcast((1, "BN"), scope.bind(formulas.mask).shape)
-        tiles = ((p.suffix(values), quantize.read_tile(b, attn, "v", place, "BN", p)) for p in values)
+        kept = broadcast((1, "BN"), scope.bind(formulas.mask).shape)
+        tiles = ((p.suffix(values), _read_rows(b, attn, "v", t, value_head(attn, t), p)) for p in values)
         return tuple(_values(b, attn, v, suffix, name("keep", "bool", kept)) for suffix, v in tiles)
 
     accumulators = tuple("acc" + p.suffix(values) for p in values)
@@ -155,6 +152,13 @@ def key_tile(outer: Builder, attn: Attention, t: QueryTile, rule: Rule, formulas
     state = [name(a, "f32", ("BM", p.width)) for a, p in zip(accumulators, values, strict=True)]
     flags = ("MASKED", "CAREFUL") if may_hide_values(attn) else ("MASKED",)
     return function("key_tile", b, [*state, *rule.state], (*flags, "BM", "BN"), "Adds the keys from n on to the state.")
+
+
+def _read_rows(b: Builder, attn: Attention, which: str, t: QueryTile, head: Expr, p: Piece) -> Expr:
+    """The tile of keys or values from key n of a sequence on."""
+    if attn.page_size:
+        return storage.read_tile(attn, b.params[which.upper()], head, p, attn.dims.qk if which == "k" else attn.dims.v)
+    return quantize.read_tile(b, attn, which, (t.batch, head, t.first_key + name("n")), "BN", p)
 
 
 def value_head(attn: Attention, t: QueryTile) -> Expr:
@@ -190,6 +194,11 @@ def read_early(b: Builder, formulas: Formulas, scope: Scope, tile_of: Callable[[
 def _values(b: Builder, attn: Attention, v: Expr, suffix: str, keep: Expr) -> Expr:
     """A V tile. With CAREFUL, what is not finite in it reaches the rows that see it (as NaN) and no other."""
     v = b.let("v" + suffix, v, f"[BN, {v.shape[1]}]")
+    if storage.has_whole_tiles(attn):
+        with b.when(MASKED):
+            b.let(
+                "v" + suffix, where(column(INSIDE), v, const(0.0, v.dtype)), "a page may hold NaN behind the last key"
+            )
     if not may_hide_values(attn):
         return v
     with b.when(CAREFUL):

@@ -9,6 +9,7 @@ from attncc.ir.attention import Attention, Input
 from attncc.ir.build import Builder, iota, program, quotient, read, remainder
 from attncc.ir.expr import Expr, Value, const, lift, minimum, name, where
 from attncc.ir.tile import Param
+from attncc.passes.lower import storage
 from attncc.passes.lower.scores import KERNEL_SIZES, Scope, length
 
 BM = name("BM")
@@ -61,6 +62,11 @@ def is_varlen(attn: Attention) -> bool:
     return attn.layout == "varlen"
 
 
+def key_rows(attn: Attention) -> Expr:
+    """How many keys the call's tensors have: of all sequences where they are packed, of each at most elsewhere."""
+    return name("Tk" if is_varlen(attn) and not attn.page_size else "Sk")
+
+
 def query_tiles(attn: Attention) -> Expr:
     """How many query tiles a head has; where sequences are packed, an upper bound known without reading them."""
     if is_varlen(attn):
@@ -108,7 +114,8 @@ def place_dense(b: Builder, attn: Attention, batch: Expr, h: Expr, number: Expr)
 def at_row(b: Builder, attn: Attention, batch: Expr, h: Expr, number: Expr, row0: Expr) -> QueryTile:
     """The dense query tile that begins at row0."""
     zero = const(0)
-    return _positions(b, attn, batch, batch, h, number, row0, (name("Sq"), name("Sk")), (zero, zero))
+    lengths = (name("Sq"), storage.keys_of(b, attn, batch))
+    return _positions(b, attn, batch, batch, h, number, row0, lengths, (zero, zero))
 
 
 PACKED_AT: Final = ("seq", "h", "number", "row0", "Sq", "Sk", "begin", "key_begin")
@@ -134,8 +141,11 @@ def place_packed(b: Builder, attn: Attention, h: Expr, number: Expr) -> QueryTil
     begin = b.let("begin", read(CU_Q, low))
     row0 = b.let("row0", (number - quotient(begin, BM) - low) * BM)
     queries = b.let("Sq", read(CU_Q, low + 1) - begin)
-    key_begin = b.let("key_begin", read(CU_K, low))
-    keys = b.let("Sk", read(CU_K, low + 1) - key_begin)
+    if attn.page_size:
+        key_begin, keys = const(0), storage.keys_of(b, attn, low)
+    else:
+        key_begin = b.let("key_begin", read(CU_K, low))
+        keys = b.let("Sk", read(CU_K, low + 1) - key_begin)
     return _positions(b, attn, low, const(0), h, number, row0, (queries, keys), (begin, key_begin))
 
 
@@ -192,7 +202,7 @@ def offset_of(b: Builder, attn: Attention, scope: Scope) -> Expr | None:
 
 def size_parameters(attn: Attention) -> list[Param]:
     """The sizes that are run-time arguments, those of the inputs' own axes last."""
-    sizes = ("B", "Tq", "Tk") if is_varlen(attn) else ("B", "Sq", "Sk")
+    sizes = ("B", "Tq" if is_varlen(attn) else "Sq", str(key_rows(attn).attr))
     known = KERNEL_SIZES | {"Hq", "Hk", "Hv", "Dqk", "Dv"}
     own = {s for x in attn.inputs for s in x.shape if isinstance(s, str)} - known
     return [Param(s, "scalar", "i32") for s in (*sizes, *map(length, sorted(own)))]

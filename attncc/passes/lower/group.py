@@ -13,8 +13,10 @@ from attncc.ir.attention import Attention, KeyRange, KeyTiles
 from attncc.ir.build import Builder, iota, quotient, remainder
 from attncc.ir.expr import Expr, cast_to, const, minimum, name
 from attncc.ir.rewrite import names
+from attncc.passes.lower import storage
 from attncc.passes.lower.grid import BM, QueryTile, cdiv, fixed_sizes, offset_of, place_dense
 from attncc.passes.lower.scores import Scope
+from attncc.passes.lower.walk import key_tiles_of
 
 
 def groups(attn: Attention) -> int:
@@ -57,7 +59,8 @@ def place_group(b: Builder, attn: Attention, batch: Expr, group: Expr, number: E
     h = member * groups(attn) + group if attn.heads.map == "tile" else group * members(attn) + member
     first, end = (quotient(x, members(attn)) for x in (row0, last))
     row = b.let("row", quotient(r, members(attn)), "[BM] queries")
-    values = {"b": batch, "h": b.let("h", h, "[BM] heads"), "hk": hk, "row": row, "Sq": name("Sq"), "Sk": name("Sk")}
+    keys = storage.keys_of(b, attn, batch)
+    values = {"b": batch, "h": b.let("h", h, "[BM] heads"), "hk": hk, "row": row, "Sq": name("Sq"), "Sk": keys}
     values |= {"row0": b.let("first_query", first), "row1": b.let("last_query", end)} | fixed_sizes(attn)
     scope = Scope(values, {x.name: x for x in attn.inputs})
     offset = offset_of(b, attn, scope)
@@ -65,7 +68,7 @@ def place_group(b: Builder, attn: Attention, batch: Expr, group: Expr, number: E
         values[position] = values[at] if offset is None else b.let(position, values[at] + offset)
     values["i"] = row if offset is None else b.let("i", row + offset, "[BM] positions")
     zero = const(0)
-    return QueryTile(batch, values["h"], number, row0, rows, rows_of_group, name("Sk"), zero, zero, scope)
+    return QueryTile(batch, values["h"], number, row0, rows, rows_of_group, keys, zero, zero, scope)
 
 
 def _shared(b: Builder, attn: Attention, group: Expr, text: str, heads: int) -> Expr:
@@ -76,6 +79,13 @@ def _shared(b: Builder, attn: Attention, group: Expr, text: str, heads: int) -> 
         return group
     of = remainder(group, heads) if attn.heads.map == "tile" else quotient(group, groups(attn) // heads)
     return b.let(text, of)
+
+
+def by_groups(attn: Attention) -> Attention:
+    """The variant as query tiles of groups see it: their keys are those of all heads in a tile."""
+    if members(attn) == 1:
+        return attn
+    return replace(attn, parts=(replace(attn.part, key_tiles=over_heads(key_tiles_of(attn))),))
 
 
 def over_heads(key_tiles: KeyTiles) -> KeyTiles:

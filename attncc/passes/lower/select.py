@@ -12,12 +12,12 @@ from attncc.ir.attention import Attention, Part
 from attncc.ir.expr import INTS
 from attncc.ir.rewrite import names, walk
 from attncc.ir.tile import Program
+from attncc.passes.lower import short, split
 from attncc.passes.lower.forward import dense_forward
 from attncc.passes.lower.hopper import accelerated
 from attncc.passes.lower.normalizers import NORMALIZERS
 from attncc.passes.lower.pieces import MAX_DIM
 from attncc.passes.lower.quantize import LIMITS
-from attncc.passes.lower.split import with_split
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +52,17 @@ class Gap:
 
 
 def _fixes_packed_lengths(a: Attention) -> bool:
-    return a.layout == "varlen" and any(a.size(s).fixed is not None for s in ("Sq", "Sk"))
+    packed = ("Sq",) if a.page_size else ("Sq", "Sk")
+    return a.layout == "varlen" and any(a.size(s).fixed is not None for s in packed)
 
 
 def _is_not_positive(a: Attention) -> bool:
     return a.scale.value is not None and not 0 < a.scale.value < inf
 
 
-def _scales_by_packed_length(a: Attention) -> bool:
-    return a.layout == "varlen" and bool(names(a.scale) & {"Sq", "Sk"})
+def _scales_by_own_length(a: Attention) -> bool:
+    differing = {"Sq", "Sk"} if a.layout == "varlen" else {"Sk"} if a.page_size else set[str]()
+    return bool(names(a.scale) & differing)
 
 
 def _raises_integers(a: Attention) -> bool:
@@ -73,6 +75,14 @@ def _any(holds: Callable[[Part], bool]) -> Callable[[Attention], bool]:
     return lambda a: any(map(holds, a.parts))
 
 
+def _wishes_in_vain(a: Attention) -> bool:
+    return a.schedule.name in ("split_kv", "stream_k") and bool(short.gap(a))
+
+
+def _wishes_against_itself(a: Attention) -> bool:
+    return a.schedule.name == "stream_k" and split.is_fixed(a)
+
+
 def _unknown_outputs(a: Attention) -> bool:
     return any(o.name not in ("o", "lse") for o in a.outputs)
 
@@ -81,7 +91,7 @@ GAPS: Final = (
     Gap("parts", lambda a: len(a.parts) != 1, "a single part"),
     Gap("state", _any(lambda p: p.state is not None), "softmax, sigmoid, relu, none and linear over a mask"),
     Gap("select", _any(lambda p: p.select is not None), "a mask, which may read inputs (block tables)"),
-    Gap("kv", _any(lambda p: p.kv.kind != "dense"), "dense"),
+    Gap("kv", _any(lambda p: p.kv.kind not in ("dense", "paged")), "dense, paged"),
     Gap("dropout", _any(lambda p: p.dropout > 0), "0"),
     *(Gap("quantize", holds, supported) for holds, supported in LIMITS),
     Gap("prologue", lambda a: bool(a.prologue), "no steps"),
@@ -95,13 +105,14 @@ GAPS: Final = (
     Gap("columns", _any(lambda p: p.columns is not None), "all columns"),
     Gap("score", _raises_integers, "whole numbers to a constant power up to 16; float(…) ** anything"),
     Gap("outputs", _unknown_outputs, "o, lse"),
-    Gap("modes", lambda a: "prefill" not in a.modes, "prefill (it serves short queries too)"),
     Gap("modes", lambda a: bool({"backward", "jvp"} & set(a.modes)), "prefill, decode"),
     Gap("dims", lambda a: max(a.dims.qk, a.dims.v) > MAX_DIM, f"1 to {MAX_DIM}"),
     Gap("sizes", _fixes_packed_lengths, "lengths of packed sequences known when called"),
     Gap("scale", _is_not_positive, "a positive number (a score may be -qk * scale)"),
-    Gap("scale", _scales_by_packed_length, "sizes that all packed sequences share; a score may use their lengths"),
-    Gap("schedule", lambda a: a.schedule.name not in ("auto", "tile"), "auto, tile"),
+    Gap("scale", _scales_by_own_length, "sizes that all sequences share; a score may use their lengths"),
+    Gap("schedule", lambda a: a.schedule.name == "persistent", "auto, tile, split_kv, stream_k"),
+    Gap("schedule", _wishes_in_vain, "auto, where keys cannot be shared out: attncc explain says why"),
+    Gap("schedule", _wishes_against_itself, "auto and split_kv, where a sequence's bits must not depend on others"),
     Gap("numerics", lambda a: a.numerics.reproducible == "config", "run, batch"),
 )
 
@@ -121,5 +132,5 @@ def select(attn: Attention) -> Program:
         raise Unsupported(gap.message, gap.key, hint=f"supported: {gap.supported}")
     for skeleton in SKELETONS:
         if skeleton.applies(attn):
-            return with_split(attn, accelerated(attn, replace(skeleton.build(attn), why=skeleton.why)))
+            return short.with_short(attn, accelerated(attn, replace(skeleton.build(attn), why=skeleton.why)))
     raise Unsupported("no skeleton carries this variant", "parts", hint="attncc explain shows its IR")

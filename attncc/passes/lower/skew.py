@@ -55,10 +55,10 @@ class Diagonal:
 def split_diagonals(attn: Attention) -> tuple[Expr, tuple[Diagonal, ...]]:
     """The score with each such read replaced by one of its copy, at (i, j).
 
-    Packed sequences, whose rows have no common offset to their keys, keep the gathers.
+    Packed sequences and those in pages, whose rows have no common offset to their keys, keep the gathers.
     """
     score = attn.part.score
-    if is_varlen(attn) or attn.align.kind == "input":
+    if is_varlen(attn) or attn.page_size or attn.align.kind == "input":
         return score, ()
     found: dict[Expr, Diagonal] = {}
 

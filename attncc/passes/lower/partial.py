@@ -1,0 +1,218 @@
+"""Partial states of rows whose keys are shared out to several programs: how they are kept, and merged.
+
+A program leaves a state as it stands, not divided by its sum: states of all normalisers are sums relative to their
+peaks, so merging them rounds once where outputs and their lse would be divided and multiplied again, and the state of
+no keys is an exact 0. States lie at two indices; a split has them by row and share, stream-K by slot and row of a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Final
+
+from attncc.ir.attention import Attention
+from attncc.ir.build import Builder, column, full, iota, read, reduce, row
+from attncc.ir.expr import Expr, Value, cast_to, const, maximum, minimum, name, where
+from attncc.ir.tile import Function, Param, Scratch
+from attncc.passes.lower import care, storage
+from attncc.passes.lower.forward import parameters
+from attncc.passes.lower.fragments import (
+    CUT_TILES,
+    WHOLE_TILES,
+    formulas_of,
+    key_tile,
+    may_hide_values,
+    visits,
+    writes_lse,
+)
+from attncc.passes.lower.grid import QueryTile, fixed_sizes, key_head, offset_of
+from attncc.passes.lower.knobs import FILL, SPLIT, WRITE_LSE
+from attncc.passes.lower.normalizers import LOWEST, NORMALIZERS, VALUE_DTYPE, Rule, States, merge
+from attncc.passes.lower.pieces import pieces
+from attncc.passes.lower.scores import Scope, own_name, share_reads
+from attncc.passes.lower.walk import Line, for_each_between, key_tiles_of, line_up, solve_runs
+
+ROOM: Final = 8192
+"""Numbers of partial outputs that a program merges at once: 64 registers of a thread where it has 128 threads."""
+MOST: Final = 64
+"""States that it merges at once, however narrow heads are."""
+LOST: Final = "part_lost"
+
+Place = Callable[[Expr], tuple[Value, Value]]
+"""Where the states of these shares of a row are: one of the two indices is a vector as they are."""
+
+
+def rule_of(attn: Attention) -> Rule:
+    return NORMALIZERS[attn.part.normalizer.kind](attn.part.normalizer)
+
+
+def states(attn: Attention) -> dict[str, Param]:
+    """The tensors that hold them, by what they hold: a number for each state, of outputs a row of numbers."""
+    rule = rule_of(attn)
+    numbers = {"m": (rule.peak, "greatest scores"), "l": (rule.sums, "sums")}
+    found = {
+        text: Param(own_name(f"part_{text}", attn), "buffer", "f32", rank=2, doc=f"{doc} of partial states")
+        for text, (has, doc) in numbers.items()
+        if has is not None
+    }
+    return found | {"o": Param(own_name("part_o", attn), "operand", "f32", doc="[1, …, Dv] their outputs as sums")}
+
+
+def scratch(attn: Attention, shape: tuple[Expr, Expr], programs: Expr) -> tuple[Scratch, ...]:
+    """States at two indices of this shape, and the marks of so many programs."""
+    shapes = {2: shape, 0: (const(1), *shape, const(attn.dims.v))}
+    made = tuple(Scratch(p.name, shapes[p.rank], p.dtype) for p in states(attn).values())
+    if not may_hide_values(attn):
+        return made
+    lost = care.marks(LOST, attn)
+    return (*made, Scratch(lost.name, (programs,), lost.dtype))
+
+
+def share_parameters(attn: Attention, *knobs: str, more: tuple[Param, ...] = ()) -> dict[str, Param]:
+    """Of kernels for few queries. Rows of a group lie apart: queries are read, and outputs written, by pointers."""
+    known = parameters(attn)
+    params = {text: p for text, p in known.items() if p.role != "constexpr" or text in knobs}
+    params |= {text: replace(known[text], tiles=(), extent=None) for text in "QO"}
+    made = [*more, *states(attn).values(), *([care.marks(LOST, attn)] if may_hide_values(attn) else [])]
+    params |= {p.name: p for p in made}
+    used = [k for k in (SPLIT, FILL) if k.name in knobs]
+    return params | {k.name: Param(k.name, "constexpr", "i32", doc=k.doc) for k in used}
+
+
+def step_of(b: Builder, attn: Attention, t: QueryTile, dense: Function) -> Function:
+    """Binds the formulas of a tile, and makes its step: the dense kernel's, where it is the same."""
+    formulas = formulas_of(b, attn, t, rule_of(attn), skewed=False)
+    step = key_tile(b, attn, t, rule_of(attn), formulas)
+    return step if step == dense else replace(step, name="group_key_tile")
+
+
+@dataclass(frozen=True, slots=True)
+class KeyLine:
+    """The key tiles of a query tile in one line: whole ones, then those cut by the mask."""
+
+    whole: Line
+    cut: Line
+
+    @property
+    def tiles(self) -> Expr:
+        return self.whole.tiles + self.cut.tiles
+
+
+def line_of(b: Builder, attn: Attention, t: QueryTile) -> KeyLine:
+    """Binds what tells of the line."""
+    runs = solve_runs(b, key_tiles_of(attn), t.keys, lambda e: share_reads(b, e, t.scope))
+    return KeyLine(line_up(b, runs.full, "whole"), line_up(b, runs.masked, "cut"))
+
+
+def walk_between(
+    b: Builder, attn: Attention, t: QueryTile, line: KeyLine, step: Function, first: Expr, last: Expr
+) -> Callable[[Expr], None]:
+    """What walks the tiles [first, last) of the line, with care if told so."""
+    whole, cut = line.whole, line.cut
+
+    def walk(careful: Expr) -> None:
+        on_whole, on_cut = visits(b, attn, t, step, careful)
+        if whole.runs:
+            b.note(WHOLE_TILES)
+            for_each_between(b, whole, first, minimum(last, whole.tiles), on_whole)
+        b.note(CUT_TILES)
+        for_each_between(b, cut, maximum(first, whole.tiles) - whole.tiles, last - whole.tiles, on_cut)
+
+    return walk
+
+
+def load_queries(b: Builder, attn: Attention, t: QueryTile) -> None:
+    """Binds the tile of queries of a group."""
+    columns = pieces(attn.dims.qk)
+    h, query = (column(e) if e.shape else e for e in (t.h, t.scope.values["row"]))
+    for p in columns:
+        at = p.column + iota(p.width)
+        inside = row(at < attn.dims.qk) if p.column + p.width > attn.dims.qk else None
+        q = read(b.params["Q"], t.batch, h, query, row(at), mask=inside)
+        b.let("q" + p.suffix(columns), q, f"[BM, {p.width}]")
+
+
+def store_states(b: Builder, attn: Attention, t: QueryTile, first: Expr, second: Expr) -> None:
+    """Writes the states of a tile's rows; one of the indices is [BM]."""
+    rule, into, values = rule_of(attn), states(attn), pieces(attn.dims.v)
+    inside = t.rows < t.queries
+    if rule.peak is not None:
+        b.store(into["m"], (first, second), rule.peak, inside)
+    if rule.sums is not None:
+        b.store(into["l"], (first, second), reduce("sum", rule.sums, 1), inside)
+    places = [column(e) if e.shape else e for e in (first, second)]
+    for p in values:
+        acc, columns = name("acc" + p.suffix(values), "f32", ("BM", p.width)), p.column + iota(p.width)
+        kept = column(inside)
+        if p.column + p.width > attn.dims.v:
+            kept = kept & row(columns < attn.dims.v)
+        b.store(into["o"], (0, *places, row(columns)), acc, kept)
+
+
+def merge_states(b: Builder, attn: Attention, count: Expr, place: Place) -> None:
+    """Binds m, total and accumulators of a row from so many shares, as far as the normaliser has them."""
+    rule, held, values = rule_of(attn), states(attn), pieces(attn.dims.v)
+    together = min(MOST, 1 << (ROOM // sum(p.width for p in values)).bit_length() - 1)
+    if rule.peak is not None:
+        b.let("m", const(LOWEST))
+        with b.loop("first", 0, count, together) as first:
+            share, inside = _some(b, first, together, count)
+            peaks = b.let("peaks", _peaks(held["m"], place(share), inside))
+            b.let("m", maximum(name("m", "f32"), reduce("max", peaks, 0)))
+    if rule.sums is not None:
+        b.let("total", const(0.0))
+    for text, p in zip(accumulators(attn), values, strict=True):
+        b.let(text, full((p.width,), 0.0), f"[{p.width}]")
+    with b.loop("first", 0, count, together) as first:
+        share, inside = _some(b, first, together, count)
+        at = place(share)
+        columns = [p.column + iota(p.width) for p in values]
+        cut = [p.column + p.width > attn.dims.v for p in values]
+        masks = [
+            column(inside) & row(c < attn.dims.v) if x else column(inside) for c, x in zip(columns, cut, strict=True)
+        ]
+        places = [column(e) if isinstance(e, Expr) and e.shape else e for e in at]
+        outputs = (read(held["o"], 0, *places, row(c), mask=k) for c, k in zip(columns, masks, strict=True))
+        peaks = None if rule.peak is None else _peaks(held["m"], at, inside)
+        totals = None if rule.sums is None else read(held["l"], *at, mask=inside)
+        merge(b, States(peaks, totals, tuple(outputs)), accumulators(attn))
+
+
+def end_row(b: Builder, attn: Attention, batch: Expr, h: Expr, query: Expr) -> None:
+    """Ends a row whose states were merged: writes its output and its lse."""
+    rule, sink = rule_of(attn), attn.part.normalizer.sink
+    bound = None if sink is None else _scope(b, attn, batch, h, query).bind(sink)
+    end = rule.finish(b, name("m", "f32"), name("total", "f32"), bound)
+    if end.lse is not None and writes_lse(attn):
+        with b.when(name(WRITE_LSE.name) > 0):
+            b.store(b.params["LSE"], (batch, h, query), end.lse)
+    for text, p in zip(accumulators(attn), pieces(attn.dims.v), strict=True):
+        columns = p.column + iota(p.width)
+        inside = columns < attn.dims.v if p.column + p.width > attn.dims.v else None
+        o = cast_to(end.of(name(text, "f32", (p.width,))), VALUE_DTYPE[attn.dtype])
+        b.store(b.params["O"], (batch, h, query, columns), o, inside)
+
+
+def accumulators(attn: Attention) -> tuple[str, ...]:
+    values = pieces(attn.dims.v)
+    return tuple("acc" + p.suffix(values) for p in values)
+
+
+def _some(b: Builder, first: Expr, together: int, count: Expr) -> tuple[Expr, Expr]:
+    share = b.let("share", first + iota(together), f"[{together}]")
+    return share, b.let("inside", share < count)
+
+
+def _peaks(m: Param, at: tuple[Value, Value], inside: Expr) -> Expr:
+    return where(inside, read(m, *at, mask=inside), LOWEST)
+
+
+def _scope(b: Builder, attn: Attention, batch: Expr, h: Expr, query: Expr) -> Scope:
+    """What formulas of a row may name."""
+    values = {"b": batch, "h": h, "hk": key_head(h, attn, attn.heads.kv), "row": query}
+    values |= {"Sq": name("Sq"), "Sk": storage.keys_of(b, attn, batch)} | fixed_sizes(attn)
+    scope = Scope(values, {x.name: x for x in attn.inputs})
+    offset = offset_of(b, attn, scope)
+    values["i"] = query if offset is None else query + offset
+    return scope

@@ -1,0 +1,237 @@
+"""Calls of few queries by stream-K: the key tiles of all sequences and heads are one line, cut in equal ranges.
+
+An item of the line is a query tile of a group of heads with the key tiles that it visits. `plan` counts those of each
+item, from lengths that only the device knows. A program walks its range item by item: what it finds whole it ends; of
+the others, at most its first and its last, it leaves the states, in two slots of its own, which `merge` collects. No
+program waits for another. Published as LeanAttention, arXiv 2405.10480, whose programs wait.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from attncc.ir.attention import Attention
+from attncc.ir.build import Builder, column, iota, program, quotient, read, reduce, remainder, row
+from attncc.ir.expr import Expr, cast_to, const, eq, ew, maximum, minimum, name, where
+from attncc.ir.tile import Function, Kernel, Param, Scratch
+from attncc.passes.lower import care
+from attncc.passes.lower.fragments import may_hide_values, writes_lse
+from attncc.passes.lower.grid import BM, QueryTile
+from attncc.passes.lower.group import by_groups, group_tiles, groups, members, place_group
+from attncc.passes.lower.knobs import FILL, SPLIT, WRITE_LSE
+from attncc.passes.lower.normalizers import TOTAL, VALUE_DTYPE, M
+from attncc.passes.lower.partial import (
+    LOST,
+    accumulators,
+    end_row,
+    line_of,
+    load_queries,
+    merge_states,
+    rule_of,
+    scratch,
+    share_parameters,
+    step_of,
+    store_states,
+    walk_between,
+)
+from attncc.passes.lower.pieces import pieces
+from attncc.passes.lower.scores import own_name
+from attncc.passes.lower.tidy import tidy
+
+AT_ONCE: Final = 1024
+"""Items whose tiles are added up at once."""
+SLOTS: Final = 2
+"""A program's: one for the item in whose midst its range begins, one for the item in whose midst it ends."""
+PROGRAMS: Final = name(FILL.name)
+
+
+def kernels(attn: Attention, dense: Function) -> tuple[Kernel, Kernel, Kernel]:
+    """What counts tiles, what walks them and what merges; `dense`: the dense kernel's step."""
+    return _plan(attn), _walker(attn, dense), _merger(attn)
+
+
+def temporaries(attn: Attention) -> tuple[Scratch, ...]:
+    """The tiles of each item; states by slot and row of a query tile."""
+    counts = _counts(attn)
+    return (
+        Scratch(counts.name, (_items(attn),), counts.dtype),
+        *scratch(attn, (PROGRAMS * SLOTS, BM), PROGRAMS),
+    )
+
+
+def _items(attn: Attention) -> Expr:
+    return name("B") * groups(attn) * group_tiles(attn)
+
+
+def _counts(attn: Attention) -> Param:
+    return Param(own_name("tiles_of", attn), "buffer", "i32", rank=1, doc="[items] key tiles that each visits")
+
+
+def _place(b: Builder, attn: Attention, item: Expr) -> QueryTile:
+    """Binds the query tile of an item."""
+    tiles = b.let("tiles", group_tiles(attn))
+    number, of = b.let("number", remainder(item, tiles)), b.let("of", quotient(item, tiles))
+    return place_group(b, attn, b.let("b", quotient(of, groups(attn))), remainder(of, groups(attn)), number)
+
+
+# -- the plan ------------------------------------------------------------------------------------
+
+
+def _plan(attn: Attention) -> Kernel:
+    """One program per item."""
+    attn = by_groups(attn)
+    counts = _counts(attn)
+    b = Builder(share_parameters(attn, "BM", "BN", more=(counts,)))
+    t = _place(b, attn, program())
+    b.store(counts, (program(),), line_of(b, attn, t).tiles)
+    doc = "Counts the key tiles that each query tile of a group of heads visits."
+    return Kernel(f"{attn.name}_plan", *tidy(b.params.values(), b.body), (), _items(attn), doc)
+
+
+def _bind_cut(b: Builder, total: Expr) -> None:
+    """Binds into how many ranges the line is cut, and their sizes: `longer` of them have one tile more than `size`."""
+    b.note("ranges of equal size, none of fewer than SPLIT tiles while there are more")
+    ranges = b.let("ranges", maximum(minimum(PROGRAMS, quotient(total, name(SPLIT.name))), 1))
+    b.let("size", quotient(total, ranges))
+    b.let("longer", remainder(total, ranges))
+
+
+def _begin(range_: Expr) -> Expr:
+    """Where a range begins."""
+    return range_ * name("size") + minimum(range_, name("longer"))
+
+
+def _range_of(tile: Expr) -> Expr:
+    """The range that a tile of the line is in."""
+    head = name("longer") * (name("size") + 1)
+    behind = name("longer") + quotient(maximum(tile - head, 0), maximum(name("size"), 1))
+    return where(tile < head, quotient(tile, name("size") + 1), behind)
+
+
+# -- a range -------------------------------------------------------------------------------------
+
+
+def _walker(attn: Attention, dense: Function) -> Kernel:
+    """One program per range."""
+    attn = by_groups(attn)
+    counts, lost = _counts(attn), care.marks(LOST, attn)
+    knobs = ("BM", "BN", WRITE_LSE.name, care.PASS.name, SPLIT.name, FILL.name)
+    b = Builder(share_parameters(attn, *knobs, more=(counts,)))
+    steps: list[Function] = []
+    with care.unless_done(b, attn, lost):
+        _bind_range(b, attn, counts)
+        b.let("left_nan", const(0))
+        with b.loop("item", name("first_item"), name("end_item")) as item:
+            count = b.let("count", read(counts, item))
+            first = b.let("first", maximum(name("range_begin") - name("item_begin"), 0))
+            last = b.let("last", minimum(name("range_end") - name("item_begin"), count))
+            t = _place(b, attn, item)
+            load_queries(b, attn, t)
+            step = step_of(b, attn, t, dense)
+            walk = walk_between(b, attn, t, line_of(b, attn, t), step, first, last)
+            care.walk_twice(b, attn, rule_of(attn), lambda spoilt: _keep_mark(b, spoilt), walk)
+            with b.when(eq(last - first, count)):
+                _end(b, attn, t)
+            with b.when(last - first < count):
+                store_states(b, attn, t, _slot(b, program(), first > 0), iota("BM"))
+            b.let("item_begin", name("item_begin") + count)
+            steps.append(step)
+        if may_hide_values(attn):
+            with b.when(eq(care.NUMBER, 0)):
+                b.store(lost, (program(),), name("left_nan"))
+    doc = f"Few queries of {attn.name}: one program per range of the line of all key tiles."
+    return Kernel(f"{attn.name}_stream", *tidy(b.params.values(), b.body), tuple(steps), PROGRAMS, doc)
+
+
+def _keep_mark(b: Builder, spoilt: Expr) -> None:
+    b.let("left_nan", maximum(name("left_nan"), spoilt))
+
+
+def _bind_range(b: Builder, attn: Attention, counts: Param) -> None:
+    """Binds the tiles of this program's range, its items, and where the first of them begins."""
+    items = b.let("items", _items(attn))
+    _add_up(b, counts, items, "line")
+    _bind_cut(b, name("line"))
+    begin = b.let("range_begin", minimum(_begin(program()), name("line")))
+    end = b.let("range_end", minimum(_begin(program() + 1), name("line")))
+    for text in ("first_item", "item_begin", "end_item", "before"):
+        b.let(text, const(0))
+    b.note("items that end before the range, how many tiles they have, and items that begin before its end")
+    with b.loop("chunk", 0, items, AT_ONCE) as chunk:
+        tiles, inside = _some(b, counts, chunk, items)
+        ends = b.let("ends", name("before") + Expr("cumsum", (tiles,), None, "i32", tiles.shape))
+        over = b.let("over", cast_to(inside & (ends <= begin), "i32"))
+        begun = cast_to(inside & (ends - tiles < end), "i32")
+        b.let("first_item", name("first_item") + reduce("sum", over, 0))
+        b.let("item_begin", name("item_begin") + reduce("sum", over * tiles, 0))
+        b.let("end_item", name("end_item") + reduce("sum", begun, 0))
+        b.let("before", name("before") + reduce("sum", tiles, 0))
+    b.let("end_item", where(begin < end, name("end_item"), name("first_item")))
+
+
+def _some(b: Builder, counts: Param, chunk: Expr, items: Expr) -> tuple[Expr, Expr]:
+    """Binds the tiles of some items, 0 behind the last, and which are none."""
+    at = b.let("at", chunk + iota(AT_ONCE), f"[{AT_ONCE}]")
+    inside = b.let("is_item", at < items)
+    return b.let("some", read(counts, at, mask=inside)), inside
+
+
+def _add_up(b: Builder, counts: Param, items: Expr, text: str) -> None:
+    """Binds how many tiles the first items have."""
+    b.let(text, const(0))
+    with b.loop("chunk", 0, items, AT_ONCE) as chunk:
+        b.let(text, name(text) + reduce("sum", _some(b, counts, chunk, items)[0], 0))
+
+
+def _end(b: Builder, attn: Attention, t: QueryTile) -> None:
+    """Ends the rows of an item that this program has walked as a whole."""
+    rule, sink = rule_of(attn), attn.part.normalizer.sink
+    if rule.sums is not None:
+        b.let("total", reduce("sum", rule.sums, 1), "[BM]")
+    end = rule.finish(b, M, TOTAL, None if sink is None else t.scope.bind(sink))
+    inside, query = t.rows < t.queries, t.scope.values["row"]
+    if end.lse is not None and writes_lse(attn):
+        with b.when(name(WRITE_LSE.name) > 0):
+            b.store(b.params["LSE"], (t.batch, t.h, query), end.lse, inside)
+    h, at = (column(e) if e.shape else e for e in (t.h, query))
+    for text, p in zip(accumulators(attn), pieces(attn.dims.v), strict=True):
+        columns = p.column + iota(p.width)
+        kept = column(inside)
+        if p.column + p.width > attn.dims.v:
+            kept = kept & row(columns < attn.dims.v)
+        o = cast_to(end.of(name(text, "f32", ("BM", p.width))), VALUE_DTYPE[attn.dtype])
+        b.store(b.params["O"], (t.batch, h, at, row(columns)), o, kept)
+
+
+def _slot(b: Builder, range_: Expr, begun_before: Expr) -> Expr:
+    """Binds where a range leaves the state of an item: one which it does not begin, or one which it does not end."""
+    return b.let("slot", range_ * SLOTS + where(begun_before, 0, 1))
+
+
+# -- the merge -----------------------------------------------------------------------------------
+
+
+def _merger(attn: Attention) -> Kernel:
+    """One program per row: nothing to do where one range has all of its item."""
+    counts = _counts(attn)
+    b = Builder(share_parameters(attn, "BM", "BN", WRITE_LSE.name, SPLIT.name, FILL.name, more=(counts,)))
+    sequence, query = b.let("sequence", quotient(program(), name("Sq"))), b.let("row", remainder(program(), name("Sq")))
+    batch, h = b.let("b", quotient(sequence, attn.heads.q)), b.let("h", remainder(sequence, attn.heads.q))
+    tiled = attn.heads.map == "tile"
+    group, member = (remainder, quotient) if tiled else (quotient, remainder)
+    per = groups(attn) if tiled else members(attn)
+    r = b.let("r", query * members(attn) + member(h, per))
+    item = b.let("item", (batch * groups(attn) + group(h, per)) * group_tiles(attn) + quotient(r, BM))
+    _add_up(b, counts, b.let("items", _items(attn)), "line")
+    _bind_cut(b, name("line"))
+    _add_up(b, counts, item, "item_begin")
+    count = b.let("count", read(counts, item))
+    b.let("row_of_tile", remainder(r, BM))
+    first = b.let("first_range", _range_of(name("item_begin")))
+    ranges = b.let("held", where(count > 0, _range_of(name("item_begin") + count - 1) - first + 1, 0))
+    with b.when(ew("ne", ranges, 1)):
+        merge_states(b, attn, ranges, lambda share: (_slot(b, first + share, share > 0), name("row_of_tile")))
+        end_row(b, attn, batch, h, query)
+    grid = name("B") * attn.heads.q * name("Sq")
+    doc = "Merges what several ranges found of a row, and ends it."
+    return Kernel(f"{attn.name}_merge", *tidy(b.params.values(), b.body), (), grid, doc)
