@@ -74,6 +74,11 @@ class Case:
         return f"{self.variant}_{self.hq}_{self.hk}_{self.dqk}_{self.dv}_{self.dtype}"
 
     @property
+    def packages(self) -> tuple[str, ...]:
+        """All that the case is measured with."""
+        return (self.package,)
+
+    @property
     def spec(self) -> str:
         head = f"attncc: 1\nname: {self.package}\nheads: {{q: {self.hq}, kv: {self.hk}}}\n"
         head += f"dims: {{qk: {self.dqk}, v: {self.dv}}}\ndtype: {self.dtype}\nscale: {SCALE}\n"

@@ -19,6 +19,10 @@ LIMITS: Final = {"bf16": (5e-3, 2e-3), "fp16": (7e-4, 2e-3), "fp32": (1e-5, 1e-4
 ROWS: Final = 64
 
 
+class Rejected(Exception):
+    """A result that is wrong, and so is not timed."""
+
+
 @dataclass(frozen=True, slots=True)
 class Errors:
     """Distances from float64: of o (relative norm, the worst head), of lse (the largest)."""

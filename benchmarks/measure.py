@@ -14,7 +14,9 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from benchmarks import report
 from benchmarks.cases import SCALE, Case
-from benchmarks.check import errors, poisoned
+from benchmarks.check import Rejected, errors, poisoned
+from benchmarks.decode_cases import Decode
+from benchmarks.decode_measure import decode
 from benchmarks.operands import inputs, mask_mod, operands, visible_pairs
 from benchmarks.peers import EAGER_LENGTH, gpu_peers
 from benchmarks.timing import Timing, device_ms, graphed_ms, interleaved, interleaved_host
@@ -23,11 +25,7 @@ Row = dict[str, Any]
 Act = Callable[[], list[Row]]
 
 
-class Rejected(Exception):
-    """A result that is wrong, and so is not timed."""
-
-
-def prepare(kind: str, case: Case, rounds: int) -> Act:
+def prepare(kind: str, case: Case | Decode, rounds: int) -> Act:
     """Compiles everything; what it returns then measures with the GPU to itself."""
     with torch.no_grad():
         act = PREPARE[kind](case, rounds)
@@ -141,4 +139,6 @@ def _host(case: Case, rounds: int) -> Act:
     return act
 
 
-PREPARE: Mapping[str, Callable[[Case, int], Act]] = {"fwd": _attention, "mask": _mask, "host": _host}
+PREPARE: Mapping[str, Callable[[Any, int], Act]] = {
+    "fwd": _attention, "mask": _mask, "host": _host, "decode": decode,
+}  # fmt: skip

@@ -13,16 +13,17 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from benchmarks.cases import Case
+from benchmarks.decode_cases import Decode
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A kind of measurement of a case: fwd, mask or host."""
+    """A kind of measurement of a case: fwd, mask, host or decode."""
 
     kind: str
-    case: Case
+    case: Case | Decode
 
     @property
     def name(self) -> str:

@@ -6,122 +6,19 @@ GPU here and needs torch and triton alone; `plot FILE -o SVG` draws the ratios.
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
-import tempfile
-import time
-from importlib import import_module
-from pathlib import Path
+from typing import Final
 
-from benchmarks import report
 from benchmarks.cases import CASES, TINY, mask_cases
-from benchmarks.pool import Job, Result, Row, run_jobs
+from benchmarks.command import Table, main
+from benchmarks.pool import Job
 
-BUDGET = 480.0
-
-
-def main() -> int:
-    args = parser().parse_args()
-    return args.step(args)
-
-
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m benchmarks.prefill", description=__doc__)
-    steps = top.add_subparsers(required=True)
-    emit = steps.add_parser("emit", help="compile every package of the table")
-    emit.add_argument("dir", type=Path, nargs="?", help="the same as -o")
-    emit.add_argument("-o", "--output", type=Path)
-    emit.add_argument("--target", default="sm_90")
-    emit.set_defaults(step=emit_packages)
-    run = steps.add_parser("run", help="check and time them on the GPU here")
-    run.add_argument("dir", type=Path)
-    run.add_argument("--only", default="", metavar="SUBSTRING", help="measurements whose name holds this")
-    run.add_argument("--json", type=Path, metavar="FILE")
-    run.add_argument("--markdown", action="store_true", help="print the table as Markdown")
-    run.add_argument("--budget", type=float, default=BUDGET, help="seconds for all; what is measured then is kept")
-    run.add_argument("--patience", type=float, help="seconds of it for compiling (default: half)")
-    run.add_argument("--rounds", type=int, default=11)
-    run.add_argument(
-        "--jobs", type=int, default=max(2, (os.cpu_count() or 2) - 1), help="processes that compile at once"
-    )
-    run.set_defaults(step=measure)
-    plot = steps.add_parser("plot", help="draw the ratios of a JSON file")
-    plot.add_argument("file", type=Path)
-    plot.add_argument("-o", "--output", type=Path, help="an .svg or a .png (default: FILE.svg)")
-    plot.set_defaults(step=draw)
-    return top
-
-
-def emit_packages(args: argparse.Namespace) -> int:
-    """Every package of the table, by the compiler."""
-    out = args.output or args.dir
-    if out is None:
-        parser().error("emit needs a directory: -o DIR")
-    driver, spec = import_module("attncc.driver"), import_module("attncc.spec")
-    for text in dict.fromkeys(case.spec for case in (*CASES, TINY)):
-        print(driver.compile(spec.loads(text), out, [args.target]), flush=True)
-    return 0
-
-
-def jobs(only: str) -> list[Job]:
-    every = [Job("host", TINY), *(Job("fwd", case) for case in CASES), *(Job("mask", case) for case in mask_cases())]
-    return [job for job in every if only in job.name]
-
-
-def measure(args: argparse.Namespace) -> int:
-    """1 if anything was wrong, failed, or found no time."""
-    begun = time.monotonic()
-    wrong = obstacle(args.dir, args.only)
-    if wrong:
-        print(wrong, file=sys.stderr)
-        return 2
-    patience = args.budget / 2 if args.patience is None else args.patience
-    rows: list[Row] = []
-    without: list[Row] = []
-    failed = False
-    with tempfile.TemporaryDirectory(
-        prefix="attncc-bench-", ignore_cleanup_errors=True
-    ) as cache:  # first calls are first ones
-        os.environ |= {"TRITON_CACHE_DIR": f"{cache}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor"}
-        limits = (begun + patience, begun + args.budget)
-        for result in run_jobs(jobs(args.only), str(args.dir.resolve()), args.rounds, args.jobs, *limits):
-            rows += [row for row in result.rows if "missing" not in row]
-            without += [row for row in result.rows if "missing" in row]
-            if result.why:
-                failed = True
-                without.append({"case": result.job.name, "impl": "attncc", "missing": result.why})
-            print(f"{time.monotonic() - begun:4.0f} s  {line(result)}", flush=True)
-            if args.json:
-                report.save(args.json, report.gpu_meta(), rows, without)
-    print("", report.markdown(rows) if args.markdown else report.table(rows), "", report.summary(rows), sep="\n")
-    for entry in without:
-        print(f"no result of {entry['impl']} for {entry['case']}: {entry['missing']}")
-    return int(failed)
-
-
-def obstacle(folder: Path, only: str) -> str:
-    """Why nothing can be measured here; empty if it can."""
-    chosen = jobs(only)
-    absent = sorted({job.case.package for job in chosen} - {p.name for p in folder.glob("*")})
-    if not chosen:
-        return f"no measurement's name holds '{only}'"
-    if absent:
-        return f"{folder} lacks {', '.join(absent)}: run `emit` first"
-    return "" if import_module("torch").cuda.is_available() else "a CUDA GPU is needed here"
-
-
-def line(result: Result) -> str:
-    """What came of a job, while others go on."""
-    if result.why:
-        return f"{result.job.name}: {result.why.strip().splitlines()[-1]}"
-    return f"{result.job.name}: {report.line(result.rows)}"
-
-
-def draw(args: argparse.Namespace) -> int:
-    import_module("benchmarks.plot").draw(args.file, args.output)
-    return 0
-
+TABLE: Final = Table(
+    "prefill",
+    __doc__,
+    tuple(case.spec for case in (*CASES, TINY)),
+    (Job("host", TINY), *(Job("fwd", case) for case in CASES), *(Job("mask", case) for case in mask_cases())),
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(TABLE))

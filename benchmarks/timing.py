@@ -7,13 +7,16 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 
 Call = Callable[[], Any]
+Name = TypeVar("Name")
 ROUND_MS: Final = 25.0
 """Device time that each implementation gets in a round, about."""
+GRAPH_MS: Final = 4.0
+"""Device time of a graph, about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +124,9 @@ def alternating(
     return {name: Timing(tuple(times), inner=True) for name, times in seen.items()}
 
 
-def _rounds(measurements: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, Timing]:
+def _rounds(measurements: Mapping[Name, Callable[[], float]], rounds: int) -> dict[Name, Timing]:
     """In another order every round: a GPU at its power limit is slower behind one that heats it more."""
-    seen: dict[str, list[float]] = {name: [] for name in measurements}
+    seen: dict[Name, list[float]] = {name: [] for name in measurements}
     order, chance = [*measurements], random.Random(0)
     for _ in range(rounds):
         chance.shuffle(order)
@@ -132,8 +135,24 @@ def _rounds(measurements: Mapping[str, Callable[[], float]], rounds: int) -> dic
     return {name: Timing(tuple(times)) for name, times in seen.items()}
 
 
+def interleaved_graphs(calls: Mapping[Name, Call], rounds: int) -> dict[Name, Timing]:
+    """Device time of every call once a round, from the replay of a CUDA graph: without what the host does."""
+    graphs: dict[Name, tuple[torch.cuda.CUDAGraph, int]] = {}
+    for name, call in calls.items():
+        call()
+        repeat = max(2, min(200, int(GRAPH_MS / max(device_ms(call, 5), 1e-3))))
+        graphs[name] = graph_of(call, repeat), repeat
+    return _rounds({n: lambda g=g, r=r: device_ms(g.replay, 3) / r for n, (g, r) in graphs.items()}, rounds)
+
+
 def graphed_ms(call: Call, repeat: int = 20, rounds: int = 7) -> Timing:
     """Device time alone of a call too short to hide what the host does: from the replay of a CUDA graph."""
+    graph = graph_of(call, repeat)
+    return Timing(tuple(device_ms(graph.replay, 3) / repeat for _ in range(rounds)))
+
+
+def graph_of(call: Call, repeat: int) -> torch.cuda.CUDAGraph:
+    """So many calls in a graph, which was replayed once."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -144,4 +163,4 @@ def graphed_ms(call: Call, repeat: int = 20, rounds: int = 7) -> Timing:
         for _ in range(repeat):
             call()
     graph.replay()
-    return Timing(tuple(device_ms(graph.replay, 3) / repeat for _ in range(rounds)))
+    return graph

@@ -23,6 +23,7 @@ VARIANTS = (
     "varlen_causal",  # packed sequences
     "relative_bias",  # a table by distance, skewed first
     "d192_128",  # a head dim in two pieces, and another one for values
+    "paged_decode",  # keys in pages, and one line of all key tiles for few queries
     "fp8_heads",  # operands and weights in fp8: peaks, then stored bits and scales, then the products
 )
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -53,8 +54,8 @@ def test_kernels(variant: str, golden: Golden, tmp_path: Path) -> None:
 
 
 def _is_of_few_queries(name: str) -> bool:
-    """Launches that have configs of their own: tests/codegen/test_split.py compiles them."""
-    return name.split()[0].endswith(("_split", "_merge"))
+    """Launches that have configs of their own: the tests of split-KV and of stream-K compile them."""
+    return name.split()[0].endswith(("_split", "_plan", "_stream", "_merge"))
 
 
 def _is_careful(name: str) -> bool:

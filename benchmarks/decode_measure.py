@@ -1,0 +1,185 @@
+"""What one process measures of a call of one query: compiled first, checked against float64, timed from CUDA graphs."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
+
+from benchmarks import report
+from benchmarks.cases import SCALE
+from benchmarks.check import LIMITS, Errors, Rejected, poisoned
+from benchmarks.decode_cases import Decode
+from benchmarks.timing import Call, interleaved_graphs
+
+Row = dict[str, Any]
+CAP: Final = 30.0
+SPARE: Final = 3
+"""Pages of no sequence, all NaN."""
+COMPARED: Final = 3
+"""Sequences whose first and last heads are compared."""
+
+
+def decode(case: Decode, rounds: int) -> Callable[[], list[Row]]:
+    """Compiles everything; what it returns then measures with the GPU to itself."""
+    given = operands(case, "cuda")
+    ours = {"attncc": call_of(case.package, given)}
+    if case.rival:
+        ours[f"attncc, {case.rival}"] = call_of(case.rival_package, given)
+    calls: dict[str, Call] = ours | peers(case, given)
+    missing: dict[str, str] = {}
+    for name, call in list(calls.items()):
+        try:
+            call()
+        except Exception as error:
+            if name in ours:
+                raise
+            missing[name] = f"{type(error).__name__}: {error}".split("\n")[0]
+            del calls[name]
+
+    def act() -> list[Row]:
+        found = {}
+        for name, call in ours.items():
+            with poisoned():
+                o, lse = call()
+            found[name] = errors(case, given, o, lse)
+            if not found[name].ok:
+                raise Rejected(f"{name}: {found[name]}")
+        rows = report.compared(case.name, interleaved_graphs(calls, rounds), case.bytes, "tbps")
+        measured = {"o_error": found["attncc"].o, "lse_error": found["attncc"].lse}
+        absent = [{"case": case.name, "impl": name, "missing": why} for name, why in missing.items()]
+        return [row | (measured if row["impl"] == "attncc" else {}) for row in rows] + absent
+
+    return act
+
+
+def call_of(package: str, given: Mapping[str, Tensor]) -> Call:
+    attention = importlib.import_module(package).attention
+    return lambda: attention(**given, return_lse=True)
+
+
+# -- tensors -------------------------------------------------------------------------------------
+
+
+def operands(case: Decode, device: str) -> dict[str, Tensor]:
+    """Random normal q, k, v; in pages they lie in no order, and the rest of those is NaN."""
+    g = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=torch.bfloat16, generator=g)
+
+    q = normal(case.b, case.hq, 1, case.d)
+    more = {"sinks": torch.randn(case.hq, device=device, generator=g)} if case.variant == "sink" else {}
+    if not case.page:
+        shape = (case.b, case.hk, case.lengths[0], case.d)
+        return {"q": q, "k": normal(*shape), "v": normal(*shape), **more}
+    owned = [-(-n // case.page) for n in case.lengths]
+    order = torch.randperm(sum(owned) + SPARE, device=device, generator=g).int()
+    table = torch.full((case.b, max(owned)), -1, dtype=torch.int32, device=device)
+    k, v = (normal(len(order), case.page, case.hk, case.d) for _ in range(2))
+    for x in (k, v):
+        x[order[sum(owned) :].long()] = torch.nan
+    at = 0
+    for row, pages, n in zip(table, owned, case.lengths, strict=True):
+        row[:pages] = order[at : at + pages]
+        at += pages
+        for x in (k, v):
+            x[int(order[at - 1]), n - (pages - 1) * case.page :] = torch.nan
+    used = torch.tensor(case.lengths, dtype=torch.int32, device=device)
+    return {"q": q, "k": k, "v": v, "block_table": table, "seqused_k": used, **more}
+
+
+def errors(case: Decode, given: Mapping[str, Tensor], o: Tensor, lse: Tensor) -> Errors:
+    """Distances from float64 in some sequences and heads; infinite where a value anywhere is not finite."""
+    if not all(bool(torch.isfinite(x).all()) for x in (o, lse)):
+        return Errors(math.inf, math.inf, LIMITS["bf16"])
+    by_length = sorted(range(case.b), key=lambda n: case.lengths[n])
+    picked = {by_length[0], by_length[-1], by_length[case.b // 2]}
+    pairs: list[tuple[float, float]] = []
+    for b in sorted(picked)[:COMPARED]:
+        for h in (0, case.hq - 1):
+            want, want_lse = exact(case, given, b, h)
+            off = (o[b, h, 0].double() - want).norm() / want.norm()
+            pairs.append((float(off), float((lse[b, h, 0].double() - want_lse).abs())))
+    return Errors(max(e for e, _ in pairs), max(e for _, e in pairs), LIMITS["bf16"])
+
+
+def exact(case: Decode, given: Mapping[str, Tensor], b: int, h: int) -> tuple[Tensor, Tensor]:
+    """o [D] and lse of one row in float64."""
+    k, v = (keys_of(case, given, x, b, h // (case.hq // case.hk)).double() for x in "kv")
+    s = k @ given["q"][b, h, 0].double() * SCALE
+    s = CAP * torch.tanh(s / CAP) if case.variant == "softcap" else s
+    lse = s.logsumexp(-1)
+    total = lse if case.variant != "sink" else torch.logaddexp(lse, given["sinks"][h].double())
+    return torch.exp(s - total) @ v, lse
+
+
+def keys_of(case: Decode, given: Mapping[str, Tensor], which: str, b: int, head: int) -> Tensor:
+    """[S, D] keys or values of a sequence."""
+    x, n = given[which], case.lengths[b]
+    if not case.page:
+        return x[b, head]
+    pages = given["block_table"][b, : -(-n // case.page)].long()
+    return x[pages, :, head].flatten(0, 1)[:n]
+
+
+# -- peers ---------------------------------------------------------------------------------------
+
+
+def peers(case: Decode, given: Mapping[str, Tensor]) -> dict[str, Call]:
+    """A kernel that reads the bytes; cuDNN and FlexAttention where they can do the case without a copy."""
+    out: dict[str, Call] = {"bytes": reader(case, given)}
+    if case.page:
+        return out
+    q, k, v = (given[x] for x in "qkv")
+    gqa = case.hq != case.hk
+    if case.variant in ("none", "causal"):  # one query at the end sees all keys
+        attention = torch.nn.functional.scaled_dot_product_attention
+
+        def cudnn() -> Any:
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                return attention(q, k, v, scale=SCALE, enable_gqa=gqa)
+
+        out["cuDNN"] = cudnn
+    if case.variant != "sink":
+        score = (lambda s, b, h, i, j: CAP * torch.tanh(s / CAP)) if case.variant == "softcap" else None
+        flex = torch.compile(flex_attention, dynamic=False, mode="max-autotune-no-cudagraphs")
+        out["FlexAttention"] = lambda: flex(q, k, v, score_mod=score, scale=SCALE, enable_gqa=gqa)
+    return out
+
+
+@triton.jit
+def read_all(X, Y, out, words, BLOCK: tl.constexpr):
+    """Reads that many words of both tensors, and keeps nothing: `out` is for what the compiler cannot rule out."""
+    seen = tl.zeros([BLOCK], tl.int32)
+    for first in range(tl.program_id(0) * BLOCK, words, tl.num_programs(0) * BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        inside = at < words
+        seen = seen ^ tl.load(X + at, mask=inside, other=0) ^ tl.load(Y + at, mask=inside, other=0)
+    if tl.max(seen, 0) == 1234567891:
+        tl.store(out, 1)
+
+
+WAYS: Final = tuple((per_sm, block, warps) for per_sm in (2, 4, 8) for block, warps in ((4096, 4), (8192, 8)))
+"""Programs a multiprocessor, words of a block, warps."""
+
+
+def reader(case: Decode, given: Mapping[str, Tensor]) -> Call:
+    """The fastest of several ways to read as many bytes as the call needs."""
+    k, v = (given[x].flatten().view(torch.int32) for x in "kv")
+    words = case.bytes // 8
+    out = torch.empty(1, dtype=torch.int32, device=k.device)
+    sms = torch.cuda.get_device_properties(k.device).multi_processor_count
+    calls = {
+        way: lambda way=way: read_all[(way[0] * sms,)](k, v, out, words, BLOCK=way[1], num_warps=way[2]) for way in WAYS
+    }
+    times = interleaved_graphs(calls, 3)
+    return calls[min(WAYS, key=lambda way: times[way].ms)]
