@@ -320,7 +320,7 @@ def check(
     device = here()[0] if target is None else resolve([target])[0]
     if device.is_gpu and device.arch not in {d.arch for d in here()}:
         raise SpecError(f"target '{device.name}' cannot be checked: no such GPU is here", hint="cpu, or interpreter")
-    attn, notes = stand_in(loaded.attention, device)
+    attn, notes = stand_in(loaded.attention, device, loaded.captured)
     with tempfile.TemporaryDirectory(prefix="attncc-check-") as folder:
         package = compile(replace(loaded, attention=attn), folder, [device], backend=backend)
         report = check_package(attn, package, device, shapes, progress or _silent, seed, loaded.captured)

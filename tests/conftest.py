@@ -9,13 +9,15 @@ import tempfile
 import pytest
 from autotune.postgres import pg_ctl
 from golden import TESTS, Golden
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
+from interpreter import hurry
 
 from attncc.codegen.gate import Findings
 
-settings.register_profile("ci", derandomize=True)  # a change lands or not by what it does, not by luck
-if os.environ.get("CI"):
-    settings.load_profile("ci")
+PATIENT = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}  # of machines that others use, too
+settings.register_profile("here", **PATIENT)
+settings.register_profile("ci", derandomize=True, **PATIENT)  # a change lands or not by what it does, not by luck
+settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,6 +32,7 @@ def pytest_configure() -> None:
     os.environ["ATTNCC_STORE"] = tempfile.mkdtemp(prefix="attncc-store-")
     if not _has_gpu():
         os.environ.setdefault("TRITON_INTERPRET", "1")
+        hurry()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from math import gcd
 
 from attncc.check.inputs import expressions
 from attncc.device import Device
 from attncc.ir.attention import Attention, Heads
-from attncc.ir.rewrite import names
+from attncc.ir.expr import Expr, const
+from attncc.ir.rewrite import names, transform
 
-HEAD_NAMES = frozenset({"h", "hk", "Hq", "Hk", "Hv"})
+HEADS = frozenset({"Hq", "Hk", "Hv"})
+HEAD_NAMES = HEADS | {"h", "hk"}
+LEAST = 2
+"""Key heads that are left."""
 
 
-def stand_in(attn: Attention, device: Device) -> tuple[Attention, tuple[str, ...]]:
-    """A variant that tests the same code, and notes on how it differs; a GPU gets the variant itself."""
+def stand_in(attn: Attention, device: Device, captured: Collection[str] = ()) -> tuple[Attention, tuple[str, ...]]:
+    """A variant that tests the same code, and notes on how it differs; a GPU gets the variant itself.
+
+    `captured`: names of inputs whose tensors are given, and have as many heads as they have.
+    """
     if device.is_gpu:
         return attn, ()
     if device.takes_libraries:
@@ -23,7 +31,7 @@ def stand_in(attn: Attention, device: Device) -> tuple[Attention, tuple[str, ...
     if attn.dtype not in device.dtypes:
         notes.append(f"{attn.dtype} was checked as fp16: Triton's interpreter multiplies bf16 wrongly")
         attn = replace(attn, dtype="fp16")
-    fewer = fewer_heads(attn)
+    fewer = fewer_heads(attn, captured)
     if fewer != attn.heads:
         old, new = (f"{x.q} query and {x.kv} key heads" for x in (attn.heads, fewer))
         notes.append(f"{old} were checked as {new}: no formula tells them apart")
@@ -31,13 +39,25 @@ def stand_in(attn: Attention, device: Device) -> tuple[Attention, tuple[str, ...
     return attn, tuple(notes)
 
 
-def fewer_heads(attn: Attention) -> Heads:
-    """Two key heads' worth in the same ratio, if no expression and no input depends on the head."""
+def fewer_heads(attn: Attention, captured: Collection[str] = ()) -> Heads:
+    """Two key heads' worth in the same ratio, if heads differ in nothing but what inputs hold for each."""
     heads = attn.heads
     common = gcd(heads.q, heads.kv, heads.v)
-    shapes = {entry for x in attn.inputs for entry in x.shape}
-    tell = any(HEAD_NAMES & names(e) for e in expressions(attn)) or bool(HEAD_NAMES & shapes)
-    if tell or common <= 2:
+    given = any(HEADS & set(x.shape) for x in attn.inputs if x.name in captured)
+    if given or common <= LEAST or any(_tells_apart(attn, e) for e in expressions(attn)):
         return heads
-    q, kv, v = (n // common * 2 for n in (heads.q, heads.kv, heads.v))
+    q, kv, v = (n // common * LEAST for n in (heads.q, heads.kv, heads.v))
     return replace(heads, q=q, kv=kv, v=v)
+
+
+def _tells_apart(attn: Attention, e: Expr) -> bool:
+    """Whether a formula asks which head it is for, or how many there are, beyond reading what is the head's own."""
+
+    def read(node: Expr) -> Expr | None:
+        if node.op != "load":
+            return None
+        axes = attn.input(str(node.attr)).shape
+        own = [at.op == "name" and axis in HEADS for at, axis in zip(node.args, axes, strict=True)]
+        return replace(node, args=tuple(const(0) if o else at for o, at in zip(own, node.args, strict=True)))
+
+    return bool(HEAD_NAMES & names(transform(e, read)))

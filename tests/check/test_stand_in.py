@@ -47,14 +47,18 @@ def test_the_ratio_stays(heads: Heads, fewer: Heads) -> None:
         Part(QK, J < HK),
         Part(QK, name("Hq") > J),
         Part(QK, normalizer=Normalizer(sink=load("sink", H))),
+        Part(QK + load("own", H + 1)),
+        Part(QK + load("own", J, dtype="f32") * H),
     ],
 )
 def test_heads_that_differ_stay(part: Part) -> None:
-    attn = replace(LARGE, parts=(part,), inputs=(Input("sink", (32,)),))
+    attn = replace(LARGE, parts=(part,), inputs=(Input("sink", (32,)), Input("own", ("Hq",))))
     assert stand_in(attn, CPU)[0].heads == LARGE.heads
 
 
-def test_an_input_with_a_head_axis_keeps_the_heads() -> None:
-    mask: Expr = load("table", const(0), J) > 0
+@pytest.mark.parametrize("at", [HK, const(0)])
+def test_heads_that_only_read_what_is_theirs_do_not_differ(at: Expr) -> None:
+    mask: Expr = load("table", at, J) > 0
     attn = replace(LARGE, parts=(Part(QK, mask),), inputs=(Input("table", ("Hk", "Sk")),))
-    assert stand_in(attn, CPU)[0].heads == LARGE.heads
+    assert stand_in(attn, CPU)[0].heads == Heads(4, 2, 2)
+    assert stand_in(attn, CPU, captured={"table"})[0].heads == LARGE.heads, "the tensor has as many heads"

@@ -291,7 +291,10 @@ def test_systems_tell_what_they_use_and_what_carries_them(tmp_path: Path) -> Non
     plain, first, second, broken = found
     used = {"score": ("data", "positions"), "mask": ("positions",)}
     assert (first.family, first.source, first.primitives) == ("alpha", "arXiv 1", used)
-    assert (first.lowerings, first.missing) == (("triton: forward", "triton: decode", "tvm: forward", "tvm: decode"), ())
+    assert (first.lowerings, first.missing) == (
+        ("triton: forward", "triton: decode", "tvm: forward", "tvm: decode"),
+        (),
+    )
     assert plain.primitives == first.primitives
     assert second.primitives == used | {"dropout": ("philox",), "prologue": ("silu",), "epilogue": ("lerp_v",)}
     assert (second.lowerings, second.missing) == ((), ("dropout", "prologue", "epilogue"))

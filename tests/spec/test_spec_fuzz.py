@@ -50,7 +50,7 @@ def outcome(text: str) -> SpecError | None:
 
 
 @given(TEXTS, st.data())
-@settings(max_examples=400, deadline=2000)
+@settings(max_examples=400, deadline=20_000)
 def test_damaged_text(text: str, data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(1, 3))):
         start = data.draw(st.integers(0, len(text)))

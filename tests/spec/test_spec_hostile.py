@@ -108,10 +108,10 @@ MASKS = {
 
 
 def refused(text: str) -> SpecError:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(SpecError) as caught:
         loads(text, "hostile.yaml")
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
     assert caught.value.location is not None
     assert len(str(caught.value)) < 2000
     return caught.value
@@ -160,6 +160,6 @@ def test_primitives(key: str, text: str) -> None:
 def test_a_large_honest_document_is_read() -> None:
     comment = "# " + "why " * 25 + "\n"
     text = HEAD + comment * (900_000 // len(comment))
-    start = time.perf_counter()
+    start = time.process_time()
     assert loads(text).attention.name == "sample"
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
