@@ -42,7 +42,7 @@ def work(attn: Attention, shape: Mapping[str, int], kept: float = 1.0) -> Work:
     pairs = sq * sk * kept
     flops = 2 * b * heads.q * pairs * (dims.qk + dims.v)
     queries = heads.q * sq * (dims.qk + dims.v)  # q and o
-    keys = sk * (heads.kv * dims.qk + heads.v * dims.v)
+    keys = sk * (heads.kv * dims.qk + (0 if attn.is_latent else heads.v * dims.v))
     lse = LSE_BYTES * heads.q * sq if attn.wants("lse") else 0
     return Work(flops, b * (BYTES[attn.dtype] * (queries + keys) + lse))
 

@@ -24,12 +24,18 @@ class Operands:
 
     q: Tensor
     k: Tensor
-    v: Tensor
+    v: Tensor | None
+    """None where values are a part of the keys."""
     inputs: Mapping[str, Tensor]
     offsets: Mapping[str, Tensor]
     """What says where sequences lie: cu_seqlens_q and cu_seqlens_k, block_table and seqused_k."""
     compared: int
     """How many sequences' results are to be compared, or packed rows of them."""
+
+    @property
+    def positional(self) -> tuple[Tensor, ...]:
+        """What a call has by position."""
+        return (self.q, self.k) if self.v is None else (self.q, self.k, self.v)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +80,7 @@ def draw(attn: Attention, case: Case, dtype: torch.dtype, generator: torch.Gener
         offsets |= {"cu_seqlens_k": _starts([len(s.k) for s in sequences], generator.device)} if packed else {}
     sizes = {"B": case.B, "Sq": case.Sq, "Sk": room, "Hq": attn.heads.q, "Hk": attn.heads.kv}
     sizes |= {"Hv": attn.heads.v, "Dqk": attn.dims.qk, "Dv": attn.dims.v}
-    return Operands(q, k, v, draw_inputs(attn, sizes, generator), offsets, compared)
+    return Operands(q, k, None if attn.is_latent else v, draw_inputs(attn, sizes, generator), offsets, compared)
 
 
 def _lengths(attn: Attention, case: Case) -> tuple[tuple[int, int], ...]:

@@ -153,7 +153,7 @@ def _judge(attn: Attention, case: Case, got: tuple[Tensor, Tensor | None], x: Op
     out = (o, lse) if lse is not None else o
     arguments: dict[str, Any] = {"inputs": x.inputs, **x.offsets}
     try:
-        agreement = acceptance(out, attn, x.q, x.k, x.v, **arguments)
+        agreement = acceptance(out, attn, *x.positional, **arguments)
     except ValueError as error:
         return Outcome(case, "WRONG", detail=str(error))
     return Outcome(case, "ok" if agreement.ok else "WRONG", agreement.deviations)
@@ -168,8 +168,8 @@ def _call(attn: Attention, attention: Callable[..., Any], x: Operands) -> tuple[
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"triton\.")  # its interpreter computes on NaN through NumPy
         if has_lse(attn):
-            return attention(x.q, x.k, x.v, **x.inputs, **x.offsets, return_lse=True)
-        return attention(x.q, x.k, x.v, **x.inputs, **x.offsets), None
+            return attention(*x.positional, **x.inputs, **x.offsets, return_lse=True)
+        return attention(*x.positional, **x.inputs, **x.offsets), None
 
 
 def _unmoved(

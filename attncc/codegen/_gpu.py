@@ -136,7 +136,8 @@ class Runner:
         """Whether all operands can be read, and the output written, through tensor maps."""
         width = self.variant.output[-1]
         assert isinstance(width, int)
-        fits = all(map_fits(t, self.variant.axes[name]) for name, t in zip("qkv", tensors, strict=False))
+        named = zip(self.variant.tensors, tensors, strict=True)
+        fits = all(map_fits(t, self.variant.axes[x.name]) for x, t in named if x.tiled)
         return fits and width * tensors[0].element_size() % 16 == 0
 
     def bind(

@@ -34,14 +34,19 @@ def indices(attn: Attention) -> tuple[str, ...]:
 
 def arguments(attn: Attention) -> list[str]:
     """Names of the tensors of a call, in the order of `Variant.tensors`."""
-    return ["q", "k", "v", *indices(attn), *(x.name for x in attn.inputs)]
+    return [*operands(attn), *indices(attn), *(x.name for x in attn.inputs)]
+
+
+def operands(attn: Attention) -> tuple[str, ...]:
+    """Names of the tensors that come by position: values that are a part of the keys do not."""
+    return ("q", "k") if attn.is_latent else ("q", "k", "v")
 
 
 def write_attention(w: Writer, attn: Attention) -> None:
-    extra = arguments(attn)[3:]
-    keywords = "".join(f"{n}, " for n in extra)
+    positional = operands(attn)
+    keywords = "".join(f"{n}, " for n in arguments(attn)[len(positional) :])
     returns = ", return_lse=False" if has_lse(attn) else ""
-    w.line(f"def attention(q, k, v, *, {keywords}scale=None{returns}):")
+    w.line(f"def attention({', '.join(positional)}, *, {keywords}scale=None{returns}):")
     with w.indented():
         w.block(opening(sentence(attn.doc or attn.name), 115))
         w.line()
@@ -81,8 +86,11 @@ def _argument_docs(attn: Attention) -> list[str]:
     out = [
         f"q: {_shown(attn, 'Hq', 'Sq', attn.dims.qk)} {attn.dtype}",
         f"k: {_bare(key_axes(attn, 'Hk', attn.dims.qk))} {attn.dtype}",
-        f"v: {_bare(key_axes(attn, 'Hv', attn.dims.v))} {attn.dtype}",
     ]
+    if attn.is_latent:
+        out[-1] += f", of which the first {attn.dims.v} columns are the values"
+    else:
+        out.append(f"v: {_bare(key_axes(attn, 'Hv', attn.dims.v))} {attn.dtype}")
     out += [f"{n}: {INDEX_DOCS[n]}" for n in indices(attn)]
     out += [f"{x.name}: [{', '.join(map(str, x.shape))}] {x.dtype}" for x in attn.inputs]
     out.append(f"scale: positive float that qk is multiplied by; default {_scale_doc(attn.scale)}")

@@ -13,6 +13,7 @@ from attncc.codegen.call import (
     indices,
     key_axes,
     opening,
+    operands,
     sentence,
     tuple_text,
     write_attention,
@@ -286,10 +287,12 @@ def _only(launch: Launch, where: Expr) -> Launch:
 def _operand_axes(attn: Attention, program: Program) -> dict[str, str]:
     """Where each operand's axes are; scratch operands have them in the kernel's order."""
     made = {s.name for s in scratch_of(program)}
-    operands = [p.name for k in program.kernels for p in k.params if p.role == "operand"]
-    read = [text for text in (*operands, *(program.engine.tensors if program.engine else ())) if text in made]
-    keys = dict.fromkeys("kv", "bshd") if attn.page_size else {}
-    return dict.fromkeys("qkvo", STRIDED[attn.layout]) | keys | dict.fromkeys(read, "bhsd")
+    named = [p.name for k in program.kernels for p in k.params if p.role == "operand"]
+    read = [text for text in (*named, *(program.engine.tensors if program.engine else ())) if text in made]
+    given = dict.fromkeys((*operands(attn), "o"), STRIDED[attn.layout])
+    if attn.page_size:
+        given |= dict.fromkeys(operands(attn)[1:], "bshd")
+    return given | dict.fromkeys(read, "bhsd")
 
 
 def _quoted(target: str) -> str:
@@ -318,8 +321,9 @@ def _tensors(attn: Attention) -> list[str]:
     out = [
         f'Tensor("q", {axes_text(attn, "Hq", "Sq", attn.dims.qk)}, {dtype}, tiled=True),',
         f'Tensor("k", {key_axes(attn, "Hk", attn.dims.qk)}, {dtype}, tiled=True),',
-        f'Tensor("v", {key_axes(attn, "Hv", attn.dims.v)}, {dtype}, tiled=True),',
     ]
+    if not attn.is_latent:
+        out.append(f'Tensor("v", {key_axes(attn, "Hv", attn.dims.v)}, {dtype}, tiled=True),')
     axes = INDEX_AXES | {"block_table": f'("B", "Sk / {attn.page_size}")'}
     out += [f'Tensor("{n}", {axes[n]}, torch.int32),' for n in indices(attn)]
     known = {"Hq": attn.heads.q, "Hk": attn.heads.kv, "Hv": attn.heads.v, "Dqk": attn.dims.qk, "Dv": attn.dims.v}

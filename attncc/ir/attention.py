@@ -254,6 +254,11 @@ class Attention:
         return part
 
     @property
+    def is_latent(self) -> bool:
+        """Whether values are the first columns of the keys, and no tensor of their own."""
+        return any(p.kv.kind == "latent" for p in self.parts)
+
+    @property
     def page_size(self) -> int:
         """Keys of a page, 0 where none lie in pages; where they do, `Sk` is how many a sequence has room for."""
         return next((p.kv.page_size or 0 for p in self.parts if p.kv.kind == "paged"), 0)

@@ -162,7 +162,7 @@ HOPPER: Final = (
         _config(64, 32, 4, 2, tma=1),
     ),
     Rule("heads up to 256", _up_to(256), _config(64, 128, 4, 1, tma=1)),
-    Rule("the widest heads", _always, _config(64, 32, 8, 1, tma=1)),
+    Rule("the widest heads: two stages, without which registers spill", _always, _config(64, 32, 8, 2, tma=1)),
 )
 ENGINE: Final = (
     Rule("operands of few bits, a table beside", _both(_is_quantised, _reads_tiles), _engine(128, 2, q_stages=1)),
@@ -235,7 +235,7 @@ def default_configs(attn: Attention, device: Device, with_engine: bool = True) -
     config = {**rule.config, "GROUP": min(2, rule.config["GROUP"])} if _is_unmasked(attn) else rule.config
     config = {**config, "BN": max(n for n in KEYS if n <= config["BN"] and storage.fits_tiles(attn, n))}
     large = {**config, **_engine_config(attn, device)} if with_engine else config
-    few = {**config, "BM": 16, "maxnreg": 0, "num_stages": 1}
+    few = {**config, "BM": 16, "maxnreg": 0, "num_stages": 1 if _widest(attn) <= 256 else config["num_stages"]}
     small = {**config, "BN": min(64, config["BN"]), "ONE_PASS": 1, "TMA": 0, "maxnreg": 0}
     if short.gap(attn):
         return (({"pairs": SMALL}, small), ({"Sq": SHORT}, few), ({}, large)), rule.why

@@ -87,7 +87,8 @@ def parameters(attn: Attention) -> dict[str, Param]:
     rows_q, rows_k = name("Tq") if is_varlen(attn) else name("Sq"), key_rows(attn)
 
     def operand(text: str, knob: str, rows: Expr, dim: int, doc: str) -> Param:
-        shapes = tuple(dict.fromkeys((knob, p.width) for p in pieces(dim)))
+        read = pieces(dim) + (pieces(attn.dims.v) if text == "K" and attn.is_latent else ())
+        shapes = tuple(dict.fromkeys((knob, p.width) for p in read))
         given = Param(text, "operand", dtype, tiles=shapes, extent=(rows, dim), doc=doc)
         return quantize.operand(attn, text.lower(), given)
 
@@ -97,7 +98,7 @@ def parameters(attn: Attention) -> dict[str, Param]:
         operand("V", "BN", rows_k, attn.dims.v, "values"),
         operand("O", "BM", rows_q, attn.dims.v, "output"),
     ]
-    out[1:3] = (storage.as_stored(attn, p) for p in out[1:3])
+    out[1:3] = (storage.as_stored(attn, p) for p in out[1 : 2 if attn.is_latent else 3])
     if is_varlen(attn):  # a whole tile would overwrite the rows of the next sequence
         out[-1] = replace(out[-1], tiles=())
     if attn.wants("lse"):

@@ -19,7 +19,7 @@ from attncc.ir.rewrite import names, transform, walk
 from attncc.ir.tile import Function
 from attncc.passes.lower import classify, quantize, skew, storage
 from attncc.passes.lower.grid import QueryTile, is_varlen
-from attncc.passes.lower.normalizers import LOG2E, Rule, Tile
+from attncc.passes.lower.normalizers import LOG2E, VALUE_DTYPE, Rule, Tile
 from attncc.passes.lower.pieces import Piece, pieces
 from attncc.passes.lower.scores import Scope, hoist, regroup
 from attncc.passes.lower.skew import Diagonal
@@ -143,7 +143,7 @@ def key_tile(outer: Builder, attn: Attention, t: QueryTile, rule: Rule, formulas
 
     def load_values() -> tuple[Expr, ...]:
         kept = broadcast((1, "BN"), scope.bind(formulas.mask).shape)
-        tiles = ((p.suffix(values), _read_rows(b, attn, "v", t, value_head(attn, t), p)) for p in values)
+        tiles = ((p.suffix(values), _value_tile(b, attn, t, p, columns)) for p in values)
         return tuple(_values(b, attn, v, suffix, name("keep", "bool", kept)) for suffix, v in tiles)
 
     accumulators = tuple("acc" + p.suffix(values) for p in values)
@@ -152,6 +152,15 @@ def key_tile(outer: Builder, attn: Attention, t: QueryTile, rule: Rule, formulas
     state = [name(a, "f32", ("BM", p.width)) for a, p in zip(accumulators, values, strict=True)]
     flags = ("MASKED", "CAREFUL") if may_hide_values(attn) else ("MASKED",)
     return function("key_tile", b, [*state, *rule.state], (*flags, "BM", "BN"), "Adds the keys from n on to the state.")
+
+
+def _value_tile(b: Builder, attn: Attention, t: QueryTile, p: Piece, columns: tuple[Piece, ...]) -> Expr:
+    """The values of a tile; where they are a part of the keys, those that were read are not read again."""
+    if not attn.is_latent:
+        return _read_rows(b, attn, "v", t, value_head(attn, t), p)
+    if p in columns:
+        return name("k" + p.suffix(columns), VALUE_DTYPE[attn.dtype], ("BN", p.width))
+    return _read_rows(b, attn, "k", t, t.scope.values["hk"], p)
 
 
 def _read_rows(b: Builder, attn: Attention, which: str, t: QueryTile, head: Expr, p: Piece) -> Expr:

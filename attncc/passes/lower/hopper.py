@@ -72,6 +72,7 @@ GAPS: Final = (
     Gap("quantised heads wider than 128", lambda a: bool(a.quantize) and max(a.dims.qk, a.dims.v) > WIDEST_QUANTISED),
     Gap("products of fp32", lambda a: a.dtype == "fp32"),
     Gap("keys in pages", lambda a: a.page_size > 0),
+    Gap("values that are a part of the keys", lambda a: a.is_latent),
     Gap("heads wider than 256", lambda a: max(a.dims.qk, a.dims.v) > WIDEST),
     Gap("rows that are no multiple of 16 bytes", lambda a: a.dims.qk % 8 > 0 or a.dims.v % 8 > 0),
     Gap("key tiles skipped by data", lambda a: key_tiles_of(a).skip is not None),

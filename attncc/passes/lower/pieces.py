@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 MIN_WIDTH: Final = 16
 """The least width a tensor core multiplies over."""
 MAX_PIECES: Final = 3
-MAX_DIM: Final = 512
+MAX_DIM: Final = 576
 
 
 class Piece(NamedTuple):

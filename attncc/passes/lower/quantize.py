@@ -76,7 +76,7 @@ LIMITS: Final[tuple[tuple[Callable[[Attention], bool], str], ...]] = (
     (_each(_has_group_gap, "v"), f"v per {', '.join(GROUPS['v'])}"),
     (_each(_has_group_gap, "p"), "p per token, relative to the greatest weight of its row"),
     (lambda a: bool(a.quantize) and a.layout == "varlen", "the layouts bhsd and bshd"),
-    (lambda a: bool(a.quantize) and a.page_size > 0, "dense storage"),
+    (lambda a: bool(a.quantize) and (a.page_size > 0 or a.is_latent), "dense storage"),
     (
         lambda a: any(z.operand in "vp" for z in a.quantize) and a.parts[0].normalizer.kind != "softmax",
         "q and k where the normalizer is no softmax",

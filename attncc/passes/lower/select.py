@@ -91,7 +91,7 @@ GAPS: Final = (
     Gap("parts", lambda a: len(a.parts) != 1, "a single part"),
     Gap("state", _any(lambda p: p.state is not None), "softmax, sigmoid, relu, none and linear over a mask"),
     Gap("select", _any(lambda p: p.select is not None), "a mask, which may read inputs (block tables)"),
-    Gap("kv", _any(lambda p: p.kv.kind not in ("dense", "paged")), "dense, paged"),
+    Gap("kv", _any(lambda p: p.kv.kind not in ("dense", "paged", "latent")), "dense, paged, latent"),
     Gap("dropout", _any(lambda p: p.dropout > 0), "0"),
     *(Gap("quantize", holds, supported) for holds, supported in LIMITS),
     Gap("prologue", lambda a: bool(a.prologue), "no steps"),
