@@ -93,6 +93,10 @@ def large_call(runner: Any) -> Call:
     torch: Any = import_module("torch")
     sizes = {axis: x.fixed or _size(axis, x) for axis, x in runner.variant.sizes.items()}
     sizes["B + 1"] = sizes["B"] + 1  # sequences are packed between so many marks
+    for axis in {a for t in runner.variant.tensors for a in t.axes if str(a).startswith("Sk / ")}:
+        page = int(axis.removeprefix("Sk / "))
+        sizes["Sk"] -= sizes["Sk"] % page
+        sizes |= {axis: sizes["Sk"] // page, "all pages": sizes["B"] * sizes["Sk"] // page}
     shapes = ((_checks(runner).fill(t.axes, sizes), t.dtype) for t in runner.variant.tensors)
     return Call(runner, sizes, [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in shapes])
 

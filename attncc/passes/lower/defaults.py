@@ -126,6 +126,14 @@ def _has_small_tiles(attn: Attention) -> bool:
     return attn.dims.qk <= 128 and (bool(buffers(part.score)) or any(r.lo.value != 0 for r in ranges))
 
 
+def _is_paged(attn: Attention) -> bool:
+    return attn.page_size > 0
+
+
+def _is_latent(attn: Attention) -> bool:
+    return attn.is_latent
+
+
 def _is_ragged(attn: Attention) -> bool:
     return attn.dims.qk % 16 > 0 or attn.dims.v % 16 > 0
 
@@ -139,6 +147,8 @@ HOPPER: Final = (
     Rule("fp32 products, wide heads", _is_fp32, _config(32, 16, 4, 1, tma=1)),
     Rule("operands of few bits, heads up to 128", _both(_is_quantised, _up_to(128)), _config(64, 64, 4, 1, tma=1)),
     Rule("operands of few bits, heads up to 256", _both(_is_quantised, _up_to(256)), _config(64, 32, 4, 1, tma=1)),
+    Rule("pages of whole tiles", _both(storage.has_whole_tiles, _up_to(128)), _config(128, 64, 8, 1, tma=1)),
+    Rule("keys that find their own pages", _both(_is_paged, _up_to(128)), _config(128, 32, 8, 1, tma=1)),
     Rule(
         "a bias tile beside the scores", _both(_reads_tiles, _up_to(128)), _config(128, 64, 8, 2, 128, tma=1, group=2)
     ),
@@ -162,7 +172,8 @@ HOPPER: Final = (
         _config(64, 32, 4, 2, tma=1),
     ),
     Rule("heads up to 256", _up_to(256), _config(64, 128, 4, 1, tma=1)),
-    Rule("the widest heads: two stages, without which registers spill", _always, _config(64, 32, 8, 2, tma=1)),
+    Rule("a wide latent: two stages, without which registers spill", _is_latent, _config(64, 32, 8, 2, tma=1)),
+    Rule("the widest heads", _always, _config(64, 32, 8, 1, tma=1)),
 )
 ENGINE: Final = (
     Rule("operands of few bits, a table beside", _both(_is_quantised, _reads_tiles), _engine(128, 2, q_stages=1)),
@@ -178,6 +189,7 @@ ENGINE: Final = (
 """Of the Hopper engine."""
 BLACKWELL: Final = (
     Rule("fp32 products", _is_fp32, _config(32, 16, 4, 1, tma=1)),
+    Rule("keys in pages", _both(_is_paged, _up_to(128)), _config(64, 32, 4, 1, tma=1)),
     Rule("operands of few bits", _both(_is_quantised, _up_to(256)), _config(64, 64, 4, 1, tma=1)),
     Rule("heads up to 128", _up_to(128), _config(128, 64, 4, 2, tma=1)),
     Rule("heads up to 256", _up_to(256), _config(64, 64, 4, 1, tma=1)),
@@ -186,6 +198,7 @@ BLACKWELL: Final = (
 AMPERE: Final = (
     Rule("fp32 products, wide heads", lambda a: _is_fp32(a) and _widest(a) > 128, _config(16, 16, 4, 1)),
     Rule("fp32 products", _is_fp32, _config(32, 32, 4, 1)),
+    Rule("keys in pages", _both(_is_paged, _up_to(128)), _config(64, 32, 4, 1)),
     Rule("heads up to 128", _up_to(128), _config(64, 64, 4, 2)),
     Rule("heads up to 256", _up_to(256), _config(64, 32, 4, 1)),
     Rule("the widest heads", _always, _config(32, 16, 8, 1)),
@@ -235,7 +248,9 @@ def default_configs(attn: Attention, device: Device, with_engine: bool = True) -
     config = {**rule.config, "GROUP": min(2, rule.config["GROUP"])} if _is_unmasked(attn) else rule.config
     config = {**config, "BN": max(n for n in KEYS if n <= config["BN"] and storage.fits_tiles(attn, n))}
     large = {**config, **_engine_config(attn, device)} if with_engine else config
-    few = {**config, "BM": 16, "maxnreg": 0, "num_stages": 1 if _widest(attn) <= 256 else config["num_stages"]}
+    few = {**config, "BM": 16, "maxnreg": 0, "num_stages": config["num_stages"] if attn.is_latent else 1}
+    if attn.page_size and _widest(attn) <= 128:  # few rows leave registers to addresses
+        few |= {"BN": 64, "num_warps": 4}
     small = {**config, "BN": min(64, config["BN"]), "ONE_PASS": 1, "TMA": 0, "maxnreg": 0}
     if short.gap(attn):
         return (({"pairs": SMALL}, small), ({"Sq": SHORT}, few), ({}, large)), rule.why
