@@ -65,3 +65,14 @@ def test_what_does_not_compile_is_a_reason_and_the_next_is_judged(a100: Any) -> 
     (reason,) = a100(BM=48)["reasons"]
     assert "it does not compile" in reason
     assert a100()["reasons"] == []
+
+
+@pytest.mark.parametrize(
+    "more", ["kv: paged(64)", "kv: paged(24)", "kv: paged(16)\nlayout: varlen", "kv: latent(rope=16)"]
+)
+def test_packages_of_other_storage_are_judged(more: str, tmp_path: Path) -> None:
+    """Their operands are others: pages and a table, or keys that hold the values."""
+    package = driver.compile(spec.loads(f"{SPEC}{more}\n"), tmp_path, ["sm_80"])
+    split = 0 if "varlen" in more else 4
+    for judged in judge(package, A100):
+        assert judged(BM=16, BN=32, num_stages=1, SPLIT=split)["reasons"] == []
