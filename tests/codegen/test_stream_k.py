@@ -156,6 +156,12 @@ def test_a_wish_for_so_many_shares() -> None:
     assert [x.programs for x in p.module._RUNNER.plan((q, k, k), False, True).launches] == [2 * 2 * 3, 8]
 
 
+def test_a_wish_for_shares_that_do_not_depend_on_neighbours() -> None:
+    """So many equal ones are such: all keys are in them, however many there are."""
+    p = package(f"{PLAIN}mask: causal\nschedule: split_kv(3)\nnumerics: {{reproducible: batch}}")
+    passes(p.tiles(16, 16, split=1), Case(2, 2, 130), Case(1, 1, 9))
+
+
 @pytest.mark.parametrize("wish", ["stream_k", "split_kv(4)"])
 @pytest.mark.parametrize(
     "why",

@@ -7,9 +7,12 @@ fill the GPU.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from attncc.ir.attention import Attention
 from attncc.ir.build import Builder, program, quotient, remainder
-from attncc.ir.expr import Expr, const, maximum, minimum, name
+from attncc.ir.expr import Expr, maximum, minimum, name
 from attncc.ir.tile import Function, Kernel, Scratch
 from attncc.passes.lower import care
 from attncc.passes.lower.grid import cdiv
@@ -17,7 +20,6 @@ from attncc.passes.lower.group import by_groups, group_tiles, groups, place_grou
 from attncc.passes.lower.knobs import FILL, SPLIT, WRITE_LSE
 from attncc.passes.lower.partial import (
     LOST,
-    KeyLine,
     end_row,
     line_of,
     load_queries,
@@ -38,26 +40,30 @@ def is_fixed(attn: Attention) -> bool:
     return attn.numerics.reproducible == "batch"
 
 
-def wished(attn: Attention) -> int | None:
-    """How many shares the spec wishes for."""
-    return int(attn.schedule.args[0].value or 1) if attn.schedule.name == "split_kv" else None
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """How the line of a query tile is shared out."""
+
+    count: Expr
+    size: Callable[[Expr], Expr]
+    """Tiles of a share, by those of the line."""
+    knobs: tuple[str, ...]
+    """What they depend on."""
 
 
-def shares(attn: Attention) -> Expr:
-    """Shares of each query tile: as many as fill the GPU, none of fewer than SPLIT key tiles while there are more."""
-    count = wished(attn)
-    if count is not None:
-        return const(count)
-    most = cdiv(name("Sk"), BN)
+def shares(attn: Attention) -> Shares:
+    """As many equal ones as the spec wishes for, or of SPLIT tiles each where that is fixed; else as many as fill the
+    GPU, none of fewer than SPLIT tiles while there are more."""
+    if attn.schedule.name == "split_kv":
+        wished = attn.schedule.args[0]
+        return Shares(wished, lambda tiles: cdiv(tiles, wished), ())
+    least = name(SPLIT.name)
+    most = cdiv(cdiv(name("Sk"), BN), least)
     if is_fixed(attn):
-        return cdiv(most, name(SPLIT.name))
-    tiles = name("B") * groups(attn) * group_tiles(attn)
-    return minimum(cdiv(most, name(SPLIT.name)), maximum(quotient(name(FILL.name), tiles), 1))
-
-
-def _knobs(attn: Attention) -> tuple[str, ...]:
-    """What `shares` and their sizes depend on."""
-    return (SPLIT.name,) if is_fixed(attn) else () if wished(attn) else (SPLIT.name, FILL.name)
+        return Shares(most, lambda tiles: least, (SPLIT.name,))
+    query_tiles = name("B") * groups(attn) * group_tiles(attn)
+    filling = minimum(most, maximum(quotient(name(FILL.name), query_tiles), 1))
+    return Shares(filling, lambda tiles: maximum(cdiv(tiles, name("shares")), least), (SPLIT.name, FILL.name))
 
 
 def kernels(attn: Attention, dense: Function) -> tuple[Kernel, Kernel]:
@@ -68,11 +74,11 @@ def kernels(attn: Attention, dense: Function) -> tuple[Kernel, Kernel]:
 def temporaries(attn: Attention) -> tuple[Scratch, ...]:
     """States by row, counted over the batch, and share."""
     rows = name("B") * attn.heads.q * name("Sq")
-    return scratch(attn, (rows, shares(attn)), _programs(attn))
+    return scratch(attn, (rows, shares(attn).count), _programs(attn))
 
 
 def _programs(attn: Attention) -> Expr:
-    return name("B") * groups(attn) * group_tiles(attn) * shares(attn)
+    return name("B") * groups(attn) * group_tiles(attn) * shares(attn).count
 
 
 # -- a share -------------------------------------------------------------------------------------
@@ -81,11 +87,11 @@ def _programs(attn: Attention) -> Expr:
 def _sharer(attn: Attention, dense: Function) -> Kernel:
     """One program per query tile and share; where its step is the dense kernel's, it is that."""
     attn = by_groups(attn)
-    b = Builder(share_parameters(attn, "BM", "BN", care.PASS.name, *_knobs(attn)))
+    b = Builder(share_parameters(attn, "BM", "BN", care.PASS.name, *shares(attn).knobs))
     lost = care.marks(LOST, attn)
     steps: list[Function] = []
     with care.unless_done(b, attn, lost):
-        tiles, count = b.let("tiles", group_tiles(attn)), b.let("shares", shares(attn))
+        tiles, count = b.let("tiles", group_tiles(attn)), b.let("shares", shares(attn).count)
         number, rest = b.let("number", remainder(program(), tiles)), b.let("rest", quotient(program(), tiles))
         share, group = b.let("share", remainder(rest, count)), b.let("of", quotient(rest, count))
         batch = b.let("b", quotient(group, groups(attn)))
@@ -93,7 +99,9 @@ def _sharer(attn: Attention, dense: Function) -> Kernel:
         load_queries(b, attn, t)
         step = step_of(b, attn, t, dense)
         line = line_of(b, attn, t)
-        first, last = _ends(b, attn, line, share, count)
+        size = b.let("size", shares(attn).size(line.tiles))
+        first = b.let("first", share * size)
+        last = b.let("last", minimum(first + size, line.tiles))
         walk = walk_between(b, attn, t, line, step, first, last)
         care.walk_twice(b, attn, rule_of(attn), lambda spoilt: b.store(lost, (program(),), spoilt), walk)
         state = b.let("state", _row_number(attn, t.batch, t.h, t.scope.values["row"]), "[BM]")
@@ -101,16 +109,6 @@ def _sharer(attn: Attention, dense: Function) -> Kernel:
         steps.append(step)
     doc = f"Few queries of {attn.name}: one program per query tile of a group of heads and share of its keys."
     return Kernel(f"{attn.name}_split", *tidy(b.params.values(), b.body), tuple(steps), _programs(attn), doc)
-
-
-def _ends(b: Builder, attn: Attention, line: KeyLine, share: Expr, count: Expr) -> tuple[Expr, Expr]:
-    """Binds the tiles of the line between which a share lies."""
-    size = name(SPLIT.name)
-    if not is_fixed(attn):
-        equal = cdiv(line.tiles, count)
-        size = b.let("size", equal if wished(attn) else maximum(equal, size))
-    first = b.let("first", share * size)
-    return first, b.let("last", minimum(first + size, line.tiles))
 
 
 def _row_number(attn: Attention, batch: Expr, h: Expr, query: Expr) -> Expr:
@@ -122,11 +120,11 @@ def _row_number(attn: Attention, batch: Expr, h: Expr, query: Expr) -> Expr:
 
 def _merger(attn: Attention) -> Kernel:
     """One program per row: the states of its shares become one, which ends as any other."""
-    b = Builder(share_parameters(attn, "BM", "BN", WRITE_LSE.name, *_knobs(attn)))
+    b = Builder(share_parameters(attn, "BM", "BN", WRITE_LSE.name, *shares(attn).knobs))
     number, sequence = program(), b.let("sequence", quotient(program(), name("Sq")))
     query = b.let("row", remainder(number, name("Sq")))
     batch, h = b.let("b", quotient(sequence, attn.heads.q)), b.let("h", remainder(sequence, attn.heads.q))
-    merge_states(b, attn, b.let("shares", shares(attn)), lambda share: (number, share))
+    merge_states(b, attn, b.let("shares", shares(attn).count), lambda share: (number, share))
     end_row(b, attn, batch, h, query)
     grid = name("B") * attn.heads.q * name("Sq")
     doc = "Merges what the shares of each row found, and ends the row."
