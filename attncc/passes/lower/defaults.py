@@ -16,7 +16,7 @@ from attncc.errors import Unsupported
 from attncc.ir.attention import Attention
 from attncc.ir.expr import TRUE
 from attncc.ir.rewrite import buffers, names
-from attncc.passes.lower import quantize, short, storage
+from attncc.passes.lower import quantize, short, split, storage
 from attncc.passes.lower.group import members
 from attncc.passes.lower.hopper import gap
 from attncc.passes.lower.pieces import pieces
@@ -257,14 +257,14 @@ def default_configs(attn: Attention, device: Device, with_engine: bool = True) -
     whole = {"SPLIT": 0, "FILL": FILLING * device.sms}
     brief = _splitting(attn, {**few, **whole}, config["BM"])
     small, large = {**small, **whole}, {**large, **whole}
-    if attn.numerics.reproducible == "batch":  # pairs are counted over the batch
+    if split.is_fixed(attn):  # pairs are counted over the batch
         return (*brief, ({}, large)), rule.why
     return (({"pairs": SMALL, "Sk": WORTH_SPLITTING}, small), *brief, ({"pairs": SMALL}, small), ({}, large)), rule.why
 
 
 def _splitting(attn: Attention, few: Config, most_rows: int) -> list[Row]:
     """Rows for calls of few queries, by how many of them with all heads of their group one query tile holds."""
-    fixed = attn.numerics.reproducible == "batch"
+    fixed = split.is_fixed(attn)
     few = {**few, "BN": min(64, few["BN"])}
     tiles = (FIXED_SHARE if fixed else SHARE) // few["BN"]
     heights = [rows for rows in GROUPED if rows <= most_rows]

@@ -27,7 +27,7 @@ from attncc.passes.lower.fragments import (
 )
 from attncc.passes.lower.grid import CU_K, CU_Q, QueryTile, is_varlen, key_rows, programs, query_tile, size_parameters
 from attncc.passes.lower.knobs import KNOBS, ONE_PASS, WRITE_LSE
-from attncc.passes.lower.normalizers import NORMALIZERS, TOTAL, VALUE_DTYPE, M, Rule
+from attncc.passes.lower.normalizers import TOTAL, VALUE_DTYPE, M, Rule, rule_of
 from attncc.passes.lower.pieces import pieces
 from attncc.passes.lower.scores import input_param, share_reads
 from attncc.passes.lower.tidy import tidy
@@ -127,7 +127,7 @@ def one_tile(b: Builder, attn: Attention, t: QueryTile, lost: Param | None = Non
 
     `lost`: where tiles are marked that hidden values have spoilt; without it, care is taken from the first.
     """
-    rule = NORMALIZERS[attn.part.normalizer.kind](attn.part.normalizer)
+    rule = rule_of(attn)
     columns = pieces(attn.dims.qk)
     quantize.bind_unit(b, attn, t.batch, {"q": t.h, "k": t.scope.values["hk"]})
     for p in columns:

@@ -7,8 +7,8 @@ TMA does not take, and to do rows again into which a hidden NaN may have leaked.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Final
 
 from attncc.ir.attention import Attention
@@ -18,6 +18,7 @@ from attncc.ir.rewrite import names, substitute, walk
 from attncc.ir.tile import Engine, Function, Launch, Let, Note, Param, Program, Scratch, Statement, binds, block, reads
 from attncc.passes.lower import again, classify, quantize, skew, stored
 from attncc.passes.lower.fragments import Formulas, formulas_of, may_hide_values, read_early
+from attncc.passes.lower.gap import Gap, first
 from attncc.passes.lower.grid import (
     CU_K,
     CU_Q,
@@ -35,7 +36,7 @@ from attncc.passes.lower.grid import (
     split_head,
 )
 from attncc.passes.lower.knobs import ENGINE_KNOBS
-from attncc.passes.lower.normalizers import NORMALIZERS, TOTAL, M, Rule
+from attncc.passes.lower.normalizers import TOTAL, M, Rule, rule_of
 from attncc.passes.lower.pieces import pieces
 from attncc.passes.lower.scores import input_param, share_reads
 from attncc.passes.lower.walk import BN, Run, key_tiles_of, number_tiles, solve_runs, tile_at
@@ -54,14 +55,6 @@ FIXED: Final = (name("c", "f32"), name("Sq"), name("Sk"))
 """What the engine itself reads of a tile: the factor from scores to units of log 2, how many queries, how many keys."""
 DENSE_AT: Final = ("b", "h", "number", "row0")
 """What tells where a query tile is."""
-
-
-@dataclass(frozen=True, slots=True)
-class Gap:
-    """What keeps the engine from a variant."""
-
-    why: str
-    holds: Callable[[Attention], bool]
 
 
 UNCHECKED: Final = Gap("quantised operands, whose results no GPU has accepted yet", lambda a: bool(a.quantize))
@@ -88,7 +81,7 @@ GAPS: Final = (
 
 def gap(attn: Attention) -> str:
     """Why the engine does not carry a variant that the dense skeleton does; empty if it does."""
-    return next((g.why for g in GAPS if g.holds(attn)), "")
+    return first(GAPS, attn)
 
 
 def accelerated(attn: Attention, program: Program) -> Program:
@@ -124,7 +117,7 @@ def _over_stored(attn: Attention, program: Program, engine: Engine) -> Program:
 def engine(attn: Attention) -> Engine:
     """What the engine asks of a variant."""
     attn = quantize.with_scales(attn)
-    rule = NORMALIZERS[attn.part.normalizer.kind](attn.part.normalizer)
+    rule = rule_of(attn)
     _, diagonals = skew.split_diagonals(attn)
     tensors = [*([CU_Q, CU_K] if is_varlen(attn) else []), *map(input_param, attn.inputs)]
     tensors += classify.lists(attn) if key_tiles_of(attn).listed else ()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from attncc.ir.attention import Normalizer
+from attncc.ir.attention import Attention, Normalizer
 from attncc.ir.build import Builder, column, dot, full, reduce, reshape
 from attncc.ir.expr import Dtype, Expr, cast_to, const, ew, maximum, name, where
 
@@ -166,6 +166,11 @@ NORMALIZERS: Final[Mapping[str, Callable[[Normalizer], Rule]]] = {
     "none": lambda n: _pointwise(lambda s: s),
     "linear": lambda n: _linear(n.eps),
 }
+
+
+def rule_of(attn: Attention) -> Rule:
+    """The rule of a variant's only part."""
+    return NORMALIZERS[attn.part.normalizer.kind](attn.part.normalizer)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from attncc.ir.attention import Attention
-from attncc.ir.build import Builder, column, full, iota, read, reduce, row
-from attncc.ir.expr import Expr, Value, cast_to, const, maximum, minimum, name, where
+from attncc.ir.build import Builder, column, full, iota, program, quotient, read, reduce, remainder, row
+from attncc.ir.expr import Expr, cast_to, const, maximum, minimum, name, where
 from attncc.ir.tile import Function, Param, Scratch
 from attncc.passes.lower import care, storage
 from attncc.passes.lower.forward import parameters
@@ -28,8 +28,8 @@ from attncc.passes.lower.fragments import (
 )
 from attncc.passes.lower.grid import QueryTile, fixed_sizes, key_head, offset_of
 from attncc.passes.lower.knobs import FILL, SPLIT, WRITE_LSE
-from attncc.passes.lower.normalizers import LOWEST, NORMALIZERS, VALUE_DTYPE, Rule, States, merge
-from attncc.passes.lower.pieces import pieces
+from attncc.passes.lower.normalizers import LOWEST, TOTAL, VALUE_DTYPE, End, M, States, merge, rule_of
+from attncc.passes.lower.pieces import Piece, pieces
 from attncc.passes.lower.scores import Scope, own_name, share_reads
 from attncc.passes.lower.walk import Line, for_each_between, key_tiles_of, line_up, solve_runs
 
@@ -39,12 +39,8 @@ MOST: Final = 64
 """States that it merges at once, however narrow heads are."""
 LOST: Final = "part_lost"
 
-Place = Callable[[Expr], tuple[Value, Value]]
+Place = Callable[[Expr], tuple[Expr, Expr]]
 """Where the states of these shares of a row are: one of the two indices is a vector as they are."""
-
-
-def rule_of(attn: Attention) -> Rule:
-    return NORMALIZERS[attn.part.normalizer.kind](attn.part.normalizer)
 
 
 def states(attn: Attention) -> dict[str, Param]:
@@ -128,8 +124,8 @@ def load_queries(b: Builder, attn: Attention, t: QueryTile) -> None:
     h, query = (column(e) if e.shape else e for e in (t.h, t.scope.values["row"]))
     for p in columns:
         at = p.column + iota(p.width)
-        inside = row(at < attn.dims.qk) if p.column + p.width > attn.dims.qk else None
-        q = read(b.params["Q"], t.batch, h, query, row(at), mask=inside)
+        inside = _kept(p, attn.dims.qk)
+        q = read(b.params["Q"], t.batch, h, query, row(at), mask=None if inside is None else row(inside))
         b.let("q" + p.suffix(columns), q, f"[BM, {p.width}]")
 
 
@@ -144,10 +140,7 @@ def store_states(b: Builder, attn: Attention, t: QueryTile, first: Expr, second:
     places = [column(e) if e.shape else e for e in (first, second)]
     for p in values:
         acc, columns = name("acc" + p.suffix(values), "f32", ("BM", p.width)), p.column + iota(p.width)
-        kept = column(inside)
-        if p.column + p.width > attn.dims.v:
-            kept = kept & row(columns < attn.dims.v)
-        b.store(into["o"], (0, *places, row(columns)), acc, kept)
+        b.store(into["o"], (0, *places, row(columns)), acc, _kept(p, attn.dims.v, inside))
 
 
 def merge_states(b: Builder, attn: Attention, count: Expr, place: Place) -> None:
@@ -167,16 +160,25 @@ def merge_states(b: Builder, attn: Attention, count: Expr, place: Place) -> None
     with b.loop("first", 0, count, together) as first:
         share, inside = _some(b, first, together, count)
         at = place(share)
-        columns = [p.column + iota(p.width) for p in values]
-        cut = [p.column + p.width > attn.dims.v for p in values]
-        masks = [
-            column(inside) & row(c < attn.dims.v) if x else column(inside) for c, x in zip(columns, cut, strict=True)
-        ]
-        places = [column(e) if isinstance(e, Expr) and e.shape else e for e in at]
-        outputs = (read(held["o"], 0, *places, row(c), mask=k) for c, k in zip(columns, masks, strict=True))
+        places = [column(e) if e.shape else e for e in at]
+        outputs = (
+            read(held["o"], 0, *places, row(p.column + iota(p.width)), mask=_kept(p, attn.dims.v, inside))
+            for p in values
+        )
         peaks = None if rule.peak is None else _peaks(held["m"], at, inside)
         totals = None if rule.sums is None else read(held["l"], *at, mask=inside)
         merge(b, States(peaks, totals, tuple(outputs)), accumulators(attn))
+
+
+def rows_of(attn: Attention) -> Expr:
+    """Rows of a call, counted over the batch: programs of a merge."""
+    return name("B") * attn.heads.q * name("Sq")
+
+
+def place_row(b: Builder, attn: Attention) -> tuple[Expr, Expr, Expr]:
+    """Binds batch entry, head and query of the row that this program merges."""
+    sequence, query = b.let("sequence", quotient(program(), name("Sq"))), b.let("row", remainder(program(), name("Sq")))
+    return b.let("b", quotient(sequence, attn.heads.q)), b.let("h", remainder(sequence, attn.heads.q)), query
 
 
 def end_row(b: Builder, attn: Attention, batch: Expr, h: Expr, query: Expr) -> None:
@@ -184,14 +186,38 @@ def end_row(b: Builder, attn: Attention, batch: Expr, h: Expr, query: Expr) -> N
     rule, sink = rule_of(attn), attn.part.normalizer.sink
     bound = None if sink is None else _scope(b, attn, batch, h, query).bind(sink)
     end = rule.finish(b, name("m", "f32"), name("total", "f32"), bound)
+    _store_end(b, attn, end, (batch, h, query))
+
+
+def end_tile(b: Builder, attn: Attention, t: QueryTile) -> None:
+    """Ends the rows of a group's tile that this program has walked as a whole."""
+    rule, sink = rule_of(attn), attn.part.normalizer.sink
+    if rule.sums is not None:
+        b.let("total", reduce("sum", rule.sums, 1), "[BM]")
+    end = rule.finish(b, M, TOTAL, None if sink is None else t.scope.bind(sink))
+    _store_end(b, attn, end, (t.batch, t.h, t.scope.values["row"]), t.rows < t.queries)
+
+
+def _store_end(b: Builder, attn: Attention, end: End, at: tuple[Expr, Expr, Expr], rows: Expr | None = None) -> None:
+    """Writes output and lse at (batch entry, head, query): of one row, or of those of a tile for which `rows` holds."""
     if end.lse is not None and writes_lse(attn):
         with b.when(name(WRITE_LSE.name) > 0):
-            b.store(b.params["LSE"], (batch, h, query), end.lse)
+            b.store(b.params["LSE"], at, end.lse, rows)
+    several = () if rows is None else ("BM",)
+    places = [column(e) if e.shape else e for e in at]
     for text, p in zip(accumulators(attn), pieces(attn.dims.v), strict=True):
         columns = p.column + iota(p.width)
-        inside = columns < attn.dims.v if p.column + p.width > attn.dims.v else None
-        o = cast_to(end.of(name(text, "f32", (p.width,))), VALUE_DTYPE[attn.dtype])
-        b.store(b.params["O"], (batch, h, query, columns), o, inside)
+        o = cast_to(end.of(name(text, "f32", (*several, p.width))), VALUE_DTYPE[attn.dtype])
+        within = row(columns) if several else columns
+        b.store(b.params["O"], (*places, within), o, _kept(p, attn.dims.v, rows))
+
+
+def _kept(p: Piece, dim: int, rows: Expr | None = None) -> Expr | None:
+    """Which columns of a piece lie inside the head dim, of one row or of the rows that `rows` keeps; None for all."""
+    columns = p.column + iota(p.width) < dim if p.column + p.width > dim else None
+    if rows is None:
+        return columns
+    return column(rows) if columns is None else column(rows) & row(columns)
 
 
 def accumulators(attn: Attention) -> tuple[str, ...]:
@@ -204,7 +230,7 @@ def _some(b: Builder, first: Expr, together: int, count: Expr) -> tuple[Expr, Ex
     return share, b.let("inside", share < count)
 
 
-def _peaks(m: Param, at: tuple[Value, Value], inside: Expr) -> Expr:
+def _peaks(m: Param, at: tuple[Expr, Expr], inside: Expr) -> Expr:
     return where(inside, read(m, *at, mask=inside), LOWEST)
 
 

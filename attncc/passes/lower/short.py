@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 
 from attncc.ir.attention import Attention
@@ -11,17 +10,9 @@ from attncc.ir.expr import Expr, eq, name
 from attncc.ir.tile import Launch, Program
 from attncc.passes.lower import care, split, stream
 from attncc.passes.lower.fragments import may_hide_values
+from attncc.passes.lower.gap import Gap, first
 from attncc.passes.lower.knobs import FILL, SPLIT
 from attncc.passes.lower.walk import key_tiles_of
-
-
-@dataclass(frozen=True, slots=True)
-class Gap:
-    """What keeps calls of few queries with the dense kernels."""
-
-    why: str
-    holds: Callable[[Attention], bool]
-
 
 GAPS: Final = (
     Gap("modes without decode", lambda a: "decode" not in a.modes),
@@ -34,7 +25,7 @@ GAPS: Final = (
 
 def gap(attn: Attention) -> str:
     """Why calls of few queries stay with the dense kernels; empty if they need not."""
-    return next((g.why for g in GAPS if g.holds(attn)), "")
+    return first(GAPS, attn)
 
 
 def streams(attn: Attention) -> bool:

@@ -18,13 +18,15 @@ from attncc.passes.lower import care
 from attncc.passes.lower.grid import cdiv
 from attncc.passes.lower.group import by_groups, group_tiles, groups, place_group
 from attncc.passes.lower.knobs import FILL, SPLIT, WRITE_LSE
+from attncc.passes.lower.normalizers import rule_of
 from attncc.passes.lower.partial import (
     LOST,
     end_row,
     line_of,
     load_queries,
     merge_states,
-    rule_of,
+    place_row,
+    rows_of,
     scratch,
     share_parameters,
     step_of,
@@ -73,8 +75,7 @@ def kernels(attn: Attention, dense: Function) -> tuple[Kernel, Kernel]:
 
 def temporaries(attn: Attention) -> tuple[Scratch, ...]:
     """States by row, counted over the batch, and share."""
-    rows = name("B") * attn.heads.q * name("Sq")
-    return scratch(attn, (rows, shares(attn).count), _programs(attn))
+    return scratch(attn, (rows_of(attn), shares(attn).count), _programs(attn))
 
 
 def _programs(attn: Attention) -> Expr:
@@ -104,15 +105,11 @@ def _sharer(attn: Attention, dense: Function) -> Kernel:
         last = b.let("last", minimum(first + size, line.tiles))
         walk = walk_between(b, attn, t, line, step, first, last)
         care.walk_twice(b, attn, rule_of(attn), lambda spoilt: b.store(lost, (program(),), spoilt), walk)
-        state = b.let("state", _row_number(attn, t.batch, t.h, t.scope.values["row"]), "[BM]")
+        state = b.let("state", (t.batch * attn.heads.q + t.h) * name("Sq") + t.scope.values["row"], "[BM]")
         store_states(b, attn, t, state, share)
         steps.append(step)
     doc = f"Few queries of {attn.name}: one program per query tile of a group of heads and share of its keys."
     return Kernel(f"{attn.name}_split", *tidy(b.params.values(), b.body), tuple(steps), _programs(attn), doc)
-
-
-def _row_number(attn: Attention, batch: Expr, h: Expr, query: Expr) -> Expr:
-    return (batch * attn.heads.q + h) * name("Sq") + query
 
 
 # -- the merge -----------------------------------------------------------------------------------
@@ -121,11 +118,8 @@ def _row_number(attn: Attention, batch: Expr, h: Expr, query: Expr) -> Expr:
 def _merger(attn: Attention) -> Kernel:
     """One program per row: the states of its shares become one, which ends as any other."""
     b = Builder(share_parameters(attn, "BM", "BN", WRITE_LSE.name, *shares(attn).knobs))
-    number, sequence = program(), b.let("sequence", quotient(program(), name("Sq")))
-    query = b.let("row", remainder(number, name("Sq")))
-    batch, h = b.let("b", quotient(sequence, attn.heads.q)), b.let("h", remainder(sequence, attn.heads.q))
-    merge_states(b, attn, b.let("shares", shares(attn).count), lambda share: (number, share))
+    batch, h, query = place_row(b, attn)
+    merge_states(b, attn, b.let("shares", shares(attn).count), lambda share: (program(), share))
     end_row(b, attn, batch, h, query)
-    grid = name("B") * attn.heads.q * name("Sq")
     doc = "Merges what the shares of each row found, and ends the row."
-    return Kernel(f"{attn.name}_merge", *tidy(b.params.values(), b.body), (), grid, doc)
+    return Kernel(f"{attn.name}_merge", *tidy(b.params.values(), b.body), (), rows_of(attn), doc)

@@ -11,30 +11,30 @@ from __future__ import annotations
 from typing import Final
 
 from attncc.ir.attention import Attention
-from attncc.ir.build import Builder, column, iota, program, quotient, read, reduce, remainder, row
+from attncc.ir.build import Builder, iota, program, quotient, read, reduce, remainder
 from attncc.ir.expr import Expr, cast_to, const, eq, ew, maximum, minimum, name, where
 from attncc.ir.tile import Function, Kernel, Param, Scratch
 from attncc.passes.lower import care
-from attncc.passes.lower.fragments import may_hide_values, writes_lse
+from attncc.passes.lower.fragments import may_hide_values
 from attncc.passes.lower.grid import BM, QueryTile
 from attncc.passes.lower.group import by_groups, group_tiles, groups, members, place_group
 from attncc.passes.lower.knobs import FILL, SPLIT, WRITE_LSE
-from attncc.passes.lower.normalizers import TOTAL, VALUE_DTYPE, M
+from attncc.passes.lower.normalizers import rule_of
 from attncc.passes.lower.partial import (
     LOST,
-    accumulators,
     end_row,
+    end_tile,
     line_of,
     load_queries,
     merge_states,
-    rule_of,
+    place_row,
+    rows_of,
     scratch,
     share_parameters,
     step_of,
     store_states,
     walk_between,
 )
-from attncc.passes.lower.pieces import pieces
 from attncc.passes.lower.scores import own_name
 from attncc.passes.lower.tidy import tidy
 
@@ -131,7 +131,7 @@ def _walker(attn: Attention, dense: Function) -> Kernel:
             walk = walk_between(b, attn, t, line_of(b, attn, t), step, first, last)
             care.walk_twice(b, attn, rule_of(attn), lambda spoilt: _keep_mark(b, spoilt), walk)
             with b.when(eq(last - first, count)):
-                _end(b, attn, t)
+                end_tile(b, attn, t)
             with b.when(last - first < count):
                 store_states(b, attn, t, _slot(b, program(), first > 0), iota("BM"))
             b.let("item_begin", name("item_begin") + count)
@@ -183,26 +183,6 @@ def _add_up(b: Builder, counts: Param, items: Expr, text: str) -> None:
         b.let(text, name(text) + reduce("sum", _some(b, counts, chunk, items)[0], 0))
 
 
-def _end(b: Builder, attn: Attention, t: QueryTile) -> None:
-    """Ends the rows of an item that this program has walked as a whole."""
-    rule, sink = rule_of(attn), attn.part.normalizer.sink
-    if rule.sums is not None:
-        b.let("total", reduce("sum", rule.sums, 1), "[BM]")
-    end = rule.finish(b, M, TOTAL, None if sink is None else t.scope.bind(sink))
-    inside, query = t.rows < t.queries, t.scope.values["row"]
-    if end.lse is not None and writes_lse(attn):
-        with b.when(name(WRITE_LSE.name) > 0):
-            b.store(b.params["LSE"], (t.batch, t.h, query), end.lse, inside)
-    h, at = (column(e) if e.shape else e for e in (t.h, query))
-    for text, p in zip(accumulators(attn), pieces(attn.dims.v), strict=True):
-        columns = p.column + iota(p.width)
-        kept = column(inside)
-        if p.column + p.width > attn.dims.v:
-            kept = kept & row(columns < attn.dims.v)
-        o = cast_to(end.of(name(text, "f32", ("BM", p.width))), VALUE_DTYPE[attn.dtype])
-        b.store(b.params["O"], (t.batch, h, at, row(columns)), o, kept)
-
-
 def _slot(b: Builder, range_: Expr, begun_before: Expr) -> Expr:
     """Binds where a range leaves the state of an item: one which it does not begin, or one which it does not end."""
     return b.let("slot", range_ * SLOTS + where(begun_before, 0, 1))
@@ -215,8 +195,7 @@ def _merger(attn: Attention) -> Kernel:
     """One program per row: nothing to do where one range has all of its item."""
     counts = _counts(attn)
     b = Builder(share_parameters(attn, "BM", "BN", WRITE_LSE.name, SPLIT.name, FILL.name, more=(counts,)))
-    sequence, query = b.let("sequence", quotient(program(), name("Sq"))), b.let("row", remainder(program(), name("Sq")))
-    batch, h = b.let("b", quotient(sequence, attn.heads.q)), b.let("h", remainder(sequence, attn.heads.q))
+    batch, h, query = place_row(b, attn)
     tiled = attn.heads.map == "tile"
     group, member = (remainder, quotient) if tiled else (quotient, remainder)
     per = groups(attn) if tiled else members(attn)
@@ -232,6 +211,5 @@ def _merger(attn: Attention) -> Kernel:
     with b.when(ew("ne", ranges, 1)):
         merge_states(b, attn, ranges, lambda share: (_slot(b, first + share, share > 0), name("row_of_tile")))
         end_row(b, attn, batch, h, query)
-    grid = name("B") * attn.heads.q * name("Sq")
     doc = "Merges what several ranges found of a row, and ends it."
-    return Kernel(f"{attn.name}_merge", *tidy(b.params.values(), b.body), (), grid, doc)
+    return Kernel(f"{attn.name}_merge", *tidy(b.params.values(), b.body), (), rows_of(attn), doc)
