@@ -14,16 +14,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
+from attncc.check.pages import lay_out
 from benchmarks import report
 from benchmarks.cases import SCALE
 from benchmarks.check import LIMITS, Errors, Rejected, poisoned
 from benchmarks.decode_cases import Decode
+from benchmarks.peers import answering
 from benchmarks.timing import Call, interleaved_graphs
 
 Row = dict[str, Any]
 CAP: Final = 30.0
-SPARE: Final = 3
-"""Pages of no sequence, all NaN."""
 COMPARED: Final = 3
 """Sequences whose first and last heads are compared."""
 
@@ -34,16 +34,7 @@ def decode(case: Decode, rounds: int) -> Callable[[], list[Row]]:
     ours = {"attncc": call_of(case.package, given)}
     if case.rival:
         ours[f"attncc, {case.rival}"] = call_of(case.rival_package, given)
-    calls: dict[str, Call] = ours | peers(case, given)
-    missing: dict[str, str] = {}
-    for name, call in list(calls.items()):
-        try:
-            call()
-        except Exception as error:
-            if name in ours:
-                raise
-            missing[name] = f"{type(error).__name__}: {error}".split("\n")[0]
-            del calls[name]
+    calls, absent = answering(case.name, ours, peers(case, given))
 
     def act() -> list[Row]:
         found = {}
@@ -55,7 +46,6 @@ def decode(case: Decode, rounds: int) -> Callable[[], list[Row]]:
                 raise Rejected(f"{name}: {found[name]}")
         rows = report.compared(case.name, interleaved_graphs(calls, rounds), case.bytes, "tbps")
         measured = {"o_error": found["attncc"].o, "lse_error": found["attncc"].lse}
-        absent = [{"case": case.name, "impl": name, "missing": why} for name, why in missing.items()]
         return [row | (measured if row["impl"] == "attncc" else {}) for row in rows] + absent
 
     return act
@@ -81,20 +71,9 @@ def operands(case: Decode, device: str) -> dict[str, Tensor]:
     if not case.page:
         shape = (case.b, case.hk, case.lengths[0], case.d)
         return {"q": q, "k": normal(*shape), "v": normal(*shape), **more}
-    owned = [-(-n // case.page) for n in case.lengths]
-    order = torch.randperm(sum(owned) + SPARE, device=device, generator=g).int()
-    table = torch.full((case.b, max(owned)), -1, dtype=torch.int32, device=device)
-    k, v = (normal(len(order), case.page, case.hk, case.d) for _ in range(2))
-    for x in (k, v):
-        x[order[sum(owned) :].long()] = torch.nan
-    at = 0
-    for row, pages, n in zip(table, owned, case.lengths, strict=True):
-        row[:pages] = order[at : at + pages]
-        at += pages
-        for x in (k, v):
-            x[int(order[at - 1]), n - (pages - 1) * case.page :] = torch.nan
-    used = torch.tensor(case.lengths, dtype=torch.int32, device=device)
-    return {"q": q, "k": k, "v": v, "block_table": table, "seqused_k": used, **more}
+    pages = lay_out(list(case.lengths), -(-max(case.lengths) // case.page), case.page, g)
+    k, v = (pages.fill([normal(n, case.hk, case.d) for n in case.lengths], (case.hk, case.d)) for _ in "kv")
+    return {"q": q, "k": k, "v": v, "block_table": pages.table, "seqused_k": pages.used, **more}
 
 
 def errors(case: Decode, given: Mapping[str, Tensor], o: Tensor, lse: Tensor) -> Errors:

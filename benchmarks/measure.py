@@ -18,7 +18,7 @@ from benchmarks.check import Rejected, errors, poisoned
 from benchmarks.decode_cases import Decode
 from benchmarks.decode_measure import decode
 from benchmarks.operands import inputs, mask_mod, operands, visible_pairs
-from benchmarks.peers import EAGER_LENGTH, gpu_peers
+from benchmarks.peers import EAGER_LENGTH, answering, gpu_peers
 from benchmarks.timing import Timing, device_ms, graphed_ms, interleaved, interleaved_host
 
 Row = dict[str, Any]
@@ -41,16 +41,7 @@ def _attention(case: Case, rounds: int) -> Act:
     qkv, given = operands(case), inputs(case)
     package = importlib.import_module(case.package)
     ours: Callable[[], Any] = lambda: package.attention(*qkv, **given, return_lse=True)
-    calls = {"attncc": ours} | gpu_peers(case, qkv, given)
-    missing: dict[str, str] = {}
-    for name, call in list(calls.items()):
-        try:
-            call()
-        except Exception as error:
-            if name == "attncc":
-                raise
-            missing[name] = f"{type(error).__name__}: {error}".split("\n")[0]
-            del calls[name]
+    calls, absent = answering(case.name, {"attncc": ours}, gpu_peers(case, qkv, given))
 
     def act() -> list[Row]:
         with poisoned():
@@ -60,7 +51,6 @@ def _attention(case: Case, rounds: int) -> Act:
             raise Rejected(str(found))
         rows = report.compared(case.name, interleaved(calls, rounds), case.flops(visible_pairs(case, given)))
         measured = {"o_error": found.o, "lse_error": found.lse}
-        absent = [{"case": case.name, "impl": name, "missing": why} for name, why in missing.items()]
         return [row | (measured if row["impl"] == "attncc" else {}) for row in rows] + absent
 
     return act

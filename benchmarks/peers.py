@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import torch
@@ -68,6 +68,27 @@ def cudnn(case: Case, qkv: tuple[Tensor, Tensor, Tensor]) -> Call:
             return attention()
 
     return call
+
+
+def answering(
+    case: str, ours: Mapping[str, Call], peers: Mapping[str, Call]
+) -> tuple[dict[str, Call], list[dict[str, str]]]:
+    """Calls everyone once: those that can do a case, and a row for each peer that cannot, with why.
+
+    What ours raises is raised.
+    """
+    calls = dict(ours)
+    absent: list[dict[str, str]] = []
+    for call in ours.values():
+        call()
+    for name, call in peers.items():
+        try:
+            call()
+        except Exception as error:  # whatever a peer raises is why it has no time
+            absent.append({"case": case, "impl": name, "missing": f"{type(error).__name__}: {error}".split("\n")[0]})
+        else:
+            calls[name] = call
+    return calls, absent
 
 
 def gpu_peers(case: Case, qkv: tuple[Tensor, Tensor, Tensor], given: Given) -> dict[str, Call]:

@@ -32,7 +32,8 @@ class Pages:
 
     def fill(self, sequences: list[Tensor], heads: tuple[int, int]) -> Tensor:
         """The cache [pages, size, heads, D] of sequences [S, heads, D], NaN where no key is."""
-        cache = torch.full((self.count * self.size, *heads), torch.nan, device=self.table.device)
+        dtype = sequences[0].dtype if sequences else None
+        cache = torch.full((self.count * self.size, *heads), torch.nan, dtype=dtype, device=self.table.device)
         for rows, pages in zip(sequences, self.table.long(), strict=True):
             at = torch.arange(len(rows), device=cache.device)
             cache[pages[at // self.size] * self.size + at % self.size] = rows

@@ -46,6 +46,12 @@ class Package:
         return check_case(self.attn, self.module.attention, case, "cpu")
 
 
+def passes(p: Package, *cases: Case) -> None:
+    """All of these calls are accepted, none is refused."""
+    wrong = [o for o in map(p.agrees, cases) if o.verdict != "ok"]
+    assert not wrong, [(str(o.case), o.verdict, o.detail, *map(str, o.deviations)) for o in wrong]
+
+
 @cache
 def package(body: str, name: str = "", target: str = "interpreter") -> Package:
     """The package of a spec that lacks its version and name."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from codegen.emitted import Package, normal, package
+from codegen.emitted import normal, package, passes
 
 from attncc import driver, spec
 from attncc.check.cases import Case
@@ -31,11 +31,6 @@ FEATURES = {
     "stream-K": f"{MLA}mask: causal\nschedule: stream_k",
     "a score without qk": f"{MLA}score: 0.1 * (h + 1)\nmask: causal",
 }
-
-
-def passes(p: Package, *cases: Case) -> None:
-    wrong = [o for o in map(p.agrees, cases) if o.verdict != "ok"]
-    assert not wrong, [(str(o.case), o.verdict, o.detail, o.deviations) for o in wrong]
 
 
 @pytest.mark.parametrize("feature", FEATURES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from codegen.emitted import Package, normal, package
+from codegen.emitted import normal, package, passes
 
 from attncc.check.cases import Case
 
@@ -78,11 +78,6 @@ FEATURES = {
 DIMS = ["1", "7", "16", "40", "72", "80", "96", "{qk: 192, v: 128}", "{qk: 40, v: 24}", "{qk: 24, v: 96}"]
 SMALL = Case(2, 21, 37)
 WIDE = Case(1, 37, 21)
-
-
-def passes(p: Package, *cases: Case) -> None:
-    wrong = [o for o in map(p.agrees, cases) if o.verdict != "ok"]
-    assert not wrong, [(str(o.case), o.verdict, o.detail, o.deviations) for o in wrong]
 
 
 @pytest.mark.parametrize("layout", ["bhsd", "varlen"])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from codegen.emitted import Package, normal, package
+from codegen.emitted import normal, package, passes
 
 from attncc import driver, spec
 from attncc.check.cases import Case
@@ -54,11 +54,6 @@ PACKED = {
     "packed queries": f"{CAUSAL}\nlayout: varlen",
     "packed queries, listed tiles": f"{LISTED['blocks of heads']}\nlayout: varlen",
 }
-
-
-def passes(p: Package, *cases: Case) -> None:
-    wrong = [o for o in map(p.agrees, cases) if o.verdict != "ok"]
-    assert not wrong, [(str(o.case), o.verdict, o.detail, o.deviations) for o in wrong]
 
 
 @pytest.mark.parametrize("feature", FEATURES)

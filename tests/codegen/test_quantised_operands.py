@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from codegen.emitted import Package, normal, package
+from codegen.emitted import Package, normal, package, passes
 from torch import Tensor
 
 from attncc import reference
@@ -48,11 +48,6 @@ VARIANTS = {
     "no lse": "mask: causal\noutputs: [o]",
 }
 MIXED = "quantize: {q: fp8_e4m3(per=token), k: int8(per=head), v: fp8_e4m3(per=channel)}"
-
-
-def passes(p: Package, *cases: Case) -> None:
-    wrong = [o for o in map(p.agrees, cases) if o.verdict != "ok"]
-    assert not wrong, [(str(o.case), o.verdict, o.detail, *map(str, o.deviations)) for o in wrong]
 
 
 def quantised(quantizers: str, dtype: str = "fp32", more: str = "mask: causal") -> Package:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from codegen.emitted import Package, normal, package
+from codegen.emitted import Package, normal, package, passes
 
 from attncc import driver
 from attncc.check.cases import Case
@@ -42,11 +42,6 @@ FEATURES = {
 }
 FAR = f"{PLAIN}mask: (j >= 3) & (j < 4)"
 BATCH = f"{PLAIN}numerics: {{reproducible: batch}}\n"
-
-
-def passes(p: Package, *cases: Case) -> None:
-    wrong = [o for o in map(p.agrees, cases) if o.verdict != "ok"]
-    assert not wrong, [(str(o.case), o.verdict, o.detail, o.deviations) for o in wrong]
 
 
 def programs(p: Package, q: torch.Tensor, k: torch.Tensor) -> list[int]:

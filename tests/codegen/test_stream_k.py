@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from codegen.emitted import Package, normal, package
+from codegen.emitted import normal, package, passes
 from codegen.test_split import FEATURES, FP32, PLAIN
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,11 +29,6 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 WISH = "\nschedule: stream_k"
 CAUSAL = f"{PLAIN}mask: causal{WISH}"
 RAGGED = f"{PLAIN}mask: causal\nkv: paged(8)"
-
-
-def passes(p: Package, *cases: Case) -> None:
-    wrong = [o for o in map(p.agrees, cases) if o.verdict != "ok"]
-    assert not wrong, [(str(o.case), o.verdict, o.detail, o.deviations) for o in wrong]
 
 
 @pytest.mark.parametrize("feature", FEATURES)

@@ -30,14 +30,6 @@ EXAMPLES = [
 CUDA = "cuda"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    out = tmp_path_factory.mktemp("packages")
-    sys.path.insert(0, str(out))
-    yield out
-    sys.path.remove(str(out))
-
-
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     return request.param

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -13,7 +11,7 @@ import torch
 
 from attncc import driver, spec
 from attncc.check.cases import Case
-from attncc.check.pages import Pages, lay_out
+from attncc.check.pages import lay_out
 from attncc.check.run import check_case
 
 pytestmark = pytest.mark.gpu
@@ -30,14 +28,6 @@ SCHEDULES = {
     "pages, split": f"{BODY}kv: paged({PAGE})\nschedule: split_kv(8)\n",
     "pages, by batch": f"{BODY}kv: paged({PAGE})\nnumerics: {{reproducible: batch}}\n",
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    out = tmp_path_factory.mktemp("packages")
-    sys.path.insert(0, str(out))
-    yield out
-    sys.path.remove(str(out))
 
 
 def package(folder: Path, schedule: str) -> ModuleType:
@@ -58,17 +48,17 @@ def test_few_queries_agree_with_the_oracle(folder: Path, schedule: str) -> None:
     assert not [(str(o.case), o.verdict, o.detail, o.deviations) for o in outcomes if not o.passed]
 
 
-def cache(lengths: list[int], seed: int = 0) -> tuple[Pages, dict[str, torch.Tensor]]:
+def cache(lengths: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
     g = torch.Generator(CUDA).manual_seed(seed)
     pages = lay_out(lengths, ROOM, PAGE, g)
     keys = [[torch.randn(n, HEADS[1], DIM, device=CUDA, generator=g) for n in lengths] for _ in range(2)]
     k, v = (pages.fill(x, (HEADS[1], DIM)).bfloat16() for x in keys)
-    return pages, {"k": k, "v": v, "block_table": pages.table, "seqused_k": pages.used}
+    return {"k": k, "v": v, "block_table": pages.table, "seqused_k": pages.used}
 
 
 def test_a_graph_is_replayed_with_other_lengths(folder: Path) -> None:
     attention = package(folder, "pages").attention
-    _, x = cache([ROOM * PAGE, 1500, 3, 0])
+    x = cache([ROOM * PAGE, 1500, 3, 0])
     q = torch.randn(4, HEADS[0], 1, DIM, device=CUDA, dtype=torch.bfloat16)
     attention(q, **x)
     torch.cuda.synchronize()
@@ -84,7 +74,7 @@ def test_a_graph_is_replayed_with_other_lengths(folder: Path) -> None:
 
 def test_streams_have_workspaces_of_their_own(folder: Path) -> None:
     attention = package(folder, "pages").attention
-    calls = [(torch.randn(4, HEADS[0], 1, DIM, device=CUDA).bfloat16(), cache([2500, 900, n, 64])[1]) for n in (1, 70)]
+    calls = [(torch.randn(4, HEADS[0], 1, DIM, device=CUDA).bfloat16(), cache([2500, 900, n, 64])) for n in (1, 70)]
     want = [attention(q, **x) for q, x in calls]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in calls]
