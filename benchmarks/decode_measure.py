@@ -35,8 +35,12 @@ def decode(case: Decode, rounds: int) -> Callable[[], list[Row]]:
     if case.rival:
         ours[f"attncc, {case.rival}"] = call_of(case.rival_package, given)
     calls, absent = answering(case.name, ours, peers(case, given))
+    ways = readers(case, given)
+    for call in ways.values():
+        call()
 
     def act() -> list[Row]:
+        calls["bytes"] = fastest(ways)
         found = {}
         for name, call in ours.items():
             with poisoned():
@@ -114,10 +118,10 @@ def keys_of(case: Decode, given: Mapping[str, Tensor], which: str, b: int, head:
 
 
 def peers(case: Decode, given: Mapping[str, Tensor]) -> dict[str, Call]:
-    """A kernel that reads the bytes; cuDNN and FlexAttention where they can do the case without a copy."""
-    out: dict[str, Call] = {"bytes": reader(case, given)}
+    """CuDNN and FlexAttention, where they can do the case without a copy."""
     if case.page:
-        return out
+        return {}
+    out: dict[str, Call] = {}
     q, k, v = (given[x] for x in "qkv")
     gqa = case.hq != case.hk
     if case.variant in ("none", "causal"):  # one query at the end sees all keys
@@ -151,14 +155,18 @@ WAYS: Final = tuple((per_sm, block, warps) for per_sm in (2, 4, 8) for block, wa
 """Programs a multiprocessor, words of a block, warps."""
 
 
-def reader(case: Decode, given: Mapping[str, Tensor]) -> Call:
-    """The fastest of several ways to read as many bytes as the call needs."""
+def readers(case: Decode, given: Mapping[str, Tensor]) -> dict[tuple[int, int, int], Call]:
+    """Several ways to read as many bytes as the call needs."""
     k, v = (given[x].flatten().view(torch.int32) for x in "kv")
     words = case.bytes // 8
     out = torch.empty(1, dtype=torch.int32, device=k.device)
     sms = torch.cuda.get_device_properties(k.device).multi_processor_count
-    calls = {
+    return {
         way: lambda way=way: read_all[(way[0] * sms,)](k, v, out, words, BLOCK=way[1], num_warps=way[2]) for way in WAYS
     }
+
+
+def fastest(calls: Mapping[tuple[int, int, int], Call]) -> Call:
+    """Timed with the GPU to itself: while others compile and warm up, any might seem the fastest."""
     times = interleaved_graphs(calls, 3)
-    return calls[min(WAYS, key=lambda way: times[way].ms)]
+    return calls[min(calls, key=lambda way: times[way].ms)]
