@@ -105,8 +105,8 @@ class Runner:
         due = [k for k in v.kernels if k.when(numbers)]
         shapes = self.shapes(tensors, plan, numbers, due)
         plan.scratch = [(tuple(shapes[s.name].shape), s.dtype) for s in v.scratch if s.name in shapes]
-        options = {} if interpreted else {k: config[k] for k in OPTIONS if config.get(k)}
-        return [self.bind(k, shapes, numbers, flags, options) for k in due]
+        options = {} if interpreted else config
+        return [self.bind(k, shapes, numbers, flags, chosen(options, k.options)) for k in due]
 
     def is_examined(self) -> bool:
         """Whether the Triton here makes the machine code of the engine that was looked at."""
@@ -205,6 +205,12 @@ class Runner:
             warnings.warn(f"{v.name}: {found.rule}; `attncc compile --target` adds one", stacklevel=5)
         self.files[device] = v.configs[found.name], found.rule
         return self.files[device]
+
+
+def chosen(config: Config, fixed: Config) -> dict[str, int]:
+    """What a config asks of Triton, but for what a launch fixes; 0 leaves it to that."""
+    found = {k: fixed.get(k, n) for k, n in config.items() if k in OPTIONS}
+    return {k: n for k, n in found.items() if n}
 
 
 def run(plan: Plan, tensors: list[Any], scale: float) -> None:

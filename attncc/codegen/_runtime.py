@@ -37,6 +37,8 @@ class Kernel:
     parameters: tuple[tuple[Any, ...], ...]
     constants: Mapping[str, int] = field(default_factory=dict[str, int])
     """Knobs that this launch alone fixes."""
+    options: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Options of Triton that it fixes."""
     when: Callable[[Sizes], bool] = lambda n: True
     launcher: Any = None
     """An engine's class of launches; None for plain kernels."""

@@ -23,10 +23,11 @@ def jobs(program: Program, kernels: str, device: Device, config: Mapping[str, in
     """
     flags = print_kernels(program)[1]
     on = ["TMA"] if config.get("TMA") else []
-    options = {name: config[name] for name in OPTIONS if config.get(name)}
     found: dict[str, Job] = {}
     for launch in program.launches:
         knobs = {knob.name: knob.choices[0] for knob in program.knobs} | dict(config) | dict(launch.constants)
+        given = {**config, **dict(launch.options)}
+        options = {name: given[name] for name in OPTIONS if given.get(name)}
         signature, constants = types(program.kernel(launch.kernel), flags[launch.kernel], knobs, on)
         aligned = [name for name, kind in signature.items() if kind.startswith("*") or kind == "i64"]
         found[label(launch)] = Job(kernels, launch.kernel, device.name, signature, constants, options, aligned)

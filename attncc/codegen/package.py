@@ -342,6 +342,8 @@ def _launch(w: Writer, attn: Attention, k: Kernel, launch: Launch) -> None:
         w.line(f"{parameters_name(attn, k)},")
         if launch.constants:
             w.line(f"constants={mapping(dict(launch.constants))},")
+        if launch.options:
+            w.line(f"options={mapping(dict(launch.options))},")
         if launch.when is not None:
             w.entry(f"when={host_function(launch.when)}")
     w.line("),")

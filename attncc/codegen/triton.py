@@ -64,6 +64,11 @@ def handles(p: Param) -> list[str]:
     return [f"{p.name}_{columns}" for _, columns in p.tiles]
 
 
+def _picks_halves(e: Expr) -> bool:
+    """Whether an expression picks one of two numbers of 16 bits: Triton takes them for f32, and multiplies as such."""
+    return e.op == "where" and e.dtype in ("f16", "bf16") and all(x.op == "const" for x in e.args[1:])
+
+
 class Printer:
     """Prints one function body: it knows its tensors, and notes which helpers and flags it used."""
 
@@ -96,7 +101,8 @@ class Printer:
         if e.op == "mod" and e.dtype in FLOATS:
             return f"float_mod({', '.join(map(self.expr, e.args))})"
         if e.op in self.calls:
-            return f"{self.calls[e.op]}({', '.join(map(self.expr, e.args))})"
+            text = f"{self.calls[e.op]}({', '.join(map(self.expr, e.args))})"
+            return f"{text}.to({DTYPE[e.dtype]})" if _picks_halves(e) else text
         return self.structural(e, outer)
 
     def structural(self, e: Expr, outer: int) -> str:

@@ -216,6 +216,8 @@ class Launch:
     constants: tuple[tuple[str, int], ...] = ()
     when: Expr | None = None
     """Over sizes and knobs: launched only where it holds; None always."""
+    options: tuple[tuple[str, int], ...] = ()
+    """Options of the compiler that a config does not choose for it; 0 leaves one to the compiler."""
 
 
 @dataclass(frozen=True, slots=True)

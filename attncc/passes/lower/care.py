@@ -37,7 +37,7 @@ def passes(kernel: str) -> tuple[Launch, ...]:
     return (
         Launch(kernel, (("PASS", 2),), at_once),
         Launch(kernel, (("PASS", 0),), apart),
-        Launch(kernel, (("PASS", 1),), apart),
+        Launch(kernel, (("PASS", 1),), apart, (("maxnreg", 0),)),  # care takes registers, and few tiles need it
     )
 
 
