@@ -97,6 +97,8 @@ def large_call(runner: Any) -> Call:
         page = int(axis.removeprefix("Sk / "))
         sizes["Sk"] -= sizes["Sk"] % page
         sizes |= {axis: sizes["Sk"] // page, "all pages": sizes["B"] * sizes["Sk"] // page}
+    for axis in {str(a) for t in runner.variant.tensors for a in t.axes} - sizes.keys():
+        sizes[axis] = LENGTH  # of a row that packed sequences share
     shapes = ((_checks(runner).fill(t.axes, sizes), t.dtype) for t in runner.variant.tensors)
     return Call(runner, sizes, [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in shapes])
 
@@ -110,13 +112,36 @@ def _checks(runner: Any) -> Any:
     return import_module(f"{type(runner).__module__.rpartition('.')[0]}._checks")
 
 
-def compiled(package: Any, config: Mapping[str, int]) -> Iterator[Any]:
-    """The kernels of a large call with this config as Triton compiles them, an engine's first."""
+def compiled(package: Any, config: Mapping[str, int], *, aligned: bool = True) -> Iterator[Any]:
+    """The kernels of a large call with this config as Triton compiles them, an engine's first.
+
+    `aligned`: whether tensors begin where tensor maps can read them; portable kernels alone do without.
+    """
     runner = runner_of(package)
     call = large_call(runner)
-    launches, tensors = call.launches(config, runner.variant.lse is not None, with_maps=True)
+    launches, tensors = call.launches(config, runner.variant.lse is not None, with_maps=aligned)
+    if not aligned:
+        tensors = [*map(_astray, call.tensors), *tensors[len(call.tensors) :]]
     for launch in sorted(launches, key=lambda x: "args" not in x.bound.at):
         yield launch.compile(launch.prepared(launch.bound, tensors, 0.1, launch.make_map))
+
+
+def _astray(t: Any) -> Any:
+    """A tensor like this one that begins an element behind where memory is allotted."""
+    return t.new_empty(t.numel() + 1).as_strided(t.shape, t.stride(), 1)
+
+
+def has_pieces(package: Any) -> bool:
+    """Whether an operand is read as several tiles side by side."""
+    kernels = runner_of(package).variant.kernels
+    tiles = {(p[1], p[3]) for k in kernels for p in k.parameters if p[0] == "tile"}
+    return len(tiles) > len({operand for operand, _ in tiles})
+
+
+def is_careful(made: Any) -> bool:
+    """Whether it is the pass that does lost tiles again: few calls have any, and its time is of no account."""
+    names = made.src.fn.arg_names
+    return "PASS" in names and made.src.constants.get((names.index("PASS"),)) == 1
 
 
 def disassembled(made: Any) -> str:

@@ -15,7 +15,7 @@ from typing import Any, Final
 from attncc.codegen import assembly
 from attncc.codegen.answer import answer
 from attncc.codegen.aot import only
-from attncc.codegen.elsewhere import compiled, disassembled, opened, resource_usage
+from attncc.codegen.elsewhere import compiled, disassembled, has_pieces, is_careful, opened, resource_usage
 from attncc.codegen.gate import judge
 from attncc.codegen.uniform import undefined, unwritten
 from attncc.device import Device, parse
@@ -33,7 +33,7 @@ class Found:
     registers: int = 0
     """Per thread."""
     spill_bytes: int = 0
-    """Of a thread's own memory, where registers go that do not fit."""
+    """Of a thread's own memory, where registers go that do not fit; tiles that are done again aside."""
     shared_bytes: int = 0
 
 
@@ -41,18 +41,20 @@ def judged(package: Any, config: Mapping[str, int], device: Device) -> Found:
     """Compiles the kernels of a call with this config, and judges each by what it takes and what ptxas made of it."""
     try:
         kernels = [*compiled(package, config)]
+        if config.get("TMA") and has_pieces(package):  # of which ptxas spoils more where no tensor map reads them
+            kernels += compiled(package, config, aligned=False)
     except Exception as error:  # whatever the compiler raises is this config's answer
         return Found((f"it does not compile: {type(error).__name__}: {error}"[:1000],))
     reasons: list[str] = []
     used = dict(UNUSED)
     for number, made in enumerate(kernels):
-        taken = _takes(made, device)
+        taken = _takes(made, device) | ({"spill_bytes": 0} if is_careful(made) else {})
         used = {what: max(n, taken[what]) for what, n in used.items()}
         reasons += _excess(made, taken, device)
         if number == 0 and config.get("ENGINE"):
             reasons += judge(made).reasons
         elif "cubin" in made.asm:
-            reasons += _faults(made, MANY if not config.get("ENGINE") else None)
+            reasons += _faults(made, None if config.get("ENGINE") or is_careful(made) else MANY)
     return Found(tuple(dict.fromkeys(reasons)), **used)
 
 

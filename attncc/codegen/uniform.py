@@ -98,7 +98,8 @@ def unwritten(text: str) -> tuple[Undefined, ...]:
     found: list[Undefined] = []
     for at in sorted(seen):
         x = code[at]
-        read = {int(n) for operand in x.operands[not _stores(x) :] for n in VECTOR.findall(operand)}
+        written = 0 if _stores(x) else 1 + (re.match(r"U?P[T\d]", "".join(x.operands[:1])) is not None)
+        read = {int(n) for operand in x.operands[written:] for n in VECTOR.findall(operand)}
         if x.opcode.startswith("LOP3"):  # predicates are kept as bits of a register that nothing cleared
             continue
         if x.opcode.startswith((*SPAN, "PRMT")):  # a product that adds to nothing, half of a register: both name it
@@ -196,7 +197,7 @@ def _written_before(code: list[Instruction], follows: list[list[int]], writes: S
 
 
 def _bits(registers: Iterable[int]) -> int:
-    return sum(1 << r for r in registers)
+    return sum(1 << r for r in {*registers})
 
 
 def _certain_writes(code: list[Instruction], heads: frozenset[int]) -> Iterator[Writes]:

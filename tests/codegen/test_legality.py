@@ -57,7 +57,7 @@ def test_what_takes_too_much_shared_memory_is_refused_where_there_is_less(a100: 
 
 
 def test_registers_that_do_not_fit_a_main_loop_are_refused(a100: Any) -> None:
-    (reason,) = a100(BN=128, num_stages=1)["reasons"]
+    (reason,) = a100(BM=128, BN=128, num_stages=1)["reasons"]
     assert "words a turn" in reason
 
 

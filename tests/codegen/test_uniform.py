@@ -128,3 +128,18 @@ def test_a_branch_on_a_copy_of_the_predicate() -> None:
 )
 def test_reads_that_no_path_has_written(lines: tuple[str, ...], registers: list[int]) -> None:
     assert [u.register for u in unwritten(sass(*lines))] == registers
+
+
+def lost(*lines: str) -> list[int]:
+    return [u.register for u in unwritten(sass(*lines))]
+
+
+def test_neighbours_that_an_instruction_may_write() -> None:
+    """Of each of the first operands four, which may be the same: R6 is among both here."""
+    assert lost("LDC.64 R2, c[0x0][0x2a8]", "IMAD.SHL.U32 R6, R3, 0x2, RZ", "VIADD R0, R6, 0x1f", "EXIT") == []
+    assert lost("NOP", "VIADD R0, R40, 0x1f", "EXIT") == [40]
+
+
+def test_a_predicate_before_what_a_shuffle_writes() -> None:
+    assert lost("S2R R10, SR_TID.X", "SHFL.BFLY PT, R19, R10, 0x1, 0x1f", "EXIT") == []
+    assert lost("S2R R10, SR_TID.X", "SHFL.BFLY PT, R19, R40, 0x1, 0x1f", "EXIT") == [40]
