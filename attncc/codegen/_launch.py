@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +25,7 @@ from ._bound import ADDRESSES_KEPT, Binding, Bound, Way, map_strides, operand_vi
 INTERPRETED = not isinstance(tl.sum, triton.JITFunction)
 """Whether Triton was imported to interpret kernels: its own functions are as it found the environment then."""
 TRITON = triton.__version__
+THREAD = threading.local()
 
 Start = Callable[[int, list[Any]], None]
 Encode = Callable[[int, Any], list[Any]]
@@ -75,6 +77,7 @@ class Launch(Binding):
     def enter(self, tensors: list[Any]) -> Bound:
         """Finds the way past Triton's front door."""
         tiles = self.bound.tiles
+        enter_context()
         self.start, encode = entry(self.compiled, self.programs, [at for at, *_ in tiles])
         made = {at: encode(at, self.make_map(at, tensors[number], axes, block)) for at, number, axes, block in tiles}
         self.direct = self.bound.unfolded(made)
@@ -92,12 +95,20 @@ class Launch(Binding):
         address = t.data_ptr()
         found = self.kept.get((at, address))
         if found is None:
+            enter_context()
             made = self.make_map(at, t, axes, block)
             made.base = Address(address, made.base.dtype)
             if len(self.kept) >= ADDRESSES_KEPT:
                 self.kept.clear()
             found = self.kept[at, address] = self.encode[at](made)[0]
         return found
+
+
+def enter_context() -> None:
+    """Gives the thread torch's context: one that never called CUDA has none, and maps are encoded in it."""
+    if not getattr(THREAD, "entered", False):
+        torch.cuda.mem_get_info()
+        THREAD.entered = True
 
 
 def entry(compiled: Any, programs: int, maps: Sequence[int]) -> tuple[Start, Encode]:
