@@ -214,7 +214,7 @@ def forward(
     out_h, out_s, lse_h, write_lse,
     tiles, args,
     BN: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, GROUP: gl.constexpr,
-    TURNS: gl.constexpr, REGISTERS: gl.constexpr, AGAIN: gl.constexpr,
+    TURNS: gl.constexpr, REGISTERS: gl.constexpr, POLY: gl.constexpr, AGAIN: gl.constexpr,
     MARK_LOST: gl.constexpr, NUMBERS: gl.constexpr, KNOWN: gl.constexpr, FLOATS: gl.constexpr,
     FACTOR: gl.constexpr, QUERIES: gl.constexpr, KEYS: gl.constexpr, READS_ROWS: gl.constexpr,
     OWN_ROOM: gl.constexpr, HEADS: gl.constexpr, COLUMNS: gl.constexpr,
@@ -266,27 +266,27 @@ def forward(
         gl.warp_specialize([
             (consume, (0, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
                        (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS, HEADS, COLUMNS))),
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS, HEADS, COLUMNS, POLY))),
             (consume, (1, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
                        (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS, HEADS, COLUMNS))),
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS, HEADS, COLUMNS, POLY))),
             (produce, (maps, counter, lost, places, mail, bars, tiles, args,
                        (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS, HEADS, COLUMNS))),
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS, HEADS, COLUMNS, POLY))),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.static_assert(CONSUMERS == 3)
         gl.warp_specialize([
             (consume, (0, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
                        (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS, HEADS, COLUMNS))),
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS, HEADS, COLUMNS, POLY))),
             (consume, (1, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
                        (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS, HEADS, COLUMNS))),
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS, HEADS, COLUMNS, POLY))),
             (consume, (2, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
                        (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS, HEADS, COLUMNS))),
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS, HEADS, COLUMNS, POLY))),
             (produce, (maps, counter, lost, places, mail, bars, tiles, args,
                        (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS, HEADS, COLUMNS))),
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS, HEADS, COLUMNS, POLY))),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip

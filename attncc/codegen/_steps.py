@@ -19,6 +19,8 @@ LOWEST = gl.constexpr(-1.7014118346046923e38)
 """Below every finite score in units of log 2, and finite: a row that sees no key keeps it."""
 MOST = gl.constexpr(448.0)
 """Weights of few bits are multiples of it, the greatest number of fp8: their format's range is all used."""
+TOGETHER = gl.constexpr(8)
+"""Exponentials that are shared out between two units."""
 FIRST_TURN = gl.constexpr(9)
 """Named barriers from here on are ours; Triton takes those before."""
 
@@ -45,6 +47,46 @@ def pass_turn(NUMBER: gl.constexpr):
 def exp2(x):
     """2**x by one instruction; what is below 2**-126 becomes 0."""
     return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.constexpr_function
+def _by_instruction(n):
+    return f"ex2.approx.ftz.f32 ${n}, ${n + TOGETHER.value};"
+
+
+@gluon.constexpr_function
+def _by_polynomial(n):
+    """2**x as 2**n * 2**f: n is what is left of x beside 1.5 * 2**23, f in [-1/2, 1/2] goes into a polynomial of degree
+    3, whose relative error is at most 7.5e-5. What is below 2**-126 becomes 0, NaN stays NaN."""
+    return (
+        "{ .reg .f32 x, n, p; .reg .b32 e; "
+        f"max.NaN.f32 x, ${n + TOGETHER.value}, 0fC2FE0000; "  # -127
+        "add.rn.f32 n, x, 0f4B400000; mov.b32 e, n; sub.rn.f32 n, n, 0f4B400000; sub.rn.f32 x, x, n; "
+        "fma.rn.f32 p, x, 0f3D61FBB0, 0f3E786F0D; fma.rn.f32 p, p, x, 0f3F31798D; fma.rn.f32 p, p, x, 0f3F7FFB49; "
+        f"shl.b32 e, e, 23; add.s32 e, e, 0x3F800000; mov.b32 n, e; mul.rn.f32 ${n}, p, n; }}"
+    )
+
+
+@gluon.constexpr_function
+def _powers(POLY):
+    """Of eight numbers POLY by polynomial, spread evenly."""
+    count = TOGETHER.value
+    return " ".join(
+        _by_polynomial(n) if (n + 1) * POLY // count > n * POLY // count else _by_instruction(n) for n in range(count)
+    )
+
+
+@gluon.jit
+def weights(x, POLY: gl.constexpr):
+    """2**x; POLY of eight on the units that multiply and add, for the one of exponentials is slower than tensor cores
+    where heads are narrow."""
+    if POLY > 0:
+        asm: gl.constexpr = _powers(POLY)
+        sides: gl.constexpr = "=f,=f,=f,=f,=f,=f,=f,=f,f,f,f,f,f,f,f,f"
+        p = gl.inline_asm_elementwise(asm, sides, [x], dtype=gl.float32, is_pure=True, pack=TOGETHER.value)
+    else:
+        p = exp2(x)
+    return p
 
 
 @gluon.jit
@@ -92,13 +134,13 @@ def less_log2_most(m):
 
 
 @gluon.jit
-def softmax(x, m, c, FEW_BITS: gl.constexpr):
+def softmax(x, m, c, FEW_BITS: gl.constexpr, POLY: gl.constexpr):
     """Weights of a tile of scores x * c in units of log 2, the new maximum, and what older weights shrink by."""
     m_new = gl.maximum(m, gl.max(x, 1) * c)
     if FEW_BITS:
-        p = exp2(x * c - less_log2_most(m_new)[:, None])
+        p = weights(x * c - less_log2_most(m_new)[:, None], POLY)
     else:
-        p = exp2(x * c - m_new[:, None])
+        p = weights(x * c - m_new[:, None], POLY)
     return p, exp2(m - m_new), m_new
 
 
@@ -295,7 +337,7 @@ def fill(
     mbarrier.arrive(k_empty.index(slot), count=1)
     x = scores(qk, 0, cuts, read, places, bars, mail, letter, known, r, s, args, NUMBER, S_LAYOUT, CONFIG)
     FEW_BITS: gl.constexpr = few_bits(k_s[0].dtype)
-    p, alpha, m = softmax(x, m, c, FEW_BITS)
+    p, alpha, m = softmax(x, m, c, FEW_BITS, CONFIG[16])
     l = l * per_lane(alpha, l) + lane_sum(p)
     p_new = rounded(p, k_s[0].dtype, P_LAYOUT)
     acc, late = shrunk(acc, alpha, FEW_BITS)
@@ -327,13 +369,13 @@ def overlap(
     qk = warpgroup_mma_wait(len(acc), deps=(qk_sent,))
     mbarrier.arrive(k_empty.index(slot), count=1)
     x = scores(qk, t, cuts, read, places, bars, mail, letter, known, r, s, args, NUMBER, S_LAYOUT, CONFIG)
-    weights, alpha, m = softmax(x, m, c, FEW_BITS)
-    l = l * per_lane(alpha, l) + lane_sum(weights)
+    new, alpha, m = softmax(x, m, c, FEW_BITS, CONFIG[16])
+    l = l * per_lane(alpha, l) + lane_sum(new)
     if FEW_BITS:  # what the next product reads must not be written while this one runs
         got = arrived(acc_sent)
-        p_new = rounded(weights, k_s[0].dtype, P_LAYOUT)
+        p_new = rounded(new, k_s[0].dtype, P_LAYOUT)
     else:
-        p_new = rounded(weights, k_s[0].dtype, P_LAYOUT)
+        p_new = rounded(new, k_s[0].dtype, P_LAYOUT)
         got = arrived(acc_sent)
     mbarrier.arrive(v_empty.index(before), count=1)
     acc, late = shrunk(joined(got, acc, late), alpha, FEW_BITS)

@@ -18,17 +18,10 @@ from attncc.codegen.gate import Findings
 from attncc.codegen.parameters import constants
 from attncc.device import find
 from attncc.ir.expr import const
-from attncc.passes.lower import hopper
 from attncc.passes.lower.defaults import default_configs
 from attncc.passes.lower.stored import key_at
 
 TOKENS = "quantize: {q: fp8_e4m3(per=token), k: fp8_e4m3(per=block(64)), v: fp8_e4m3, p: fp8_e4m3}"
-
-
-@pytest.fixture(autouse=True)
-def as_if_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the gap that waits for a GPU's word."""
-    monkeypatch.setattr(hopper, "GAPS", tuple(g for g in hopper.GAPS if g is not hopper.UNCHECKED))
 
 
 def keys_of(positions: int) -> list[int]:

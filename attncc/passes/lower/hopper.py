@@ -57,7 +57,6 @@ DENSE_AT: Final = ("b", "h", "number", "row0")
 """What tells where a query tile is."""
 
 
-UNCHECKED: Final = Gap("quantised operands, whose results no GPU has accepted yet", lambda a: bool(a.quantize))
 GAPS: Final = (
     Gap("a normalizer other than softmax", lambda a: a.part.normalizer.kind != "softmax"),
     Gap("quantised operands other than q, k, v and p, all of fp8_e4m3", lambda a: _formats(a) not in ({}, MULTIPLIED)),
@@ -75,7 +74,6 @@ GAPS: Final = (
         "relative positions beside listed tiles", lambda a: bool(skew.split_diagonals(a)[1]) and key_tiles_of(a).listed
     ),
     Gap("ranges over all rows of a tile", lambda a: any(map(_is_over_rows, _bounds(a)))),
-    UNCHECKED,
 )
 
 
@@ -88,7 +86,8 @@ def accelerated(attn: Attention, program: Program) -> Program:
     """The program with the engine beside its kernels, where it carries the variant."""
     if why := gap(attn):
         return replace(program, engine_gap=why)
-    made = replace(engine(attn), replaces=(program.kernels[-1].name,), knobs=ENGINE_KNOBS)
+    knobs = tuple(replace(k, choices=(0,)) if k.name == "E_POLY" and _is_exact(attn) else k for k in ENGINE_KNOBS)
+    made = replace(engine(attn), replaces=(program.kernels[-1].name,), knobs=knobs)
     if attn.quantize:
         return _over_stored(quantize.with_scales(attn), program, made)
     if not may_hide_values(attn):
@@ -134,7 +133,8 @@ def engine(attn: Attention) -> Engine:
     score, keep, finish = _score(b, formulas), _keep(b, formulas), _finish(b, attn, t, rule)
     of_tile, of_rows = _parted(b.body)
     wanted = {*_parameters((score, keep, finish))}
-    shaped = [e for e in _bound(of_rows) if str(e.attr) in wanted] or [name("rows", "i32", ("BM",))]
+    given = name("rows", "i32", ("BM",))
+    shaped = [e for e in (given, *_bound(of_rows)) if str(e.attr) in wanted] or [given]
     rows = _function("rows", b, of_rows, shaped, "What the formulas know of rows, [rows] or [rows, 1] each.")
     place = _place(attn)
     at = place.results[: len(PACKED_AT if is_varlen(attn) else DENSE_AT)]
@@ -160,7 +160,7 @@ def engine(attn: Attention) -> Engine:
         tuple(p.width for p in pieces(attn.dims.qk, PIECES)),
         tuple(p.width for p in pieces(attn.dims.v, PIECES)),
         substitute(programs(attn), {"BM": name("E_CONSUMERS") * ROWS}),
-        attn.numerics.exp == "exact",
+        _is_exact(attn),
         next((d.operand for d in diagonals), None),
     )
 
@@ -182,6 +182,11 @@ WALK: Final = "Tiles cut by the mask or by the end of the keys, whole tiles, and
 def _bounds(attn: Attention) -> Iterator[Expr]:
     for r in key_tiles_of(attn).ranges:
         yield from (r.lo, r.hi, r.full_lo, r.full_hi)
+
+
+def _is_exact(attn: Attention) -> bool:
+    """Whether functions are not to be approximated by what is faster than the GPU's own exponential."""
+    return attn.numerics.exp == "exact"
 
 
 def _formats(attn: Attention) -> dict[str, str]:

@@ -33,6 +33,7 @@ ENGINE_KNOBS: Final = (
     Knob("E_GROUP", (8, 1, 4, 16), "heads whose keys and values share the L2 cache"),
     Knob("E_TURNS", (0, 1), "1: consumers issue their products in turn"),
     Knob("E_REGISTERS", (240, 160), "of a consumer's thread"),
+    Knob("E_POLY", (0, 1, 2, 3), "of eight exponentials, how many are polynomials"),
 )
 
 
