@@ -10,10 +10,12 @@ from typing import Final
 from attncc.device import Device
 from attncc.ir.attention import Attention
 from attncc.ir.tile import Program
-from attncc.passes.lower.defaults import Config, beside_engine, default_configs
+from attncc.passes.lower.defaults import Config, beside_engine, default_configs, filling
 from attncc.passes.lower.knobs import FILL, SPLIT
 
 WARPS: Final = (4, 8)
+FEW_WARPS: Final = (2, 4, 8)
+"""Of query tiles of few rows."""
 STAGES: Final = (1, 2, 3)
 REGISTERS: Final = (0, 128, 160, 168)
 """Caps of a thread's registers, 0 for none: for two programs of 8 warps on a multiprocessor, or three of 4."""
@@ -21,7 +23,7 @@ PRODUCER: Final = 24
 """Registers of a thread of the engine's warpgroup that loads."""
 SHARED_OUT: Final = (SPLIT.name, FILL.name)
 """How keys are shared out to programs, in calls of few queries."""
-FILLINGS: Final = (2, 4, 8)
+FILLINGS: Final = (1, 2, 4, 8)
 """Programs a multiprocessor that fill it."""
 FEW: Final = 16
 """Queries; calls of no more are tried with their keys shared out."""
@@ -68,7 +70,8 @@ def branches(attn: Attention, program: Program, device: Device, queries: int) ->
         engine = {k.name: k.choices for k in program.engine.knobs}
         found.append(Branch(program.engine.name, engine, lambda choice: {**around, **beside_engine(attn, choice)}))
     if SPLIT.name in knobs and queries <= FEW:
-        shares = {SPLIT.name: SPLIT.choices[1:], FILL.name: tuple(n * device.sms for n in FILLINGS)}
+        shares = {SPLIT.name: SPLIT.choices[1:], FILL.name: tuple(filling(device, n) for n in FILLINGS)}
+        shares |= {"num_warps": FEW_WARPS} if device.is_gpu else {}
         found.append(Branch("split", plain | _options(device) | shares, lambda choice: {**base, **choice}))
     return tuple(found)
 

@@ -47,7 +47,7 @@ def _engine(
 ) -> Config:
     return {
         "E_KEYS": keys, "E_CONSUMERS": consumers, "E_STAGES": stages, "E_Q_STAGES": q_stages, "E_GROUP": 8,
-        "E_TURNS": turns, "E_REGISTERS": registers,
+        "E_TURNS": turns, "E_REGISTERS": registers, "E_POLY": 0,
     }  # fmt: skip
 
 
@@ -134,10 +134,6 @@ def _is_latent(attn: Attention) -> bool:
     return attn.is_latent
 
 
-def _is_ragged(attn: Attention) -> bool:
-    return attn.dims.qk % 16 > 0 or attn.dims.v % 16 > 0
-
-
 def _has_pieces(attn: Attention) -> bool:
     return max(len(pieces(attn.dims.qk)), len(pieces(attn.dims.v))) > 1
 
@@ -153,32 +149,37 @@ HOPPER: Final = (
         "a bias tile beside the scores", _both(_reads_tiles, _up_to(128)), _config(128, 64, 8, 2, 128, tma=1, group=2)
     ),
     Rule(
+        "listed tiles of heads in several pieces",
+        _both(_both(_is_listed, _has_pieces), _up_to(256)),
+        _config(64, 32, 4, 1, tma=1, group=1),
+    ),
+    Rule("heads of several pieces", _both(_has_pieces, _up_to(128)), _config(64, 32, 4, 2, tma=1)),
+    Rule(
         "listed tiles: one head at a time", _both(_is_listed, _up_to(128)), _config(64, 128, 4, 1, 168, tma=1, group=1)
     ),
     Rule("narrow heads, no mask", _both(_is_unmasked, _up_to(64)), _config(64, 128, 4, 1, 160, tma=1)),
     Rule("narrow heads", _up_to(64), _config(64, 128, 4, 2, 160, tma=1)),
-    Rule("rows that are no multiple of 32 bytes", _both(_is_ragged, _up_to(96)), _config(128, 128, 8, 2, 128, tma=1)),
-    Rule("heads of several pieces", _both(_has_pieces, _up_to(112)), _config(64, 64, 4, 2, tma=1)),
     Rule(
         "more work a pair, or few keys a row: four programs a multiprocessor",
         _both(_has_small_tiles, _values_up_to(128)),
         _config(64, 64, 4, 1, 128, tma=1),
     ),
     Rule("values up to 128: three programs a multiprocessor", _values_up_to(128), _config(64, 128, 4, 1, 168, tma=1)),
-    Rule("heads up to 160", _up_to(160), _config(64, 64, 4, 2, tma=1)),
     Rule(
         "heads of several pieces up to 256, masked",
         _both(_both(_has_pieces, _is_masked), _up_to(256)),
         _config(64, 32, 4, 2, tma=1),
     ),
+    Rule("heads up to 160", _up_to(160), _config(64, 64, 4, 2, tma=1)),
     Rule("heads up to 256", _up_to(256), _config(64, 128, 4, 1, tma=1)),
     Rule("a wide latent: two stages, without which registers spill", _is_latent, _config(64, 32, 8, 2, tma=1)),
     Rule("the widest heads", _always, _config(64, 32, 8, 1, tma=1)),
 )
 ENGINE: Final = (
+    Rule("listed tiles of several pieces", _both(_is_listed, _has_pieces), _engine(keys=64, consumers=2, q_stages=1)),
     Rule("operands of few bits, a table beside", _both(_is_quantised, _reads_tiles), _engine(128, 2, q_stages=1)),
     Rule("operands of few bits, scales of rows or keys", _has_scaled_rows, _engine(64, 2, stages=3)),
-    Rule("operands of few bits", _is_quantised, _engine(128, 2, stages=3)),
+    Rule("operands of few bits", _is_quantised, {**_engine(128, 2, stages=3), "E_POLY": 2}),
     Rule("heads up to 64", _both(_up_to(64), _is_light), _engine(keys=128, consumers=3, turns=1, registers=160)),
     Rule("a wide table beside the scores", _both(_reads_wide_tiles, _up_to(128)), _engine(128, 2, q_stages=1)),
     Rule("heads up to 128", _up_to(128), _engine(keys=128, consumers=2)),
@@ -231,8 +232,13 @@ FIXED_SHARE: Final = 512
 """Keys that it has where its size may depend on nothing else."""
 FILLING: Final = 4
 """Programs a multiprocessor, as many as its registers hold, for it to have loads in flight always."""
+MERGED: Final = 64
+"""Shares that a merge takes at once: programs that fill a GPU are a multiple."""
 KEYS: Final = (16, 32, 64, 128)
 """Of a key tile."""
+PIECED: Final = 32
+"""Keys of a tile of heads in several pieces, of 64 rows and by four warps: of wider ones that wait in one place, as all
+do that no tensor map reads, ptxas 12.8 multiplies what lies at undefined addresses (`codegen/uniform.py`)."""
 GROUPED: Final = (16, 32, 64)
 """Rows of a group's query tile."""
 
@@ -248,29 +254,57 @@ def default_configs(attn: Attention, device: Device, with_engine: bool = True) -
     config = {**rule.config, "GROUP": min(2, rule.config["GROUP"])} if _is_unmasked(attn) else rule.config
     config = {**config, "BN": max(n for n in KEYS if n <= config["BN"] and storage.fits_tiles(attn, n))}
     large = {**config, **_engine_config(attn, device)} if with_engine else config
-    few = {**config, "BM": 16, "maxnreg": 0, "num_stages": config["num_stages"] if attn.is_latent else 1}
-    if attn.page_size and _widest(attn) <= 128:  # few rows leave registers to addresses
-        few |= {"BN": 64, "num_warps": 4}
-    small = {**config, "BN": min(64, config["BN"]), "ONE_PASS": 1, "TMA": 0, "maxnreg": 0}
+    small = {**config, **_small(attn, config, device), "ONE_PASS": 1, "TMA": 0, "maxnreg": 0}
     if short.gap(attn):
+        few = {**config, "BM": 16, "maxnreg": 0, "num_stages": config["num_stages"] if attn.is_latent else 1}
         return (({"pairs": SMALL}, small), ({"Sq": SHORT}, few), ({}, large)), rule.why
-    whole = {"SPLIT": 0, "FILL": FILLING * device.sms}
-    brief = _splitting(attn, {**few, **whole}, config["BM"])
+    whole = {"SPLIT": 0, "FILL": filling(device, FILLING)}
+    brief = _splitting(attn, {**config, **whole}, device)
     small, large = {**small, **whole}, {**large, **whole}
     if split.is_fixed(attn):  # pairs are counted over the batch
         return (*brief, ({}, large)), rule.why
     return (({"pairs": SMALL, "Sk": WORTH_SPLITTING}, small), *brief, ({"pairs": SMALL}, small), ({}, large)), rule.why
 
 
-def _splitting(attn: Attention, few: Config, most_rows: int) -> list[Row]:
+def filling(device: Device, each: int) -> int:
+    """So many programs a multiprocessor, in all: where they are many, a multiple of what a merge takes at once."""
+    programs = each * device.sms
+    return programs // MERGED * MERGED or programs
+
+
+def _small(attn: Attention, config: Config, device: Device) -> Config:
+    """What small calls have otherwise."""
+    if device.has_wgmma and _has_pieces(attn):
+        return {"BN": min(PIECED, config["BN"]), "num_stages": 1}
+    return {"BN": min(64, config["BN"])}
+
+
+def _splitting(attn: Attention, config: Config, device: Device) -> list[Row]:
     """Rows for calls of few queries, by how many of them with all heads of their group one query tile holds."""
-    fixed = split.is_fixed(attn)
-    few = {**few, "BN": min(64, few["BN"])}
-    tiles = (FIXED_SHARE if fixed else SHARE) // few["BN"]
-    heights = [rows for rows in GROUPED if rows <= most_rows]
+    keys = 64 if attn.page_size and _widest(attn) <= 128 else min(64, config["BN"])
+    keys = PIECED if device.has_wgmma and _has_pieces(attn) else keys
+    tiles = (FIXED_SHARE if split.is_fixed(attn) else SHARE) // keys
+    heights = [rows for rows in GROUPED if rows <= config["BM"]]
     bounds = {min(rows // members(attn), SHORT): rows for rows in reversed(heights)}
     bounds.setdefault(SHORT, heights[-1])
-    return [({"Sq": most}, {**few, "BM": bounds[most], "SPLIT": tiles}) for most in sorted(bounds) if most]
+    few = {**config, "BN": keys, "maxnreg": 0, "SPLIT": tiles}
+    return [
+        ({"Sq": most}, {**few, "BM": bounds[most], **_pace(attn, bounds[most], device)})
+        for most in sorted(bounds)
+        if most
+    ]
+
+
+def _pace(attn: Attention, rows: int, device: Device) -> Config:
+    """Warps and stages of query tiles of few rows, which leave registers to addresses, and to keys in flight.
+
+    Measured on an H200: two warps and two stages are fastest over rows of keys as over pages, but for wide latents.
+    """
+    if not device.has_wgmma or _is_fp32(attn) or _widest(attn) > 128:
+        if attn.is_latent:
+            return {"num_warps": 4, "FILL": filling(device, 2)} if device.has_wgmma and rows == GROUPED[0] else {}
+        return {"num_stages": 1, "num_warps": 4} if attn.page_size and _widest(attn) <= 128 else {"num_stages": 1}
+    return {"num_stages": 2, "num_warps": 2 if rows == GROUPED[0] else 4}
 
 
 def _engine_config(attn: Attention, device: Device) -> Config:
@@ -278,7 +312,9 @@ def _engine_config(attn: Attention, device: Device) -> Config:
     if not device.has_wgmma or gap(attn):
         return {}
     rule = next(r for r in ENGINE if r.applies(attn))
-    return beside_engine(attn, {**rule.config, "E_GROUP": 1} if _is_listed(attn) else rule.config)
+    changes = {"E_GROUP": 1} if _is_listed(attn) else {}
+    changes |= {"E_POLY": 0} if attn.numerics.exp == "exact" else {}
+    return beside_engine(attn, {**rule.config, **changes})
 
 
 def beside_engine(attn: Attention, engine: Config) -> Config:
@@ -291,4 +327,6 @@ def beside_engine(attn: Attention, engine: Config) -> Config:
         portable["num_warps"] = 8  # by four, ptxas 12.8 multiplies what lies at undefined addresses (heads of 80, 96)
     if _is_listed(attn):
         portable |= {"BM": 64 * engine["E_CONSUMERS"], "BN": engine["E_KEYS"], "num_warps": 8}
+        if _has_pieces(attn):
+            portable["num_warps"] = 16  # as above, of tiles as high as the engine's
     return {**portable, "ENGINE": 1, **engine}

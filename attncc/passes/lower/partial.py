@@ -13,7 +13,7 @@ from typing import Final
 
 from attncc.ir.attention import Attention
 from attncc.ir.build import Builder, column, full, iota, program, quotient, read, reduce, remainder, row
-from attncc.ir.expr import Expr, cast_to, const, maximum, minimum, name, where
+from attncc.ir.expr import Expr, Value, cast_to, const, maximum, minimum, name, where
 from attncc.ir.tile import Function, Param, Scratch
 from attncc.passes.lower import care, storage
 from attncc.passes.lower.forward import parameters
@@ -101,19 +101,38 @@ def line_of(b: Builder, attn: Attention, t: QueryTile) -> KeyLine:
     return KeyLine(line_up(b, runs.full, "whole"), line_up(b, runs.masked, "cut"))
 
 
-def walk_between(
-    b: Builder, attn: Attention, t: QueryTile, line: KeyLine, step: Function, first: Expr, last: Expr
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Every `stride`-th tile of [first, last) of a line."""
+
+    first: Expr
+    last: Expr
+    stride: Value = 1
+
+    def behind(self, tiles: Expr) -> Expr:
+        """How many tiles behind so many its next one is."""
+        if self.stride == 1:
+            return maximum(self.first, tiles) - tiles
+        missing = remainder(tiles - self.first, self.stride)
+        return where(self.first < tiles, remainder(self.stride - missing, self.stride), self.first - tiles)
+
+
+def walk_part(
+    b: Builder, attn: Attention, t: QueryTile, line: KeyLine, step: Function, part: Part
 ) -> Callable[[Expr], None]:
-    """What walks the tiles [first, last) of the line, with care if told so."""
+    """What walks a part of the line, with care if told so."""
     whole, cut = line.whole, line.cut
+    first_cut = part.behind(whole.tiles)
+    if part.stride != 1:
+        first_cut = b.let("first_cut", first_cut)
 
     def walk(careful: Expr) -> None:
         on_whole, on_cut = visits(b, attn, t, step, careful)
         if whole.runs:
             b.note(WHOLE_TILES)
-            for_each_between(b, whole, first, minimum(last, whole.tiles), on_whole)
+            for_each_between(b, whole, part.first, minimum(part.last, whole.tiles), part.stride, on_whole)
         b.note(CUT_TILES)
-        for_each_between(b, cut, maximum(first, whole.tiles) - whole.tiles, last - whole.tiles, on_cut)
+        for_each_between(b, cut, first_cut, part.last - whole.tiles, part.stride, on_cut)
 
     return walk
 

@@ -1,8 +1,8 @@
 """Calls of few queries by split-KV: the keys of a row are shared out equally, and a second kernel merges the shares.
 
 A program has the query tile of a group of heads and an equal share of the line of key tiles that the tile visits: whole
-ones first, then those cut by the mask. `schedule: split_kv(n)` wishes for n shares; without a wish there are as many as
-fill the GPU.
+ones first, then those cut by the mask. Shares are dealt out tile by tile, so that programs that run side by side read
+what lies side by side. `schedule: split_kv(n)` wishes for n shares; without a wish there are as many as fill the GPU.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from attncc.ir.attention import Attention
 from attncc.ir.build import Builder, program, quotient, remainder
-from attncc.ir.expr import Expr, maximum, minimum, name
+from attncc.ir.expr import Expr, lift, maximum, minimum, name, where
 from attncc.ir.tile import Function, Kernel, Scratch
 from attncc.passes.lower import care
 from attncc.passes.lower.grid import cdiv
@@ -21,6 +21,7 @@ from attncc.passes.lower.knobs import FILL, SPLIT, WRITE_LSE
 from attncc.passes.lower.normalizers import rule_of
 from attncc.passes.lower.partial import (
     LOST,
+    Part,
     end_row,
     line_of,
     load_queries,
@@ -31,7 +32,7 @@ from attncc.passes.lower.partial import (
     share_parameters,
     step_of,
     store_states,
-    walk_between,
+    walk_part,
 )
 from attncc.passes.lower.tidy import tidy
 from attncc.passes.lower.walk import BN
@@ -47,25 +48,34 @@ class Shares:
     """How the line of a query tile is shared out."""
 
     count: Expr
-    size: Callable[[Expr], Expr]
-    """Tiles of a share, by those of the line."""
+    part: Callable[[Expr, Expr], Part]
+    """Of a share, by its number and the tiles of the line."""
     knobs: tuple[str, ...]
     """What they depend on."""
 
 
 def shares(attn: Attention) -> Shares:
-    """As many equal ones as the spec wishes for, or of SPLIT tiles each where that is fixed; else as many as fill the
-    GPU, none of fewer than SPLIT tiles while there are more."""
+    """As many equal ones as the spec wishes for, or of SPLIT tiles in a row where that is fixed; else as many as fill
+    the GPU, none of fewer than SPLIT tiles while there are more."""
     if attn.schedule.name == "split_kv":
         wished = attn.schedule.args[0]
-        return Shares(wished, lambda tiles: cdiv(tiles, wished), ())
+        return Shares(wished, lambda share, tiles: Part(share, tiles, wished), ())
     least = name(SPLIT.name)
     most = cdiv(cdiv(name("Sk"), BN), least)
     if is_fixed(attn):
-        return Shares(most, lambda tiles: least, (SPLIT.name,))
+        return Shares(
+            most,
+            lambda share, tiles: Part(share * least, minimum(share * least + least, tiles)),
+            (SPLIT.name,),
+        )
     query_tiles = name("B") * groups(attn) * group_tiles(attn)
     filling = minimum(most, maximum(quotient(name(FILL.name), query_tiles), 1))
-    return Shares(filling, lambda tiles: maximum(cdiv(tiles, name("shares")), least), (SPLIT.name, FILL.name))
+
+    def dealt(share: Expr, tiles: Expr) -> Part:
+        worthwhile = maximum(minimum(name("shares"), cdiv(tiles, least)), 1)
+        return Part(share, where(share < name("stride"), tiles, 0), worthwhile)
+
+    return Shares(filling, dealt, (SPLIT.name, FILL.name))
 
 
 def kernels(attn: Attention, dense: Function) -> tuple[Kernel, Kernel]:
@@ -100,10 +110,10 @@ def _sharer(attn: Attention, dense: Function) -> Kernel:
         load_queries(b, attn, t)
         step = step_of(b, attn, t, dense)
         line = line_of(b, attn, t)
-        size = b.let("size", shares(attn).size(line.tiles))
-        first = b.let("first", share * size)
-        last = b.let("last", minimum(first + size, line.tiles))
-        walk = walk_between(b, attn, t, line, step, first, last)
+        part = shares(attn).part(share, line.tiles)
+        stride = part.stride if lift(part.stride).value else b.let("stride", part.stride)
+        first, last = b.let("first", part.first), b.let("last", part.last)
+        walk = walk_part(b, attn, t, line, step, Part(first, last, stride))
         care.walk_twice(b, attn, rule_of(attn), lambda spoilt: b.store(lost, (program(),), spoilt), walk)
         state = b.let("state", (t.batch * attn.heads.q + t.h) * name("Sq") + t.scope.values["row"], "[BM]")
         store_states(b, attn, t, state, share)

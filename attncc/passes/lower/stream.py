@@ -22,6 +22,7 @@ from attncc.passes.lower.knobs import FILL, SPLIT, WRITE_LSE
 from attncc.passes.lower.normalizers import rule_of
 from attncc.passes.lower.partial import (
     LOST,
+    Part,
     end_row,
     end_tile,
     line_of,
@@ -33,7 +34,7 @@ from attncc.passes.lower.partial import (
     share_parameters,
     step_of,
     store_states,
-    walk_between,
+    walk_part,
 )
 from attncc.passes.lower.scores import own_name
 from attncc.passes.lower.tidy import tidy
@@ -128,7 +129,7 @@ def _walker(attn: Attention, dense: Function) -> Kernel:
             t = _place(b, attn, item)
             load_queries(b, attn, t)
             step = step_of(b, attn, t, dense)
-            walk = walk_between(b, attn, t, line_of(b, attn, t), step, first, last)
+            walk = walk_part(b, attn, t, line_of(b, attn, t), step, Part(first, last))
             care.walk_twice(b, attn, rule_of(attn), lambda spoilt: _keep_mark(b, spoilt), walk)
             with b.when(eq(last - first, count)):
                 end_tile(b, attn, t)

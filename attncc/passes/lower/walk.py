@@ -157,10 +157,12 @@ def line_up(b: Builder, runs: tuple[Run, ...], text: str) -> Line:
     return Line(runs, number_tiles(b, runs, text) if runs else ())
 
 
-def for_each_between(b: Builder, line: Line, first: Expr, last: Expr, body: Callable[[Expr], None]) -> None:
-    """One loop over the tiles [first, last) of a line: `body` gets the position of each tile's first key."""
+def for_each_between(
+    b: Builder, line: Line, first: Expr, last: Expr, stride: Value, body: Callable[[Expr], None]
+) -> None:
+    """One loop over every `stride`-th tile of [first, last) of a line: `body` gets the position of its first key."""
     if line.runs:
-        with b.loop("t", first, last) as t:
+        with b.loop("t", first, last, stride) as t:
             body(b.let("n", tile_at(t, line.runs, line.ends)))
 
 

@@ -75,7 +75,8 @@ def key_tile(
     if CAREFUL:
         bad = v - v != 0.0
         acc = tl.where(
-            tl.dot(tl.full([BM, BN], 1.0, BF16) * tl.where(keep, 1.0, 0.0), tl.where(bad, 1.0, 0.0)) > 0.0,
+            tl.dot(tl.full([BM, BN], 1.0, BF16) * tl.where(keep, 1.0, 0.0).to(BF16), tl.where(bad, 1.0, 0.0).to(BF16))
+            > 0.0,
             float("nan"), acc,
         )
         v = tl.where(bad, 0.0, v)
@@ -264,20 +265,21 @@ def causal_gqa_split(
         full_end = tl.minimum(full_hi, key_hi) // BN * BN
         whole_0 = (tl.maximum(full_end, 0) + (BN - 1)) // BN
         cut_0 = (tl.maximum(key_hi - full_end, 0) + (BN - 1)) // BN
-        size = tl.maximum((whole_0 + cut_0 + (shares - 1)) // shares, SPLIT)
-        first = share * size
-        last = tl.minimum(first + size, whole_0 + cut_0)
+        stride = tl.maximum(tl.minimum(shares, (whole_0 + cut_0 + (SPLIT - 1)) // SPLIT), 1)
+        first = share
+        last = tl.where(share < stride, whole_0 + cut_0, 0)
+        first_cut = tl.where(first < whole_0, (stride - (whole_0 - first) % stride) % stride, first - whole_0)
         m = tl.full([BM], -1.7014118346046923e+38, tl.float32)  # running maximum, in units of log 2
         l = tl.full([BM, 8], 0.0, tl.float32)  # running sum, in parts that one thread holds
         acc = tl.full([BM, 128], 0.0, tl.float32)  # [BM, 128]
         # tiles in which every pair counts
-        for t in range(first, tl.minimum(last, whole_0)):
+        for t in range(first, tl.minimum(last, whole_0), stride):
             n = t * BN
             acc, m, l = key_tile(
                 acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, c, False, False, BM, BN, TMA,
             )
         # tiles cut by the mask or by the end of the keys
-        for t in range(tl.maximum(first, whole_0) - whole_0, last - whole_0):
+        for t in range(first_cut, last - whole_0, stride):
             n = full_end + t * BN
             acc, m, l = key_tile(
                 acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, c, True, PASS == 1, BM, BN, TMA,
@@ -291,13 +293,13 @@ def causal_gqa_split(
                 l = tl.full([BM, 8], 0.0, tl.float32)  # running sum, in parts that one thread holds
                 acc = tl.full([BM, 128], 0.0, tl.float32)  # [BM, 128]
                 # tiles in which every pair counts
-                for t in range(first, tl.minimum(last, whole_0)):
+                for t in range(first, tl.minimum(last, whole_0), stride):
                     n = t * BN
                     acc, m, l = key_tile(
                         acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, c, False, False, BM, BN, TMA,
                     )
                 # tiles cut by the mask or by the end of the keys
-                for t in range(tl.maximum(first, whole_0) - whole_0, last - whole_0):
+                for t in range(first_cut, last - whole_0, stride):
                     n = full_end + t * BN
                     acc, m, l = key_tile(
                         acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, c, True, True, BM, BN, TMA,

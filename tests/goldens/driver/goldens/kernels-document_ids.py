@@ -78,7 +78,8 @@ def key_tile(
     if CAREFUL:
         bad = v - v != 0.0
         acc = tl.where(
-            tl.dot(tl.full([BM, BN], 1.0, BF16) * tl.where(keep, 1.0, 0.0), tl.where(bad, 1.0, 0.0)) > 0.0,
+            tl.dot(tl.full([BM, BN], 1.0, BF16) * tl.where(keep, 1.0, 0.0).to(BF16), tl.where(bad, 1.0, 0.0).to(BF16))
+            > 0.0,
             float("nan"), acc,
         )
         v = tl.where(bad, 0.0, v)

@@ -385,3 +385,45 @@ def fp8_heads_forward(
         O, tl.where(o == 0.0, 0.0, o * tl.load(v_scales_ptr + b * v_scales_s0 + hk * v_scales_s1)).to(BF16), b, h, row0,
         0, o_b, o_h, o_s, Sq, 128, BM, 128, TMA,
     )
+
+
+@triton.jit(do_not_specialize=["Sk"])
+def fp8_heads_turn_v(
+    V, v_peaks, v_turned, v_scales_ptr,
+    v_b: tl.int64, v_h: tl.int64, v_s: tl.int64, v_peaks_s0: tl.int64, v_peaks_s1: tl.int64,
+    v_peaks_s2: tl.int64, v_peaks_s3: tl.int64, v_turned_b: tl.int64, v_turned_h: tl.int64,
+    v_turned_s: tl.int64, v_scales_s0: tl.int64, v_scales_s1: tl.int64, v_scales_s2: tl.int64,
+    Sk,
+):
+    """Writes v as f8e4m3 for tensor cores, which want keys as neighbours, and the scales."""
+    spans = (Sk + 255) // 256
+    begin = tl.program_id(0) % spans * 256
+    heads = tl.program_id(0) // spans
+    b = heads // 8
+    h = heads % 8
+    end = tl.minimum(begin + 256, (Sk + 127) // 128 * 128)
+    peak = 0.0
+    for first in range(0, spans, 256):
+        n = first + tl.arange(0, 256)  # [256]
+        peak = tl.maximum(
+            peak,
+            tl.max(tl.load(v_peaks + b * v_peaks_s0 + h * v_peaks_s1 + n * v_peaks_s2, mask=n < spans, other=0), 0),
+        )
+    scale = tl.div_rn(peak, 448.0)
+    scale = tl.where(peak < float("inf"), tl.where(scale == 0.0, 1.0, scale), float("nan"))
+    columns = tl.arange(0, 128)
+    if begin == 0:
+        tl.store(v_scales_ptr + b * v_scales_s0 + h * v_scales_s1, scale)
+    for first in range(begin, end, 32):
+        at = first + tl.arange(0, 32)  # [32] positions
+        tokens = at // 16 * 16 + at % 4 // 2 * 8 + at % 16 // 4 * 2 + at % 2  # [32]
+        columns = tl.arange(0, 128)  # [128]
+        x = tl.load(
+            V + b * v_b + h * v_h + tokens[:, None] * v_s + columns[None, :],
+            mask=(tokens < Sk)[:, None] & (columns < 128)[None, :], other=0,
+        ).to(tl.float32)  # [32, 128]
+        y = tl.where(scale == scale, tl.div_rn(x, scale), 1.0)
+        tl.store(
+            v_turned + b * v_turned_b + h * v_turned_h + columns[None, :] * v_turned_s + at[:, None],
+            to_fp8(tl.maximum(tl.minimum(y, 448.0), -448.0), 3, 7), mask=(at < end)[:, None] & (columns < 128)[None, :],
+        )

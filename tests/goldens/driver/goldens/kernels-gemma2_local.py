@@ -83,7 +83,8 @@ def key_tile(
     if CAREFUL:
         bad = v - v != 0.0
         acc = tl.where(
-            tl.dot(tl.full([BM, BN], 1.0, BF16) * tl.where(keep, 1.0, 0.0), tl.where(bad, 1.0, 0.0)) > 0.0,
+            tl.dot(tl.full([BM, BN], 1.0, BF16) * tl.where(keep, 1.0, 0.0).to(BF16), tl.where(bad, 1.0, 0.0).to(BF16))
+            > 0.0,
             float("nan"), acc,
         )
         v = tl.where(bad, 0.0, v)
@@ -308,21 +309,22 @@ def gemma2_local_split(
         whole_0 = (tl.maximum(full_end - full_start, 0) + (BN - 1)) // BN
         cut_0 = (tl.maximum(full_start - lo, 0) + (BN - 1)) // BN
         cut_1 = cut_0 + (tl.maximum(key_hi - full_end, 0) + (BN - 1)) // BN
-        size = tl.maximum((whole_0 + cut_1 + (shares - 1)) // shares, SPLIT)
-        first = share * size
-        last = tl.minimum(first + size, whole_0 + cut_1)
+        stride = tl.maximum(tl.minimum(shares, (whole_0 + cut_1 + (SPLIT - 1)) // SPLIT), 1)
+        first = share
+        last = tl.where(share < stride, whole_0 + cut_1, 0)
+        first_cut = tl.where(first < whole_0, (stride - (whole_0 - first) % stride) % stride, first - whole_0)
         m = tl.full([BM], -1.7014118346046923e+38, tl.float32)  # running maximum, in units of log 2
         l = tl.full([BM, 8], 0.0, tl.float32)  # running sum, in parts that one thread holds
         acc = tl.full([BM, 128], 0.0, tl.float32)  # [BM, 128]
         # tiles in which every pair counts
-        for t in range(first, tl.minimum(last, whole_0)):
+        for t in range(first, tl.minimum(last, whole_0), stride):
             n = full_start + t * BN
             acc, m, l = key_tile(
                 acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, False, False, BM, BN,
                 TMA,
             )
         # tiles cut by the mask or by the end of the keys
-        for t in range(tl.maximum(first, whole_0) - whole_0, last - whole_0):
+        for t in range(first_cut, last - whole_0, stride):
             n = tl.where(t < cut_0, lo + t * BN, full_end + (t - cut_0) * BN)
             acc, m, l = key_tile(
                 acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, True, PASS == 1, BM, BN,
@@ -337,14 +339,14 @@ def gemma2_local_split(
                 l = tl.full([BM, 8], 0.0, tl.float32)  # running sum, in parts that one thread holds
                 acc = tl.full([BM, 128], 0.0, tl.float32)  # [BM, 128]
                 # tiles in which every pair counts
-                for t in range(first, tl.minimum(last, whole_0)):
+                for t in range(first, tl.minimum(last, whole_0), stride):
                     n = full_start + t * BN
                     acc, m, l = key_tile(
                         acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, False, False,
                         BM, BN, TMA,
                     )
                 # tiles cut by the mask or by the end of the keys
-                for t in range(tl.maximum(first, whole_0) - whole_0, last - whole_0):
+                for t in range(first_cut, last - whole_0, stride):
                     n = tl.where(t < cut_0, lo + t * BN, full_end + (t - cut_0) * BN)
                     acc, m, l = key_tile(
                         acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, True, True, BM,

@@ -78,7 +78,8 @@ def key_tile(
     if CAREFUL:
         bad = v - v != 0.0
         acc = tl.where(
-            tl.dot(tl.full([BM, BN], 1.0, BF16) * tl.where(keep, 1.0, 0.0), tl.where(bad, 1.0, 0.0)) > 0.0,
+            tl.dot(tl.full([BM, BN], 1.0, BF16) * tl.where(keep, 1.0, 0.0).to(BF16), tl.where(bad, 1.0, 0.0).to(BF16))
+            > 0.0,
             float("nan"), acc,
         )
         v = tl.where(bad, 0.0, v)
@@ -342,20 +343,21 @@ def sink_window_split(
         cut_0 = (tl.maximum(key_hi_0 - full_end_0, 0) + (BN - 1)) // BN
         cut_1 = cut_0 + (tl.maximum(full_start_1 - lo_1, 0) + (BN - 1)) // BN
         cut_2 = cut_1 + (tl.maximum(key_hi_1 - full_end_1, 0) + (BN - 1)) // BN
-        size = tl.maximum((whole_1 + cut_2 + (shares - 1)) // shares, SPLIT)
-        first = share * size
-        last = tl.minimum(first + size, whole_1 + cut_2)
+        stride = tl.maximum(tl.minimum(shares, (whole_1 + cut_2 + (SPLIT - 1)) // SPLIT), 1)
+        first = share
+        last = tl.where(share < stride, whole_1 + cut_2, 0)
+        first_cut = tl.where(first < whole_1, (stride - (whole_1 - first) % stride) % stride, first - whole_1)
         m = tl.full([BM], -1.7014118346046923e+38, tl.float32)  # running maximum, in units of log 2
         l = tl.full([BM, 8], 0.0, tl.float32)  # running sum, in parts that one thread holds
         acc = tl.full([BM, 128], 0.0, tl.float32)  # [BM, 128]
         # tiles in which every pair counts
-        for t in range(first, tl.minimum(last, whole_1)):
+        for t in range(first, tl.minimum(last, whole_1), stride):
             n = tl.where(t < whole_0, t * BN, full_start_1 + (t - whole_0) * BN)
             acc, m, l = key_tile(
                 acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask, c, False, False, BM, BN, TMA,
             )
         # tiles cut by the mask or by the end of the keys
-        for t in range(tl.maximum(first, whole_1) - whole_1, last - whole_1):
+        for t in range(first_cut, last - whole_1, stride):
             n = tl.where(
                 t < cut_0, full_end_0 + t * BN,
                 tl.where(t < cut_1, lo_1 + (t - cut_0) * BN, full_end_1 + (t - cut_1) * BN),
@@ -373,14 +375,14 @@ def sink_window_split(
                 l = tl.full([BM, 8], 0.0, tl.float32)  # running sum, in parts that one thread holds
                 acc = tl.full([BM, 128], 0.0, tl.float32)  # [BM, 128]
                 # tiles in which every pair counts
-                for t in range(first, tl.minimum(last, whole_1)):
+                for t in range(first, tl.minimum(last, whole_1), stride):
                     n = tl.where(t < whole_0, t * BN, full_start_1 + (t - whole_0) * BN)
                     acc, m, l = key_tile(
                         acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask, c, False, False, BM,
                         BN, TMA,
                     )
                 # tiles cut by the mask or by the end of the keys
-                for t in range(tl.maximum(first, whole_1) - whole_1, last - whole_1):
+                for t in range(first_cut, last - whole_1, stride):
                     n = tl.where(
                         t < cut_0, full_end_0 + t * BN,
                         tl.where(t < cut_1, lo_1 + (t - cut_0) * BN, full_end_1 + (t - cut_1) * BN),

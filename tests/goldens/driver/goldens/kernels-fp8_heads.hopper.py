@@ -1,0 +1,140 @@
+"""What the Hopper engine in `_hopper.py` asks of fp8_heads.
+
+From spec.yaml by attncc 0.1.0; variant 3fb522413a5b24e4. To change it, edit the spec and run
+`attncc compile spec.yaml -o OUT`.
+
+Skeleton: dense_forward, for one softmax-like part over a mask: a program per query tile walks the keys it can see.
+
+args is what a launch has: tensors, their strides, sizes and the scale; s what is known of a query tile, r of its
+rows. BM rows and BN keys make a tile; i and j are positions in the sequence.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+
+@gluon.jit
+def known(args):
+    """What is known before any query tile is."""
+    (
+        q_scales_ptr, q_scales_s0, q_scales_s1, q_scales_s2, k_scales_ptr, k_scales_s0, k_scales_s1, k_scales_s2,
+        v_scales_ptr, v_scales_s0, v_scales_s1, v_scales_s2, B, Sq, Sk, scale,
+    ) = args
+    offset = Sk - Sq
+    return (Sq, Sk, offset)
+
+
+@gluon.jit
+def place(number, args, BM: gl.constexpr, GROUP: gl.constexpr, AGAIN: gl.constexpr):
+    """Where a query tile is: in the sequence; batch entry, heads and rows by which TMA finds it; its number."""
+    (
+        q_scales_ptr, q_scales_s0, q_scales_s1, q_scales_s2, k_scales_ptr, k_scales_s0, k_scales_s1, k_scales_s2,
+        v_scales_ptr, v_scales_s0, v_scales_s1, v_scales_s2, B, Sq, Sk, scale,
+    ) = args
+    tiles = (Sq + (BM - 1)) // BM
+    group = number // (tiles * GROUP)
+    inside = number % (tiles * GROUP)
+    width = gl.minimum(B * 32 - group * GROUP, GROUP)
+    number = tiles - 1 - inside // width
+    head = group * GROUP + inside % width
+    b = head // 32
+    h = head % 32
+    row0 = number * BM
+    batch = b
+    hk = h // 4
+    hv = h // 4
+    first_query = row0
+    first_key = 0
+    again = head * ((Sq + (AGAIN - 1)) // AGAIN) + row0 // AGAIN
+    return (b, h, number, row0), (batch, h, hk, hv, first_query, first_key, row0, again)
+
+
+@gluon.jit
+def walk(at, args, BM: gl.constexpr, BN: gl.constexpr):
+    """Tiles cut by the mask or by the end of the keys, whole tiles, and what is known of the query tile."""
+    (
+        q_scales_ptr, q_scales_s0, q_scales_s1, q_scales_s2, k_scales_ptr, k_scales_s0, k_scales_s1, k_scales_s2,
+        v_scales_ptr, v_scales_s0, v_scales_s1, v_scales_s2, B, Sq, Sk, scale,
+    ) = args
+    b, h, number, row0 = at
+    last_row = gl.minimum(row0 + BM, Sq) - 1
+    hk = h // 4
+    offset = Sk - Sq
+    i0 = row0 + offset
+    i1 = last_row + offset
+    scale_qk = gl.load(q_scales_ptr + b * q_scales_s0 + h * q_scales_s1) * gl.load(
+        k_scales_ptr + b * k_scales_s0 + hk * k_scales_s1,
+    )
+    unit = gl.where(scale_qk == scale_qk, scale_qk, 1.0)
+    spoilt = gl.where(scale_qk == scale_qk, 0.0, float("nan"))  # NaN where the scale of qk is
+    unit_v = gl.load(v_scales_ptr + b * v_scales_s0 + h // 4 * v_scales_s1)
+    c = scale * unit * 1.4426950408889634  # to units of log 2
+    key_hi = gl.maximum(gl.minimum(i1 + 1, Sk), 0)
+    full_hi = gl.maximum(gl.minimum(i0 + 1, Sk), 0)
+    full_end = gl.minimum(full_hi, key_hi) // BN * BN
+    cut_0 = (gl.maximum(key_hi - full_end, 0) + (BN - 1)) // BN
+    whole_0 = (gl.maximum(full_end, 0) + (BN - 1)) // BN
+    wholes = whole_0
+    cuts = gl.where(gl.maximum(cut_0, wholes) == 0, 1, cut_0)  # one at least, that hides all
+    return cuts, wholes, (Sq, Sk, offset, c, unit_v, spoilt, last_row, full_end)
+
+
+@gluon.jit
+def cut(t, s, args, BN: gl.constexpr):
+    """The first key of cut tile t."""
+    Sq, Sk, offset, c, unit_v, spoilt, last_row, full_end = s
+    n = full_end + t * BN
+    return n
+
+
+@gluon.jit
+def whole(t, s, args, BN: gl.constexpr):
+    """The first key of whole tile t."""
+    n = t * BN
+    return n
+
+
+@gluon.jit
+def beside(n, row0, at, args):
+    """Nothing is read beside the products."""
+    table = 0
+    column = 0
+    return table, column
+
+
+@gluon.jit
+def rows(rows, s, args):
+    """What the formulas know of rows, [rows] or [rows, 1] each."""
+    Sq, Sk, offset, c, unit_v, spoilt, last_row, full_end = s
+    i = gl.minimum(rows, last_row) + offset  # [BM] positions; past the end, the last one again
+    return (i,)
+
+
+@gluon.jit
+def score(qk, beside, j, r, s, args):
+    """Scores of products, but for the factor c."""
+    x = qk  # [rows, BN]
+    return x
+
+
+@gluon.jit
+def keep(j, r, s, args):
+    """Which pairs count; keys behind the last aside."""
+    i, = r
+    keep = j[None, :] <= i[:, None]
+    return keep
+
+
+@gluon.jit
+def finish(m, total, r, s, args):
+    """What a row's accumulator is multiplied by, and its lse."""
+    Sq, Sk, offset, c, unit_v, spoilt, last_row, full_end = s
+    empty = total <= 0.0
+    divisor = gl.where(empty, 1.0, total)
+    factor = gl.where(total > 0.0, 1.0 / divisor * (unit_v * 0.002232142857142857) + spoilt, 1.0 / divisor)
+    lse = gl.where(
+        total > 0.0,
+        gl.where(empty, float("-inf"), (m + gl.log2(gl.where(empty, 1.0, total))) * 0.6931471805599453) + spoilt,
+        gl.where(empty, float("-inf"), (m + gl.log2(gl.where(empty, 1.0, total))) * 0.6931471805599453),
+    )
+    return factor, lse
