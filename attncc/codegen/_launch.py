@@ -77,7 +77,8 @@ class Launch(Binding):
     def enter(self, tensors: list[Any]) -> Bound:
         """Finds the way past Triton's front door."""
         tiles = self.bound.tiles
-        enter_context()
+        for _, number, *_ in tiles[:1]:
+            enter_context(tensors[number])
         self.start, encode = entry(self.compiled, self.programs, [at for at, *_ in tiles])
         made = {at: encode(at, self.make_map(at, tensors[number], axes, block)) for at, number, axes, block in tiles}
         self.direct = self.bound.unfolded(made)
@@ -95,7 +96,7 @@ class Launch(Binding):
         address = t.data_ptr()
         found = self.kept.get((at, address))
         if found is None:
-            enter_context()
+            enter_context(t)
             made = self.make_map(at, t, axes, block)
             made.base = Address(address, made.base.dtype)
             if len(self.kept) >= ADDRESSES_KEPT:
@@ -104,10 +105,10 @@ class Launch(Binding):
         return found
 
 
-def enter_context() -> None:
-    """Gives the thread torch's context: one that never called CUDA has none, and maps are encoded in it."""
-    if not getattr(THREAD, "entered", False):
-        torch.cuda.mem_get_info()
+def enter_context(t: torch.Tensor) -> None:
+    """Gives the thread torch's context: one that never called CUDA has none, and maps of a tensor are encoded in it."""
+    if t.is_cuda and not getattr(THREAD, "entered", False):
+        torch.cuda.mem_get_info(t.device)
         THREAD.entered = True
 
 

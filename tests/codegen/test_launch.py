@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -104,3 +105,19 @@ def test_maps_are_kept_by_address_and_the_tensor_is_not() -> None:
     for n in range(_launch.ADDRESSES_KEPT + 1):
         launch.kept_map(2, torch.zeros(n + 1, 1, 64, 64, dtype=torch.float16), "bhsd", [1, 1, 64, 64])
     assert len(launch.kept) <= _launch.ADDRESSES_KEPT
+
+
+def test_a_thread_enters_its_context_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[int] = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: entered.append(device))
+    here, there = SimpleNamespace(is_cuda=False), SimpleNamespace(is_cuda=True, device=0)
+
+    def call() -> None:
+        for t in (here, there, there, here):
+            _launch.enter_context(t)  # type: ignore[arg-type]
+
+    for _ in range(2):
+        thread = Thread(target=call)
+        thread.start()
+        thread.join()
+    assert entered == [0, 0]
