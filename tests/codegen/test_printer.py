@@ -96,6 +96,8 @@ EXPRESSIONS: dict[str, Expr] = {
     "float_mod(x, y)": x % y,
     "tl.minimum(a, tl.maximum(b, 0))": minimum(a, maximum(b, 0)),
     "tl.where(a < b, x, 0.0)": where(a < b, x, 0.0),
+    "tl.where(a < b, 1.0, 0.0).to(BF16)": where(a < b, const(1.0, "bf16"), const(0.0, "bf16")),
+    "tl.where(a < b, 1.0, 2.0)": where(a < b, const(1.0), const(2.0)),
     'float("-inf")': const(-math.inf),
     'float("nan")': const(math.nan),
     "1e-30": const(1e-30),

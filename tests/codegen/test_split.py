@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from codegen.emitted import Package, normal, package, passes
+from hypothesis import given
+from hypothesis import strategies as st
 
 from attncc import driver
 from attncc.check.cases import Case
@@ -14,7 +16,9 @@ from attncc.codegen.aot import Failed, build_all
 from attncc.codegen.offline import jobs
 from attncc.device import find
 from attncc.ir.attention import Attention
+from attncc.ir.expr import const
 from attncc.passes.lower.defaults import default_configs
+from attncc.passes.lower.partial import Part
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FP32 = "dims: 16\ndtype: fp32\n"
@@ -47,6 +51,19 @@ BATCH = f"{PLAIN}numerics: {{reproducible: batch}}\n"
 def programs(p: Package, q: torch.Tensor, k: torch.Tensor) -> list[int]:
     """Of each launch of a call."""
     return [launch.programs for launch in p.module._RUNNER.plan((q, k, k), False, True).launches]
+
+
+@given(whole=st.integers(0, 40), cut=st.integers(0, 9), stride=st.integers(1, 7))
+def test_dealt_shares_have_each_tile_once(whole: int, cut: int, stride: int) -> None:
+    """Whole tiles first, then those behind them, as the two loops of a kernel count them."""
+    visited: list[int] = []
+    for share in range(stride):
+        part = Part(const(share), const(whole + cut), stride)
+        behind = part.behind(const(whole)).value
+        assert isinstance(behind, int)
+        visited += range(share, whole, stride)
+        visited += (whole + t for t in range(behind, cut, stride))
+    assert sorted(visited) == [*range(whole + cut)]
 
 
 @pytest.mark.parametrize("feature", FEATURES)
