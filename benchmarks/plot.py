@@ -13,7 +13,10 @@ from typing import Final
 INK: Final = "#8b949e"
 COLOURS: Final = {
     "FlexAttention": "#e8590c", "cuDNN": "#4c8dff", "SDPA": "#4c8dff", "SDPA + mask": "#2f9e44", "torch.mm": "#9775fa",
+    "bytes": "#2f9e44",
 }  # fmt: skip
+WIDE: Final = 8.0
+"""Ratios this far apart stand on a logarithmic axis."""
 
 
 def main() -> None:
@@ -50,6 +53,8 @@ def draw(file: Path, out: Path | None = None) -> None:
     figure.add_vline(x=1.0, line_color=INK, line_width=1)
     meta = data["meta"]
     with_ = f"triton {meta['triton']}" if "triton" in meta else f"{meta['threads']} threads, torch {meta['torch']}"
+    ratios = [r["ratio"] for r in rows]
+    figure.update_xaxes(type="log" if max(ratios) / min(ratios) > WIDE else "linear")
     figure.update_layout(
         title=f"attncc, times the peer's speed ({meta['device']}, {with_}, {meta['date']})",
         font={"color": INK, "family": "sans-serif", "size": 12},
