@@ -78,8 +78,8 @@ def _powers(POLY):
 
 @gluon.jit
 def weights(x, POLY: gl.constexpr):
-    """2**x; POLY of eight on the units that multiply and add, for the one of exponentials is slower than tensor cores
-    where heads are narrow."""
+    """2**x; POLY of eight on the units that multiply and add: where products are of 8 bits, the one of exponentials is
+    what all wait for."""
     if POLY > 0:
         asm: gl.constexpr = _powers(POLY)
         sides: gl.constexpr = "=f,=f,=f,=f,=f,=f,=f,=f,f,f,f,f,f,f,f,f"

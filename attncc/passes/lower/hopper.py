@@ -185,7 +185,7 @@ def _bounds(attn: Attention) -> Iterator[Expr]:
 
 
 def _is_exact(attn: Attention) -> bool:
-    """Whether functions are not to be approximated by what is faster than the GPU's own exponential."""
+    """Whether exponentials are the GPU's own, and tanh is made of them."""
     return attn.numerics.exp == "exact"
 
 
