@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,7 @@ def test_dealt_shares_have_each_tile_once(whole: int, cut: int, stride: int) -> 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_features(feature: str) -> None:
     p = package(FEATURES[feature])
-    passes(p.tiles(16, 16, split=1, fill=6), Case(1, 5, 45), Case(1, 2, 41, "nan_keys"))
+    passes(p.tiles(16, 16, split=1, fill=6), Case(1, 5, 45), Case(1, 2, 41, "nan_keys"), Case(2, 1, 41, "nan_keys"))
     passes(p.tiles(16, 32, one_pass=1, split=2), Case(2, 1, 70))
 
 
@@ -144,9 +145,40 @@ def test_shares_fill_the_gpu() -> None:
     assert launched(3, 9, split=1, fill=24) == [6 * 2 * 2, 108]  # two query tiles of nine queries of two heads
     assert launched(3, 1, split=1, fill=1) == [6, 12]
     assert launched(3, 1, split=0, fill=64) == [12]
-    masked, q, k = package(f"{PLAIN}mask: causal"), normal(3, 4, 1, 16), normal(3, 2, 160, 16)
-    assert programs(masked.tiles(16, 16, split=4), q, k) == [18, 18, 12]  # for tiles lost to NaN once more
-    assert programs(masked.tiles(16, 16, one_pass=1, split=4), q, k) == [18, 12]
+    masked, q, k = package(f"{PLAIN}mask: causal"), normal(3, 4, 2, 16), normal(3, 2, 160, 16)
+    assert programs(masked.tiles(16, 16, split=4), q, k) == [18, 18, 24]  # for tiles lost to NaN once more
+    assert programs(masked.tiles(16, 16, one_pass=1, split=4), q, k) == [18, 24]
+
+
+def test_one_query_s_heads_see_the_same_keys() -> None:
+    """What it does not see is left out at once, and no tile is lost to NaN; unless the mask tells heads apart."""
+    q, k = normal(3, 4, 1, 16), normal(3, 2, 160, 16)
+    for one_pass in (0, 1):
+        assert programs(package(f"{PLAIN}mask: causal").tiles(16, 16, one_pass, split=4), q, k) == [18, 12]
+    by_head = f"{PLAIN}inputs: {{reach: {{shape: [Hq], dtype: int32}}}}\nmask: i - j < reach[h]"
+    p, reach = package(by_head).tiles(16, 16, split=4), torch.full((4,), 9, dtype=torch.int32)
+    assert len(p.module._RUNNER.plan((q, k, k, reach), False, True).launches) == 3
+
+
+@pytest.mark.parametrize(
+    ("mask", "seen"),
+    [
+        ("causal & window(9)", lambda j: j > 150),
+        ("(i - j) % 3 == 0", lambda j: (159 - j) % 3 == 0),
+        ("window(20) & (j % 2 == 1)", lambda j: (j > 139) & (j % 2 == 1)),
+    ],
+)
+def test_what_one_query_does_not_see_may_be_nan(mask: str, seen: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    p = package(f"{PLAIN}mask: {mask}").tiles(16, 16, split=1)
+    q, k, v = normal(3, 4, 1, 16), normal(3, 2, 160, 16, seed=1), normal(3, 2, 160, 16, seed=2)
+    want = p(q, k, v)
+    assert torch.isfinite(want).all()
+    hidden = ~seen(torch.arange(160))
+    for x in (k, v):
+        x[:, :, hidden] = torch.nan
+    assert torch.equal(p(q, k, v), want)
+    v[1, 0, 159] = torch.nan
+    assert p(q, k, v).isnan().any(-1).any(-1).tolist() == [[False] * 4, [True, True, False, False], [False] * 4]
 
 
 def test_a_sequence_does_not_depend_on_its_neighbours() -> None:

@@ -34,7 +34,7 @@ RAGGED = f"{PLAIN}mask: causal\nkv: paged(8)"
 @pytest.mark.parametrize("feature", FEATURES)
 def test_features(feature: str) -> None:
     p = package(FEATURES[feature] + WISH)
-    passes(p.tiles(16, 16, split=1, fill=5), Case(2, 5, 45), Case(1, 2, 41, "nan_keys"))
+    passes(p.tiles(16, 16, split=1, fill=5), Case(2, 5, 45), Case(1, 2, 41, "nan_keys"), Case(2, 1, 41, "nan_keys"))
     passes(p.tiles(16, 32, one_pass=1, split=2, fill=7), Case(2, 1, 70))
 
 
@@ -74,12 +74,13 @@ def test_launches_do_not_depend_on_lengths() -> None:
     """A CUDA graph may be replayed with others: nothing is read on the host."""
     p = package(RAGGED).tiles(16, 16, split=1, fill=6)
 
-    def launched(lengths: list[int]) -> list[int]:
-        x = ragged(lengths)
+    def launched(lengths: list[int], rows: int) -> list[int]:
+        x = ragged(lengths, rows)
         operands = tuple(x[n] for n in ("q", "k", "v", "block_table", "seqused_k"))
         return [launch.programs for launch in p.module._RUNNER.plan(operands, False, True).launches]
 
-    assert launched([150, 3, 20]) == launched([0, 0, 1]) == [6, 6, 6, 12]  # plan, two passes, rows to merge
+    assert launched([150, 3, 20], 1) == launched([0, 0, 1], 1) == [6, 6, 12]  # plan, ranges, rows to merge
+    assert launched([150, 3, 20], 2) == launched([0, 0, 1], 2) == [6, 6, 6, 24]  # ranges lost to NaN once more
 
 
 def test_the_same_call_has_the_same_bits() -> None:

@@ -13,10 +13,11 @@ from typing import Final
 
 from attncc.ir.attention import Attention
 from attncc.ir.build import Builder, column, iota, program, reduce, row
-from attncc.ir.expr import TRUE, Expr, cast_to, name
+from attncc.ir.expr import Expr, cast_to, name
 from attncc.ir.tile import Function, Kernel, Knob, Launch, Param, Program, Scratch
 from attncc.passes.lower import care, classify, quantize, skew, storage, stored
 from attncc.passes.lower.fragments import (
+    FOR_EACH_ROW,
     begin,
     formulas_of,
     key_tile,
@@ -140,7 +141,7 @@ def one_tile(b: Builder, attn: Attention, t: QueryTile, lost: Param | None = Non
     step = key_tile(b, attn, t, rule, formulas)
     if lost is None:
         begin(b, attn, rule)
-        walk_keys(b, attn, t, runs, step, TRUE)
+        walk_keys(b, attn, t, runs, step, FOR_EACH_ROW)
     else:
         mark = partial(b.store, lost, (program(),))
         care.walk_twice(b, attn, rule, mark, partial(walk_keys, b, attn, t, runs, step))

@@ -12,8 +12,8 @@ from functools import partial
 from typing import Final
 
 from attncc.ir.attention import Attention
-from attncc.ir.build import Builder, column, dot, full, function, iota, row, trans
-from attncc.ir.expr import TRUE, Expr, broadcast, cast_to, const, ew, minimum, name, where
+from attncc.ir.build import Builder, column, dot, full, function, iota, reduce, row, trans
+from attncc.ir.expr import TRUE, Expr, Value, broadcast, cast_to, const, eq, ew, minimum, name, where
 from attncc.ir.factors import fold_constants, split_multiplier
 from attncc.ir.rewrite import names, transform, walk
 from attncc.ir.tile import Function
@@ -26,7 +26,11 @@ from attncc.passes.lower.skew import Diagonal
 from attncc.passes.lower.walk import Runs, for_each_tile, key_tiles_of
 
 MASKED: Final = name("MASKED", "bool")
-CAREFUL: Final = name("CAREFUL", "bool")
+CARE: Final = name("CARE")
+FOR_EACH_ROW: Final = 1
+"""Care: a cut tile's values reach the rows that see them, and no other, even where they are NaN."""
+FOR_ALL_ROWS: Final = 3
+"""The same where all rows see the same keys: values that none of them sees are left out."""
 INSIDE: Final = name("inside", "bool", ("BN",))
 
 
@@ -76,12 +80,12 @@ Visit = Callable[[Expr], None]
 """What is done with the tile whose first key this is."""
 
 
-def walk_keys(b: Builder, attn: Attention, t: QueryTile, runs: Runs, step: Function, careful: Expr) -> None:
-    """Both loops over key tiles."""
+def walk_keys(b: Builder, attn: Attention, t: QueryTile, runs: Runs, step: Function, care: Value) -> None:
+    """Both loops over key tiles; `care`: of a cut tile's hidden values, as `CARE` has it."""
     if key_tiles_of(attn).listed:
-        classify.walk(b, attn, t, lambda masked: _call(b, step, careful, masked))
+        classify.walk(b, attn, t, lambda masked: _call(b, step, care, masked))
         return
-    whole, cut = visits(b, attn, t, step, careful)
+    whole, cut = visits(b, attn, t, step, care)
     if runs.full:
         b.note(WHOLE_TILES)
         for_each_tile(b, runs.full, "whole", whole)
@@ -93,9 +97,9 @@ WHOLE_TILES: Final = "tiles in which every pair counts"
 CUT_TILES: Final = "tiles cut by the mask or by the end of the keys"
 
 
-def visits(b: Builder, attn: Attention, t: QueryTile, step: Function, careful: Expr) -> tuple[Visit, Visit]:
+def visits(b: Builder, attn: Attention, t: QueryTile, step: Function, care: Value) -> tuple[Visit, Visit]:
     """What is done with whole tiles and with cut ones."""
-    skip, whole, cut = key_tiles_of(attn).skip, _call(b, step, careful, False), _call(b, step, careful, True)
+    skip, whole, cut = key_tiles_of(attn).skip, _call(b, step, care, False), _call(b, step, care, True)
     if skip is None:
         return whole, cut
 
@@ -107,9 +111,9 @@ def visits(b: Builder, attn: Attention, t: QueryTile, step: Function, careful: E
     return whole, cut_unless_empty
 
 
-def _call(b: Builder, step: Function, careful: Expr, masked: bool) -> Visit:
+def _call(b: Builder, step: Function, care: Value, masked: bool) -> Visit:
     """Where every pair counts no value is hidden, so no care is due."""
-    return lambda n: b.call(step, step.results, n=n, MASKED=masked, CAREFUL=careful if masked else False)
+    return lambda n: b.call(step, step.results, n=n, MASKED=masked, CARE=care if masked else 0)
 
 
 def key_tile(outer: Builder, attn: Attention, t: QueryTile, rule: Rule, formulas: Formulas) -> Function:
@@ -143,6 +147,9 @@ def key_tile(outer: Builder, attn: Attention, t: QueryTile, rule: Rule, formulas
 
     def load_values() -> tuple[Expr, ...]:
         kept = broadcast((1, "BN"), scope.bind(formulas.mask).shape)
+        if may_see_the_same(attn):
+            with b.when(eq(CARE, FOR_ALL_ROWS)):
+                b.let("seen", reduce("max", cast_to(name("keep", "bool", kept), "i32"), 0) > 0, "[BN]")
         tiles = ((p.suffix(values), _value_tile(b, attn, t, p, columns)) for p in values)
         return tuple(_values(b, attn, v, suffix, name("keep", "bool", kept)) for suffix, v in tiles)
 
@@ -150,7 +157,7 @@ def key_tile(outer: Builder, attn: Attention, t: QueryTile, rule: Rule, formulas
     weigh = partial(quantize.weigh, attn)
     rule.step(b, Tile(x, formulas.c, MASKED, keep, load_values, accumulators, weigh))
     state = [name(a, "f32", ("BM", p.width)) for a, p in zip(accumulators, values, strict=True)]
-    flags = ("MASKED", "CAREFUL") if may_hide_values(attn) else ("MASKED",)
+    flags = ("MASKED", "CARE") if may_hide_values(attn) else ("MASKED",)
     return function("key_tile", b, [*state, *rule.state], (*flags, "BM", "BN"), "Adds the keys from n on to the state.")
 
 
@@ -201,7 +208,7 @@ def read_early(b: Builder, formulas: Formulas, scope: Scope, tile_of: Callable[[
 
 
 def _values(b: Builder, attn: Attention, v: Expr, suffix: str, keep: Expr) -> Expr:
-    """A V tile. With CAREFUL, what is not finite in it reaches the rows that see it (as NaN) and no other."""
+    """A V tile. With care, what is not finite in it reaches the rows that see it (as NaN) and no other."""
     v = b.let("v" + suffix, v, f"[BN, {v.shape[1]}]")
     if storage.has_whole_tiles(attn):
         with b.when(MASKED):
@@ -210,7 +217,10 @@ def _values(b: Builder, attn: Attention, v: Expr, suffix: str, keep: Expr) -> Ex
             )
     if not may_hide_values(attn):
         return v
-    with b.when(CAREFUL):
+    if may_see_the_same(attn):
+        with b.when(eq(CARE, FOR_ALL_ROWS)):
+            b.let("v" + suffix, where(column(name("seen", "bool", ("BN",))), v, const(0.0, v.dtype)))
+    with b.when(eq(CARE, FOR_EACH_ROW)):
         dtype, acc = v.dtype, name("acc" + suffix, "f32", ("BM", v.shape[1]))
         bad = b.let("bad", ew("ne", v - v, const(0.0, dtype)))
         seen = full(("BM", "BN"), 1.0, dtype) * where(keep, const(1.0, dtype), const(0.0, dtype))
@@ -218,6 +228,12 @@ def _values(b: Builder, attn: Attention, v: Expr, suffix: str, keep: Expr) -> Ex
         b.let("acc" + suffix, where(hits > 0.0, math.nan, acc))
         b.let("v" + suffix, where(bad, const(0.0, dtype), v))
     return v
+
+
+def may_see_the_same(attn: Attention) -> bool:
+    """Whether a tile's rows may be known to see the same keys: those of one query, if its heads are alike."""
+    plain = attn.layout != "varlen" and not key_tiles_of(attn).listed
+    return may_hide_values(attn) and plain and "decode" in attn.modes and not {"h", "hk"} & names(attn.part.mask)
 
 
 def may_hide_values(attn: Attention) -> bool:

@@ -119,15 +119,15 @@ class Part:
 
 def walk_part(
     b: Builder, attn: Attention, t: QueryTile, line: KeyLine, step: Function, part: Part
-) -> Callable[[Expr], None]:
-    """What walks a part of the line, with care if told so."""
+) -> Callable[[Value], None]:
+    """What walks a part of the line, with the care it is told to take."""
     whole, cut = line.whole, line.cut
     first_cut = part.behind(whole.tiles)
     if part.stride != 1:
         first_cut = b.let("first_cut", first_cut)
 
-    def walk(careful: Expr) -> None:
-        on_whole, on_cut = visits(b, attn, t, step, careful)
+    def walk(with_care: Value) -> None:
+        on_whole, on_cut = visits(b, attn, t, step, with_care)
         if whole.runs:
             b.note(WHOLE_TILES)
             for_each_between(b, whole, part.first, minimum(part.last, whole.tiles), part.stride, on_whole)

@@ -9,7 +9,7 @@ from attncc.ir.attention import Attention
 from attncc.ir.expr import Expr, eq, name
 from attncc.ir.tile import Launch, Program
 from attncc.passes.lower import care, split, stream
-from attncc.passes.lower.fragments import may_hide_values
+from attncc.passes.lower.fragments import may_hide_values, may_see_the_same
 from attncc.passes.lower.gap import Gap, first
 from attncc.passes.lower.knobs import FILL, SPLIT
 from attncc.passes.lower.walk import key_tiles_of
@@ -53,8 +53,9 @@ def with_short(attn: Attention, dense: Program) -> Program:
     step = next(k for k in dense.kernels if k.name == f"{attn.name}_forward").functions[-1]
     way = stream if streams(attn) else split
     *before, sharer, merging = way.kernels(attn, step)
-    twice = care.passes(sharer.name) if may_hide_values(attn) else (Launch(sharer.name),)
-    launches = (*(Launch(k.name) for k in before), *twice, Launch(merging.name))
+    passes = care.passes(sharer.name, may_see_the_same=may_see_the_same(attn))
+    passes = passes if may_hide_values(attn) else (Launch(sharer.name),)
+    launches = (*(Launch(k.name) for k in before), *passes, Launch(merging.name))
     idle, busy = eq(name(SPLIT.name), 0), name(SPLIT.name) > 0
     return replace(
         dense,

@@ -55,7 +55,7 @@ def store_tile(
 @triton.jit
 def key_tile(
     acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, c,
-    MASKED: tl.constexpr, CAREFUL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
+    MASKED: tl.constexpr, CARE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
 ):
     """Adds the keys from n on to the state."""
     k = load_tile(K, b, hk, n, 0, k_b, k_h, k_s, Sk, 128, BN, 128, TMA)  # [BN, 128]
@@ -71,8 +71,12 @@ def key_tile(
     p = tl.exp2(x * c - m_new[:, None])  # [BM, BN]
     alpha = tl.exp2(m - m_new)
     l = l * alpha[:, None] + tl.sum(tl.reshape(p, [BM, BN // 8, 8]), 1)
+    if CARE == 3:
+        seen = tl.max(keep.to(tl.int32), 0) > 0  # [BN]
     v = load_tile(V, b, hk, n, 0, v_b, v_h, v_s, Sk, 128, BN, 128, TMA)  # [BN, 128]
-    if CAREFUL:
+    if CARE == 3:
+        v = tl.where(seen[:, None], v, 0.0)
+    if CARE == 1:
         bad = v - v != 0.0
         acc = tl.where(
             tl.dot(tl.full([BM, BN], 1.0, BF16) * tl.where(keep, 1.0, 0.0).to(BF16), tl.where(bad, 1.0, 0.0).to(BF16))
@@ -128,12 +132,12 @@ def causal_gqa_forward(
         # tiles in which every pair counts
         for n in range(0, full_end, BN):
             acc, m, l = key_tile(
-                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, c, False, False, BM, BN, TMA,
+                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, c, False, 0, BM, BN, TMA,
             )
         # tiles cut by the mask or by the end of the keys
         for n in range(full_end, key_hi, BN):
             acc, m, l = key_tile(
-                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, c, True, PASS == 1, BM, BN, TMA,
+                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, c, True, PASS, BM, BN, TMA,
             )
         if PASS == 0:
             tl.store(lost + tl.program_id(0) * lost_s0, tl.max((acc != acc).to(tl.int32)))
@@ -146,12 +150,12 @@ def causal_gqa_forward(
                 # tiles in which every pair counts
                 for n in range(0, full_end, BN):
                     acc, m, l = key_tile(
-                        acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, c, False, False, BM, BN, TMA,
+                        acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, c, False, 0, BM, BN, TMA,
                     )
                 # tiles cut by the mask or by the end of the keys
                 for n in range(full_end, key_hi, BN):
                     acc, m, l = key_tile(
-                        acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, c, True, True, BM, BN, TMA,
+                        acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, c, True, 1, BM, BN, TMA,
                     )
         total = tl.sum(l, 1)  # [BM]
         empty = total <= 0.0
@@ -200,12 +204,12 @@ def causal_gqa_again(
         # tiles in which every pair counts
         for n in range(0, full_end, BN):
             acc, m, l = key_tile(
-                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, c, False, False, BM, BN, TMA,
+                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, c, False, 0, BM, BN, TMA,
             )
         # tiles cut by the mask or by the end of the keys
         for n in range(full_end, key_hi, BN):
             acc, m, l = key_tile(
-                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, c, True, True, BM, BN, TMA,
+                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, c, True, 1, BM, BN, TMA,
             )
         total = tl.sum(l, 1)  # [BM]
         empty = total <= 0.0
@@ -276,13 +280,13 @@ def causal_gqa_split(
         for t in range(first, tl.minimum(last, whole_0), stride):
             n = t * BN
             acc, m, l = key_tile(
-                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, c, False, False, BM, BN, TMA,
+                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, c, False, 0, BM, BN, TMA,
             )
         # tiles cut by the mask or by the end of the keys
         for t in range(first_cut, last - whole_0, stride):
             n = full_end + t * BN
             acc, m, l = key_tile(
-                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, c, True, PASS == 1, BM, BN, TMA,
+                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, c, True, PASS, BM, BN, TMA,
             )
         if PASS == 0:
             tl.store(part_lost + tl.program_id(0) * part_lost_s0, tl.max((acc != acc).to(tl.int32)))
@@ -296,13 +300,13 @@ def causal_gqa_split(
                 for t in range(first, tl.minimum(last, whole_0), stride):
                     n = t * BN
                     acc, m, l = key_tile(
-                        acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, c, False, False, BM, BN, TMA,
+                        acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, c, False, 0, BM, BN, TMA,
                     )
                 # tiles cut by the mask or by the end of the keys
                 for t in range(first_cut, last - whole_0, stride):
                     n = full_end + t * BN
                     acc, m, l = key_tile(
-                        acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, c, True, True, BM, BN, TMA,
+                        acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, c, True, 1, BM, BN, TMA,
                     )
         state = (b * 32 + h) * Sq + row  # [BM]
         tl.store(part_m + state * part_m_s0 + share * part_m_s1, m, mask=rows < group_rows)

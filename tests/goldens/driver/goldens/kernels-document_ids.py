@@ -55,7 +55,7 @@ def store_tile(
 @triton.jit
 def key_tile(
     acc, m, l, K, k_b, k_h, k_s, ids_ptr, ids_s0, ids_s1, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, ids_rows, c,
-    MASKED: tl.constexpr, CAREFUL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
+    MASKED: tl.constexpr, CARE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
 ):
     """Adds the keys from n on to the state."""
     k = load_tile(K, b, hk, n, 0, k_b, k_h, k_s, Sk, 128, BN, 128, TMA)  # [BN, 128]
@@ -75,7 +75,7 @@ def key_tile(
     alpha = tl.exp2(m - m_new)
     l = l * alpha[:, None] + tl.sum(tl.reshape(p, [BM, BN // 8, 8]), 1)
     v = load_tile(V, b, hk, n, 0, v_b, v_h, v_s, Sk, 128, BN, 128, TMA)  # [BN, 128]
-    if CAREFUL:
+    if CARE == 1:
         bad = v - v != 0.0
         acc = tl.where(
             tl.dot(tl.full([BM, BN], 1.0, BF16) * tl.where(keep, 1.0, 0.0).to(BF16), tl.where(bad, 1.0, 0.0).to(BF16))
@@ -173,14 +173,14 @@ def document_ids_forward(
             n = tl.load(tile_list + listed * tile_list_s0 + (last_tile - entry) * tile_list_s1) * BN
             acc, m, l = key_tile(
                 acc, m, l, K, k_b, k_h, k_s, ids_ptr, ids_s0, ids_s1, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, ids_rows, c,
-                False, False, BM, BN, TMA,
+                False, 0, BM, BN, TMA,
             )
         # listed from the left: tiles cut by the mask or by the end of the keys
         for entry in range(0, tl.load(tile_counts + listed * tile_counts_s0)):
             n = tl.load(tile_list + listed * tile_list_s0 + entry * tile_list_s1) * BN
             acc, m, l = key_tile(
                 acc, m, l, K, k_b, k_h, k_s, ids_ptr, ids_s0, ids_s1, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, ids_rows, c,
-                True, PASS == 1, BM, BN, TMA,
+                True, PASS, BM, BN, TMA,
             )
         if PASS == 0:
             tl.store(lost + tl.program_id(0) * lost_s0, tl.max((acc != acc).to(tl.int32)))
@@ -197,14 +197,14 @@ def document_ids_forward(
                     n = tl.load(tile_list + listed * tile_list_s0 + (last_tile - entry) * tile_list_s1) * BN
                     acc, m, l = key_tile(
                         acc, m, l, K, k_b, k_h, k_s, ids_ptr, ids_s0, ids_s1, V, v_b, v_h, v_s, b, hk, n, Sk, q, i,
-                        ids_rows, c, False, False, BM, BN, TMA,
+                        ids_rows, c, False, 0, BM, BN, TMA,
                     )
                 # listed from the left: tiles cut by the mask or by the end of the keys
                 for entry in range(0, tl.load(tile_counts + listed * tile_counts_s0)):
                     n = tl.load(tile_list + listed * tile_list_s0 + entry * tile_list_s1) * BN
                     acc, m, l = key_tile(
                         acc, m, l, K, k_b, k_h, k_s, ids_ptr, ids_s0, ids_s1, V, v_b, v_h, v_s, b, hk, n, Sk, q, i,
-                        ids_rows, c, True, True, BM, BN, TMA,
+                        ids_rows, c, True, 1, BM, BN, TMA,
                     )
         total = tl.sum(l, 1)  # [BM]
         empty = total <= 0.0
@@ -254,14 +254,14 @@ def document_ids_again(
             n = tl.load(tile_list + listed * tile_list_s0 + (last_tile - entry) * tile_list_s1) * BN
             acc, m, l = key_tile(
                 acc, m, l, K, k_b, k_h, k_s, ids_ptr, ids_s0, ids_s1, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, ids_rows, c,
-                False, False, BM, BN, TMA,
+                False, 0, BM, BN, TMA,
             )
         # listed from the left: tiles cut by the mask or by the end of the keys
         for entry in range(0, tl.load(tile_counts + listed * tile_counts_s0)):
             n = tl.load(tile_list + listed * tile_list_s0 + entry * tile_list_s1) * BN
             acc, m, l = key_tile(
                 acc, m, l, K, k_b, k_h, k_s, ids_ptr, ids_s0, ids_s1, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, ids_rows, c,
-                True, True, BM, BN, TMA,
+                True, 1, BM, BN, TMA,
             )
         total = tl.sum(l, 1)  # [BM]
         empty = total <= 0.0

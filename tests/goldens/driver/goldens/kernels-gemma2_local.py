@@ -61,7 +61,7 @@ def tanh(x):
 @triton.jit
 def key_tile(
     acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask,
-    MASKED: tl.constexpr, CAREFUL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
+    MASKED: tl.constexpr, CARE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
 ):
     """Adds the keys from n on to the state."""
     k = load_tile(K, b, hk, n, 0, k_b, k_h, k_s, Sk, 128, BN, 128, TMA)  # [BN, 128]
@@ -79,8 +79,12 @@ def key_tile(
     p = tl.exp2(x * 72.13475204444816 - m_new[:, None])  # [BM, BN]
     alpha = tl.exp2(m - m_new)
     l = l * alpha[:, None] + tl.sum(tl.reshape(p, [BM, BN // 8, 8]), 1)
+    if CARE == 3:
+        seen = tl.max(keep.to(tl.int32), 0) > 0  # [BN]
     v = load_tile(V, b, hk, n, 0, v_b, v_h, v_s, Sk, 128, BN, 128, TMA)  # [BN, 128]
-    if CAREFUL:
+    if CARE == 3:
+        v = tl.where(seen[:, None], v, 0.0)
+    if CARE == 1:
         bad = v - v != 0.0
         acc = tl.where(
             tl.dot(tl.full([BM, BN], 1.0, BF16) * tl.where(keep, 1.0, 0.0).to(BF16), tl.where(bad, 1.0, 0.0).to(BF16))
@@ -143,8 +147,7 @@ def gemma2_local_forward(
         # tiles in which every pair counts
         for n in range(full_start, full_end, BN):
             acc, m, l = key_tile(
-                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, False, False, BM, BN,
-                TMA,
+                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, False, 0, BM, BN, TMA,
             )
         # tiles cut by the mask or by the end of the keys
         cut_0 = (tl.maximum(full_start - lo, 0) + (BN - 1)) // BN
@@ -152,8 +155,7 @@ def gemma2_local_forward(
         for t in range(0, cut_1):
             n = tl.where(t < cut_0, lo + t * BN, full_end + (t - cut_0) * BN)
             acc, m, l = key_tile(
-                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, True, PASS == 1, BM, BN,
-                TMA,
+                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, True, PASS, BM, BN, TMA,
             )
         if PASS == 0:
             tl.store(lost + tl.program_id(0) * lost_s0, tl.max((acc != acc).to(tl.int32)))
@@ -166,8 +168,8 @@ def gemma2_local_forward(
                 # tiles in which every pair counts
                 for n in range(full_start, full_end, BN):
                     acc, m, l = key_tile(
-                        acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, False, False,
-                        BM, BN, TMA,
+                        acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, False, 0, BM,
+                        BN, TMA,
                     )
                 # tiles cut by the mask or by the end of the keys
                 cut_0 = (tl.maximum(full_start - lo, 0) + (BN - 1)) // BN
@@ -175,8 +177,8 @@ def gemma2_local_forward(
                 for t in range(0, cut_1):
                     n = tl.where(t < cut_0, lo + t * BN, full_end + (t - cut_0) * BN)
                     acc, m, l = key_tile(
-                        acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, True, True, BM,
-                        BN, TMA,
+                        acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, True, 1, BM, BN,
+                        TMA,
                     )
         total = tl.sum(l, 1)  # [BM]
         empty = total <= 0.0
@@ -232,8 +234,7 @@ def gemma2_local_again(
         # tiles in which every pair counts
         for n in range(full_start, full_end, BN):
             acc, m, l = key_tile(
-                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, False, False, BM, BN,
-                TMA,
+                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, False, 0, BM, BN, TMA,
             )
         # tiles cut by the mask or by the end of the keys
         cut_0 = (tl.maximum(full_start - lo, 0) + (BN - 1)) // BN
@@ -241,7 +242,7 @@ def gemma2_local_again(
         for t in range(0, cut_1):
             n = tl.where(t < cut_0, lo + t * BN, full_end + (t - cut_0) * BN)
             acc, m, l = key_tile(
-                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, True, True, BM, BN, TMA,
+                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, True, 1, BM, BN, TMA,
             )
         total = tl.sum(l, 1)  # [BM]
         empty = total <= 0.0
@@ -320,15 +321,13 @@ def gemma2_local_split(
         for t in range(first, tl.minimum(last, whole_0), stride):
             n = full_start + t * BN
             acc, m, l = key_tile(
-                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, False, False, BM, BN,
-                TMA,
+                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, False, 0, BM, BN, TMA,
             )
         # tiles cut by the mask or by the end of the keys
         for t in range(first_cut, last - whole_0, stride):
             n = tl.where(t < cut_0, lo + t * BN, full_end + (t - cut_0) * BN)
             acc, m, l = key_tile(
-                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, True, PASS == 1, BM, BN,
-                TMA,
+                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, True, PASS, BM, BN, TMA,
             )
         if PASS == 0:
             tl.store(part_lost + tl.program_id(0) * part_lost_s0, tl.max((acc != acc).to(tl.int32)))
@@ -342,15 +341,15 @@ def gemma2_local_split(
                 for t in range(first, tl.minimum(last, whole_0), stride):
                     n = full_start + t * BN
                     acc, m, l = key_tile(
-                        acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, False, False,
-                        BM, BN, TMA,
+                        acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, False, 0, BM,
+                        BN, TMA,
                     )
                 # tiles cut by the mask or by the end of the keys
                 for t in range(first_cut, last - whole_0, stride):
                     n = tl.where(t < cut_0, lo + t * BN, full_end + (t - cut_0) * BN)
                     acc, m, l = key_tile(
-                        acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, True, True, BM,
-                        BN, TMA,
+                        acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, True, 1, BM, BN,
+                        TMA,
                     )
         state = (b * 32 + h) * Sq + row  # [BM]
         tl.store(part_m + state * part_m_s0 + share * part_m_s1, m, mask=rows < group_rows)

@@ -56,7 +56,7 @@ def store_tile(
 def key_tile(
     acc, m, l, block_table, block_table_s0, block_table_s1, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, n, hk, keys,
     q, i, c,
-    MASKED: tl.constexpr, CAREFUL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
+    MASKED: tl.constexpr, CARE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
 ):
     """Adds the keys from n on to the state."""
     page = tl.load(block_table + b * block_table_s0 + n // 64 * block_table_s1)
@@ -74,10 +74,14 @@ def key_tile(
     p = tl.exp2(x * c - m_new[:, None])  # [BM, BN]
     alpha = tl.exp2(m - m_new)
     l = l * alpha[:, None] + tl.sum(tl.reshape(p, [BM, BN // 8, 8]), 1)
+    if CARE == 3:
+        seen = tl.max(keep.to(tl.int32), 0) > 0  # [BN]
     v = load_tile(V, page, hk, slot, 0, v_b, v_h, v_s, 64, 128, BN, 128, TMA)  # [BN, 128]
     if MASKED:
         v = tl.where(inside[:, None], v, 0.0)  # a page may hold NaN behind the last key
-    if CAREFUL:
+    if CARE == 3:
+        v = tl.where(seen[:, None], v, 0.0)
+    if CARE == 1:
         bad = v - v != 0.0
         acc = tl.where(
             tl.dot(tl.full([BM, BN], 1.0, BF16) * tl.where(keep, 1.0, 0.0).to(BF16), tl.where(bad, 1.0, 0.0).to(BF16))
@@ -136,13 +140,13 @@ def paged_decode_forward(
         for n in range(0, full_end, BN):
             acc, m, l = key_tile(
                 acc, m, l, block_table, block_table_s0, block_table_s1, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, n, hk,
-                keys, q, i, c, False, False, BM, BN, TMA,
+                keys, q, i, c, False, 0, BM, BN, TMA,
             )
         # tiles cut by the mask or by the end of the keys
         for n in range(full_end, key_hi, BN):
             acc, m, l = key_tile(
                 acc, m, l, block_table, block_table_s0, block_table_s1, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, n, hk,
-                keys, q, i, c, True, PASS == 1, BM, BN, TMA,
+                keys, q, i, c, True, PASS, BM, BN, TMA,
             )
         if PASS == 0:
             tl.store(lost + tl.program_id(0) * lost_s0, tl.max((acc != acc).to(tl.int32)))
@@ -156,13 +160,13 @@ def paged_decode_forward(
                 for n in range(0, full_end, BN):
                     acc, m, l = key_tile(
                         acc, m, l, block_table, block_table_s0, block_table_s1, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b,
-                        n, hk, keys, q, i, c, False, False, BM, BN, TMA,
+                        n, hk, keys, q, i, c, False, 0, BM, BN, TMA,
                     )
                 # tiles cut by the mask or by the end of the keys
                 for n in range(full_end, key_hi, BN):
                     acc, m, l = key_tile(
                         acc, m, l, block_table, block_table_s0, block_table_s1, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b,
-                        n, hk, keys, q, i, c, True, True, BM, BN, TMA,
+                        n, hk, keys, q, i, c, True, 1, BM, BN, TMA,
                     )
         total = tl.sum(l, 1)  # [BM]
         empty = total <= 0.0
@@ -290,14 +294,14 @@ def paged_decode_stream(
                 n = t * BN
                 acc, m, l = key_tile(
                     acc, m, l, block_table, block_table_s0, block_table_s1, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, n,
-                    hk, keys, q, i, c, False, False, BM, BN, TMA,
+                    hk, keys, q, i, c, False, 0, BM, BN, TMA,
                 )
             # tiles cut by the mask or by the end of the keys
             for t in range(tl.maximum(first, whole_0) - whole_0, last - whole_0):
                 n = full_end + t * BN
                 acc, m, l = key_tile(
                     acc, m, l, block_table, block_table_s0, block_table_s1, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, n,
-                    hk, keys, q, i, c, True, PASS == 1, BM, BN, TMA,
+                    hk, keys, q, i, c, True, PASS, BM, BN, TMA,
                 )
             if PASS == 0:
                 left_nan = tl.maximum(left_nan, tl.max((acc != acc).to(tl.int32)))
@@ -312,14 +316,14 @@ def paged_decode_stream(
                         n = t * BN
                         acc, m, l = key_tile(
                             acc, m, l, block_table, block_table_s0, block_table_s1, K, k_b, k_h, k_s, V, v_b, v_h, v_s,
-                            b, n, hk, keys, q, i, c, False, False, BM, BN, TMA,
+                            b, n, hk, keys, q, i, c, False, 0, BM, BN, TMA,
                         )
                     # tiles cut by the mask or by the end of the keys
                     for t in range(tl.maximum(first, whole_0) - whole_0, last - whole_0):
                         n = full_end + t * BN
                         acc, m, l = key_tile(
                             acc, m, l, block_table, block_table_s0, block_table_s1, K, k_b, k_h, k_s, V, v_b, v_h, v_s,
-                            b, n, hk, keys, q, i, c, True, True, BM, BN, TMA,
+                            b, n, hk, keys, q, i, c, True, 1, BM, BN, TMA,
                         )
             if last - first == count:
                 total = tl.sum(l, 1)  # [BM]

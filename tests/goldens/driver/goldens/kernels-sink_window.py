@@ -55,7 +55,7 @@ def store_tile(
 @triton.jit
 def key_tile(
     acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask, c,
-    MASKED: tl.constexpr, CAREFUL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
+    MASKED: tl.constexpr, CARE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
 ):
     """Adds the keys from n on to the state."""
     k = load_tile(K, b, hk, n, 0, k_b, k_h, k_s, Sk, 128, BN, 128, TMA)  # [BN, 128]
@@ -74,8 +74,12 @@ def key_tile(
     p = tl.exp2(x * c - m_new[:, None])  # [BM, BN]
     alpha = tl.exp2(m - m_new)
     l = l * alpha[:, None] + tl.sum(tl.reshape(p, [BM, BN // 8, 8]), 1)
+    if CARE == 3:
+        seen = tl.max(keep.to(tl.int32), 0) > 0  # [BN]
     v = load_tile(V, b, hk, n, 0, v_b, v_h, v_s, Sk, 128, BN, 128, TMA)  # [BN, 128]
-    if CAREFUL:
+    if CARE == 3:
+        v = tl.where(seen[:, None], v, 0.0)
+    if CARE == 1:
         bad = v - v != 0.0
         acc = tl.where(
             tl.dot(tl.full([BM, BN], 1.0, BF16) * tl.where(keep, 1.0, 0.0).to(BF16), tl.where(bad, 1.0, 0.0).to(BF16))
@@ -147,7 +151,7 @@ def sink_window_forward(
         for t in range(0, whole_1):
             n = tl.where(t < whole_0, t * BN, full_start_1 + (t - whole_0) * BN)
             acc, m, l = key_tile(
-                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask, c, False, False, BM, BN, TMA,
+                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask, c, False, 0, BM, BN, TMA,
             )
         # tiles cut by the mask or by the end of the keys
         cut_0 = (tl.maximum(key_hi_0 - full_end_0, 0) + (BN - 1)) // BN
@@ -159,8 +163,7 @@ def sink_window_forward(
                 tl.where(t < cut_1, lo_1 + (t - cut_0) * BN, full_end_1 + (t - cut_1) * BN),
             )
             acc, m, l = key_tile(
-                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask, c, True, PASS == 1, BM, BN,
-                TMA,
+                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask, c, True, PASS, BM, BN, TMA,
             )
         if PASS == 0:
             tl.store(lost + tl.program_id(0) * lost_s0, tl.max((acc != acc).to(tl.int32)))
@@ -176,8 +179,8 @@ def sink_window_forward(
                 for t in range(0, whole_1):
                     n = tl.where(t < whole_0, t * BN, full_start_1 + (t - whole_0) * BN)
                     acc, m, l = key_tile(
-                        acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask, c, False, False, BM,
-                        BN, TMA,
+                        acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask, c, False, 0, BM, BN,
+                        TMA,
                     )
                 # tiles cut by the mask or by the end of the keys
                 cut_0 = (tl.maximum(key_hi_0 - full_end_0, 0) + (BN - 1)) // BN
@@ -189,7 +192,7 @@ def sink_window_forward(
                         tl.where(t < cut_1, lo_1 + (t - cut_0) * BN, full_end_1 + (t - cut_1) * BN),
                     )
                     acc, m, l = key_tile(
-                        acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask, c, True, True, BM, BN,
+                        acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask, c, True, 1, BM, BN,
                         TMA,
                     )
         total = tl.sum(l, 1)  # [BM]
@@ -255,7 +258,7 @@ def sink_window_again(
         for t in range(0, whole_1):
             n = tl.where(t < whole_0, t * BN, full_start_1 + (t - whole_0) * BN)
             acc, m, l = key_tile(
-                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask, c, False, False, BM, BN, TMA,
+                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask, c, False, 0, BM, BN, TMA,
             )
         # tiles cut by the mask or by the end of the keys
         cut_0 = (tl.maximum(key_hi_0 - full_end_0, 0) + (BN - 1)) // BN
@@ -267,7 +270,7 @@ def sink_window_again(
                 tl.where(t < cut_1, lo_1 + (t - cut_0) * BN, full_end_1 + (t - cut_1) * BN),
             )
             acc, m, l = key_tile(
-                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask, c, True, True, BM, BN, TMA,
+                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask, c, True, 1, BM, BN, TMA,
             )
         total = tl.sum(l, 1)  # [BM]
         empty = total <= 0.0
@@ -354,7 +357,7 @@ def sink_window_split(
         for t in range(first, tl.minimum(last, whole_1), stride):
             n = tl.where(t < whole_0, t * BN, full_start_1 + (t - whole_0) * BN)
             acc, m, l = key_tile(
-                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask, c, False, False, BM, BN, TMA,
+                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask, c, False, 0, BM, BN, TMA,
             )
         # tiles cut by the mask or by the end of the keys
         for t in range(first_cut, last - whole_1, stride):
@@ -363,8 +366,7 @@ def sink_window_split(
                 tl.where(t < cut_1, lo_1 + (t - cut_0) * BN, full_end_1 + (t - cut_1) * BN),
             )
             acc, m, l = key_tile(
-                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask, c, True, PASS == 1, BM, BN,
-                TMA,
+                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask, c, True, PASS, BM, BN, TMA,
             )
         if PASS == 0:
             tl.store(part_lost + tl.program_id(0) * part_lost_s0, tl.max((acc != acc).to(tl.int32)))
@@ -378,8 +380,8 @@ def sink_window_split(
                 for t in range(first, tl.minimum(last, whole_1), stride):
                     n = tl.where(t < whole_0, t * BN, full_start_1 + (t - whole_0) * BN)
                     acc, m, l = key_tile(
-                        acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask, c, False, False, BM,
-                        BN, TMA,
+                        acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask, c, False, 0, BM, BN,
+                        TMA,
                     )
                 # tiles cut by the mask or by the end of the keys
                 for t in range(first_cut, last - whole_1, stride):
@@ -388,7 +390,7 @@ def sink_window_split(
                         tl.where(t < cut_1, lo_1 + (t - cut_0) * BN, full_end_1 + (t - cut_1) * BN),
                     )
                     acc, m, l = key_tile(
-                        acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask, c, True, True, BM, BN,
+                        acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, i, mask, c, True, 1, BM, BN,
                         TMA,
                     )
         state = (b * 32 + h) * Sq + row  # [BM]

@@ -40,7 +40,7 @@ def load_tile(
 @triton.jit
 def key_tile(
     acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, hk, key_begin, n, Sk, q, i, c, Tk,
-    MASKED: tl.constexpr, CAREFUL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
+    MASKED: tl.constexpr, CARE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
 ):
     """Adds the keys from n on to the state."""
     k = load_tile(K, 0, hk, key_begin + n, 0, k_b, k_h, k_s, Tk, 128, BN, 128, TMA)  # [BN, 128]
@@ -57,7 +57,7 @@ def key_tile(
     alpha = tl.exp2(m - m_new)
     l = l * alpha[:, None] + tl.sum(tl.reshape(p, [BM, BN // 8, 8]), 1)
     v = load_tile(V, 0, hk, key_begin + n, 0, v_b, v_h, v_s, Tk, 128, BN, 128, TMA)  # [BN, 128]
-    if CAREFUL:
+    if CARE == 1:
         bad = v - v != 0.0
         acc = tl.where(
             tl.dot(tl.full([BM, BN], 1.0, BF16) * tl.where(keep, 1.0, 0.0).to(BF16), tl.where(bad, 1.0, 0.0).to(BF16))
@@ -125,14 +125,14 @@ def varlen_causal_forward(
             # tiles in which every pair counts
             for n in range(0, full_end, BN):
                 acc, m, l = key_tile(
-                    acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, hk, key_begin, n, Sk, q, i, c, Tk, False, False, BM,
-                    BN, TMA,
+                    acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, hk, key_begin, n, Sk, q, i, c, Tk, False, 0, BM, BN,
+                    TMA,
                 )
             # tiles cut by the mask or by the end of the keys
             for n in range(full_end, key_hi, BN):
                 acc, m, l = key_tile(
-                    acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, hk, key_begin, n, Sk, q, i, c, Tk, True, PASS == 1,
-                    BM, BN, TMA,
+                    acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, hk, key_begin, n, Sk, q, i, c, Tk, True, PASS, BM,
+                    BN, TMA,
                 )
             if PASS == 0:
                 tl.store(lost + tl.program_id(0) * lost_s0, tl.max((acc != acc).to(tl.int32)))
@@ -145,14 +145,14 @@ def varlen_causal_forward(
                     # tiles in which every pair counts
                     for n in range(0, full_end, BN):
                         acc, m, l = key_tile(
-                            acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, hk, key_begin, n, Sk, q, i, c, Tk, False,
-                            False, BM, BN, TMA,
+                            acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, hk, key_begin, n, Sk, q, i, c, Tk, False, 0,
+                            BM, BN, TMA,
                         )
                     # tiles cut by the mask or by the end of the keys
                     for n in range(full_end, key_hi, BN):
                         acc, m, l = key_tile(
-                            acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, hk, key_begin, n, Sk, q, i, c, Tk, True,
-                            True, BM, BN, TMA,
+                            acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, hk, key_begin, n, Sk, q, i, c, Tk, True, 1,
+                            BM, BN, TMA,
                         )
             total = tl.sum(l, 1)  # [BM]
             empty = total <= 0.0
@@ -215,14 +215,14 @@ def varlen_causal_again(
             # tiles in which every pair counts
             for n in range(0, full_end, BN):
                 acc, m, l = key_tile(
-                    acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, hk, key_begin, n, Sk, q, i, c, Tk, False, False, BM,
-                    BN, TMA,
+                    acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, hk, key_begin, n, Sk, q, i, c, Tk, False, 0, BM, BN,
+                    TMA,
                 )
             # tiles cut by the mask or by the end of the keys
             for n in range(full_end, key_hi, BN):
                 acc, m, l = key_tile(
-                    acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, hk, key_begin, n, Sk, q, i, c, Tk, True, True, BM,
-                    BN, TMA,
+                    acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, hk, key_begin, n, Sk, q, i, c, Tk, True, 1, BM, BN,
+                    TMA,
                 )
             total = tl.sum(l, 1)  # [BM]
             empty = total <= 0.0
