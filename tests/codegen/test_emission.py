@@ -45,9 +45,9 @@ def function(text: str, name: str) -> ast.FunctionDef:
 
 
 def statements_of_full_tiles(step: ast.FunctionDef) -> Iterator[ast.stmt]:
-    """Those that run where MASKED and CAREFUL are false."""
+    """Those that run where MASKED is false and CARE is 0."""
     for s in step.body:
-        if not (isinstance(s, ast.If) and ast.unparse(s.test) in ("MASKED", "CAREFUL")):
+        if not (isinstance(s, ast.If) and ast.unparse(s.test) in ("MASKED", "CARE == 1", "CARE == 3")):
             yield s
 
 
