@@ -123,23 +123,13 @@ def test_a_branch_on_a_copy_of_the_predicate() -> None:
         (("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR16], R24, !UPT", "FADD R0, R100, R151", "EXIT"), []),
         (("QGMMA.64x64x32.F32.E4M3.E4M3 R88, gdesc[UR16], RZ, !UPT", "FADD R0, R88, R119", "EXIT"), []),
         (("HGMMA.64x16x16.F32.BF16 R24, R8, gdesc[UR16], R24", "EXIT"), [8]),
+        # two operands of which the first may be written, with registers of both among the next ones
+        (("LDC.64 R2, c[0x0][0x2a8]", "IMAD.SHL.U32 R6, R3, 0x2, RZ", "VIADD R0, R6, 0x1f", "EXIT"), []),
+        (("NOP", "VIADD R0, R40, 0x1f", "EXIT"), [40]),
+        (("S2R R10, SR_TID.X", "SHFL.BFLY PT, R19, R10, 0x1, 0x1f", "EXIT"), []),  # a predicate before what is written
+        (("S2R R10, SR_TID.X", "SHFL.BFLY PT, R19, R40, 0x1, 0x1f", "EXIT"), [40]),
         ((), []),
     ],
 )
 def test_reads_that_no_path_has_written(lines: tuple[str, ...], registers: list[int]) -> None:
     assert [u.register for u in unwritten(sass(*lines))] == registers
-
-
-def lost(*lines: str) -> list[int]:
-    return [u.register for u in unwritten(sass(*lines))]
-
-
-def test_neighbours_that_an_instruction_may_write() -> None:
-    """Of each of the first operands four, which may be the same: R6 is among both here."""
-    assert lost("LDC.64 R2, c[0x0][0x2a8]", "IMAD.SHL.U32 R6, R3, 0x2, RZ", "VIADD R0, R6, 0x1f", "EXIT") == []
-    assert lost("NOP", "VIADD R0, R40, 0x1f", "EXIT") == [40]
-
-
-def test_a_predicate_before_what_a_shuffle_writes() -> None:
-    assert lost("S2R R10, SR_TID.X", "SHFL.BFLY PT, R19, R10, 0x1, 0x1f", "EXIT") == []
-    assert lost("S2R R10, SR_TID.X", "SHFL.BFLY PT, R19, R40, 0x1, 0x1f", "EXIT") == [40]

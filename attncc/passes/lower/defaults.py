@@ -18,7 +18,7 @@ from attncc.ir.expr import TRUE
 from attncc.ir.rewrite import buffers, names
 from attncc.passes.lower import quantize, short, split, storage
 from attncc.passes.lower.group import members
-from attncc.passes.lower.hopper import gap
+from attncc.passes.lower.hopper import gap, is_exact
 from attncc.passes.lower.pieces import pieces
 from attncc.passes.lower.skew import split_diagonals
 
@@ -313,7 +313,7 @@ def _engine_config(attn: Attention, device: Device) -> Config:
         return {}
     rule = next(r for r in ENGINE if r.applies(attn))
     changes = {"E_GROUP": 1} if _is_listed(attn) else {}
-    changes |= {"E_POLY": 0} if attn.numerics.exp == "exact" else {}
+    changes |= {"E_POLY": 0} if is_exact(attn) else {}
     return beside_engine(attn, {**rule.config, **changes})
 
 

@@ -86,7 +86,7 @@ def accelerated(attn: Attention, program: Program) -> Program:
     """The program with the engine beside its kernels, where it carries the variant."""
     if why := gap(attn):
         return replace(program, engine_gap=why)
-    knobs = tuple(replace(k, choices=(0,)) if k.name == "E_POLY" and _is_exact(attn) else k for k in ENGINE_KNOBS)
+    knobs = tuple(replace(k, choices=(0,)) if k.name == "E_POLY" and is_exact(attn) else k for k in ENGINE_KNOBS)
     made = replace(engine(attn), replaces=(program.kernels[-1].name,), knobs=knobs)
     if attn.quantize:
         return _over_stored(quantize.with_scales(attn), program, made)
@@ -160,7 +160,7 @@ def engine(attn: Attention) -> Engine:
         tuple(p.width for p in pieces(attn.dims.qk, PIECES)),
         tuple(p.width for p in pieces(attn.dims.v, PIECES)),
         substitute(programs(attn), {"BM": name("E_CONSUMERS") * ROWS}),
-        _is_exact(attn),
+        is_exact(attn),
         next((d.operand for d in diagonals), None),
     )
 
@@ -184,7 +184,7 @@ def _bounds(attn: Attention) -> Iterator[Expr]:
         yield from (r.lo, r.hi, r.full_lo, r.full_hi)
 
 
-def _is_exact(attn: Attention) -> bool:
+def is_exact(attn: Attention) -> bool:
     """Whether exponentials are the GPU's own, and tanh is made of them."""
     return attn.numerics.exp == "exact"
 

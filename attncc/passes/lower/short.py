@@ -53,8 +53,8 @@ def with_short(attn: Attention, dense: Program) -> Program:
     step = next(k for k in dense.kernels if k.name == f"{attn.name}_forward").functions[-1]
     way = stream if streams(attn) else split
     *before, sharer, merging = way.kernels(attn, step)
-    passes = care.passes(sharer.name, may_see_the_same=may_see_the_same(attn))
-    passes = passes if may_hide_values(attn) else (Launch(sharer.name),)
+    alike = may_see_the_same(attn)
+    passes = care.passes(sharer.name, may_see_the_same=alike) if may_hide_values(attn) else (Launch(sharer.name),)
     launches = (*(Launch(k.name) for k in before), *passes, Launch(merging.name))
     idle, busy = eq(name(SPLIT.name), 0), name(SPLIT.name) > 0
     return replace(
