@@ -17,6 +17,7 @@ BODIES: Final[Mapping[str, str]] = {
     "score: qk * scale + bias[h, i - j + N // 2]\nmask: causal",
     "bias": "inputs: {bias: {shape: [Hq, Sq, Sk]}}\nscore: qk * scale + bias[h, row, j]",
     "mask_tensor": "inputs: {keep: {shape: [Sq, Sk], dtype: bool}}\nmask: keep[row, j]",
+    "sink": "inputs: {sinks: {shape: [Hq]}}\nmask: causal\nnormalizer: softmax(sink=sinks[h])",
     "window": "mask: causal & window(WINDOW)",
     "documents": "inputs: {starts: {shape: [N], dtype: int32, sorted: true}}\nmask: causal & segments(starts)",
     "blocks": "inputs: {blocks: {shape: [M, N], dtype: bool}}\nmask: blocks[i // BLOCK, j // BLOCK]",
@@ -24,7 +25,7 @@ BODIES: Final[Mapping[str, str]] = {
 """WINDOW and BLOCK stand for a pattern's numbers."""
 PLAIN_MASKS: Final = ("none", "causal")
 """What every peer can do."""
-SAME_MASK: Final = {"softcap": "causal", "alibi": "causal", "relative_bias": "causal", "bias": "none"}
+SAME_MASK: Final = {"softcap": "causal", "alibi": "causal", "relative_bias": "causal", "sink": "causal", "bias": "none"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,7 @@ class Case:
 def _rows() -> tuple[Case, ...]:
     dense = ((4, 16, 16, 8192, 128), (4, 32, 32, 8192, 64), (2, 32, 8, 16384, 128), (16, 16, 16, 1024, 128))
     out = [Case(v, *shape, shape[-1]) for shape in (*dense, (2, 16, 16, 8192, 256)) for v in PLAIN_MASKS]
-    scores = ("causal", "softcap", "alibi", "relative_bias", "window", "documents")
+    scores = ("causal", "softcap", "alibi", "relative_bias", "sink", "window", "documents")
     out += [Case(v, 4, 16, 16, 16384, 128, 128) for v in scores]
     out.append(Case("blocks", 1, 16, 16, 65536, 128, 128))
     odd = ((72, 72), (80, 80), (96, 96), (160, 160), (192, 192), (192, 128))

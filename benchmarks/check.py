@@ -79,4 +79,6 @@ def exact_rows(
     i, j = rows[:, None] + (case.s - case.sq), torch.arange(case.s, device=q.device)[None]
     s = s if score is None else score(s, b, h, i, j).double()
     s = s if mask is None else s.masked_fill(~mask(b, h, i, j), -math.inf)
-    return s.softmax(-1) @ v[b, kv_head].double(), s.logsumexp(-1)
+    lse = s.logsumexp(-1)
+    total = lse if case.variant != "sink" else torch.logaddexp(lse, given["sinks"][h].double())
+    return torch.exp(s - total[:, None]) @ v[b, kv_head].double(), lse

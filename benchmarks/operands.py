@@ -32,6 +32,8 @@ def inputs(case: Case, device: str = "cuda") -> dict[str, Tensor]:
         case "alibi":
             heads = torch.arange(1, case.hq + 1, device=device)
             return {"slopes": torch.exp2(-8.0 * heads / case.hq).float()}
+        case "sink":
+            return {"sinks": torch.randn(case.hq, device=device, generator=g)}
         case "relative_bias":
             return {"bias": torch.randn(case.hq, 2 * case.s, device=device, generator=g).bfloat16()}
         case "bias":

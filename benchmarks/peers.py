@@ -92,8 +92,8 @@ def answering(
 
 
 def gpu_peers(case: Case, qkv: tuple[Tensor, Tensor, Tensor], given: Given) -> dict[str, Call]:
-    """FlexAttention, and cuDNN and FlashAttention-4 where they can do the case."""
-    out = {"FlexAttention": flex(case, qkv, given)}
+    """FlexAttention, cuDNN and FlashAttention-4, each where it can do the case."""
+    out = {} if case.variant == "sink" else {"FlexAttention": flex(case, qkv, given)}
     if case.variant in PLAIN_MASKS:
         out["cuDNN"] = cudnn(case, qkv)
     if carries(case):

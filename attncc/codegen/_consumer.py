@@ -5,10 +5,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from . import hopper as variant
+from ._softmax import MOST, lane_sum
 from ._steps import (
+    FIRST_ANSWER,
     LETTER,
-    LOWEST,
-    MOST,
     ROWS,
     accumulator,
     add_values,
@@ -18,8 +18,6 @@ from ._steps import (
     few_bits,
     fill,
     joined,
-    lane_sum,
-    operand,
     overlap,
     pass_turn,
     scaled,
@@ -45,18 +43,33 @@ def leave(counter, lost, PARTIES: gl.constexpr, MARK_LOST: gl.constexpr):
         gl.store(counter + 1, 0)
 
 
+@gluon.constexpr_function
+def _any_nan(barrier_):
+    """Of four numbers in each of a consumer's threads: their barrier carries the answer to all of them."""
+    return (
+        "{ .reg .pred p; .reg .f32 x, y; add.f32 x, $4, $5; add.f32 y, $6, $7; add.f32 x, x, y; setp.nan.f32 p, x, x; "
+        f"bar.red.or.pred p, {barrier_}, 128, p; "
+        "selp.s32 $0, 1, 0, p; mov.b32 $1, $0; mov.b32 $2, $0; mov.b32 $3, $0; }"
+    )
+
+
 @gluon.jit
-def mark_lost(acc, lost, counter, again, left):
+def mark_lost(acc, lost, counter, again, left, NUMBER: gl.constexpr):
     """Lists a tile with NaN in it, perhaps a hidden one times 0: another kernel does it again, with care.
 
     Not where no row is left: the number would be that of the tile behind it, if there is one.
     """
-    bad = 0
-    for n in gl.static_range(len(acc)):
-        total = gl.sum(acc[n], 1)  # NaN where any is, at one instruction each
-        bad = gl.maximum(bad, gl.max((total != total).to(gl.int32), 0))
-    if gl.minimum(bad, left) > 0:
-        gl.store(lost + 1 + gl.atomic_add(counter + 2, 1), again)
+    total = lane_sum(acc[0])  # NaN where any is, at one instruction each
+    for n in gl.static_range(1, len(acc)):
+        total += gl.convert_layout(lane_sum(acc[n]), total.type.layout, assert_trivial=True)
+    asm: gl.constexpr = _any_nan(FIRST_ANSWER + NUMBER)
+    sides: gl.constexpr = "=r,=r,=r,=r,f,f,f,f"
+    bad = gl.inline_asm_elementwise(asm, sides, [total], dtype=gl.int32, is_pure=False, pack=4)
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, total.type.layout))[:, None]
+    lane = gl.arange(0, 8, gl.SliceLayout(0, total.type.layout))[None, :]
+    one = (row + lane == 0) & (gl.minimum(bad, left) > 0)  # all know it, one says it
+    at = gl.atomic_add(counter + 2 + (row + lane) * 0, one.to(gl.int32), mask=one)
+    gl.store(lost + 1 + at, again + at * 0, mask=one)
 
 
 @gluon.constexpr_function
@@ -148,7 +161,6 @@ def consume(NUMBER: gl.constexpr, O, sinks, places, o_s, mail, bars, args, OWN_R
     Q_STAGES: gl.constexpr = CONFIG[3]
     SIZE: gl.constexpr = mail.shape[0] // 2
     S_LAYOUT: gl.constexpr = accumulator(BN, v_s[0].dtype)
-    P_LAYOUT: gl.constexpr = operand(width_of(v_s[0]), v_s[0].dtype)
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     read = 0  # tiles of K
     done = 0  # query tiles
@@ -171,19 +183,19 @@ def consume(NUMBER: gl.constexpr, O, sinks, places, o_s, mail, bars, args, OWN_R
             tma.store_wait(0)
             barrier()
             mbarrier.arrive(q_empty.index(((done + 1) % 2) * CONSUMERS + NUMBER), count=1, pred=done > 0)
-        m = gl.full([ROWS], LOWEST, gl.float32, ROW)
-        l = lane_sum(gl.zeros([ROWS, BN], gl.float32, S_LAYOUT))
         acc = nothing(v_s)
-
-        p, m, l, acc, late = fill(
-            q, m, l, acc, cuts, read, places, bars, mail, letter, known, c, r, s, args,
-            NUMBER, S_LAYOUT, P_LAYOUT, CONFIG,
-        )  # fmt: skip
+        p, m, l, late = fill(q, cuts, read, places, bars, c, r, s, args, NUMBER, S_LAYOUT, CONFIG)
         read += 1
-        for t in range(1, count):
+        for t in range(1, cuts):
             p, m, l, acc, late = overlap(
-                q, p, m, l, acc, late, t, cuts, read, places, bars, mail, letter, known, c, r, s, args,
-                NUMBER, S_LAYOUT, P_LAYOUT, CONFIG,
+                q, p, m, l, acc, late, t, read, places, bars, mail, letter, known, c, r, s, args,
+                NUMBER, S_LAYOUT, True, CONFIG,
+            )  # fmt: skip
+            read += 1
+        for t in range(gl.maximum(1 - cuts, 0), count - cuts):
+            p, m, l, acc, late = overlap(
+                q, p, m, l, acc, late, t, read, places, bars, mail, letter, known, c, r, s, args,
+                NUMBER, S_LAYOUT, False, CONFIG,
             )  # fmt: skip
             read += 1
 
@@ -201,15 +213,15 @@ def consume(NUMBER: gl.constexpr, O, sinks, places, o_s, mail, bars, args, OWN_R
         acc = joined(arrived(acc_sent), acc, late)
         mbarrier.arrive(v_empty.index(before), count=1)
         if CONFIG[7]:
-            mark_lost(acc, lost, counter, again, left)
+            mark_lost(acc, lost, counter, again, left, NUMBER)
         if OWN_ROOM:
             tma.store_wait(0)
             barrier()
-            store(scaled(acc, factor), O, o_s, sinks, NUMBER, b, h, first, left, CONFIG[15])
+            store(scaled(acc, factor), O, o_s, sinks, NUMBER, b, h, first, left, CONFIG[16])
         else:
-            store(scaled(acc, factor), O, o_s, sinks, q_at, b, h, first, left, CONFIG[15])
+            store(scaled(acc, factor), O, o_s, sinks, q_at, b, h, first, left, CONFIG[16])
         if write_lse > 0:
-            write_rows(LSE + (b * CONFIG[14] + h).to(gl.int64) * lse_h, lse, first, left, ROW)
+            write_rows(LSE + (b * CONFIG[15] + h).to(gl.int64) * lse_h, lse, first, left, ROW)
         if Q_STAGES == 1:
             tma.store_wait(0)
             barrier()

@@ -1,4 +1,4 @@
-"""What a consumer of the Hopper engine does with a key tile: products, scores, softmax. `_hopper.py` has the rest."""
+"""What a consumer of the Hopper engine does with a key tile: products, scores, and with `_softmax.py` its weights."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -10,6 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from . import hopper as variant
+from ._softmax import lane_sum, per_lane, softmax
 
 ROWS = gl.constexpr(64)
 """Of a consumer: what one wgmma multiplies."""
@@ -17,12 +18,10 @@ LETTER = gl.constexpr(8)
 """Numbers that travel by mail before the variant's own."""
 LOWEST = gl.constexpr(-1.7014118346046923e38)
 """Below every finite score in units of log 2, and finite: a row that sees no key keeps it."""
-MOST = gl.constexpr(448.0)
-"""Weights of few bits are multiples of it, the greatest number of fp8: their format's range is all used."""
-TOGETHER = gl.constexpr(8)
-"""Exponentials that are shared out between two units."""
 FIRST_TURN = gl.constexpr(9)
 """Named barriers from here on are ours; Triton takes those before."""
+FIRST_ANSWER = gl.constexpr(12)
+"""Of the barriers by which a consumer's threads answer a question together."""
 
 
 @gluon.constexpr_function
@@ -41,65 +40,6 @@ def take_turn(NUMBER: gl.constexpr):
 def pass_turn(NUMBER: gl.constexpr):
     asm: gl.constexpr = _barrier("arrive", FIRST_TURN + NUMBER)
     gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def exp2(x):
-    """2**x by one instruction; what is below 2**-126 becomes 0."""
-    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
-
-
-@gluon.constexpr_function
-def _by_instruction(n):
-    return f"ex2.approx.ftz.f32 ${n}, ${n + TOGETHER.value};"
-
-
-@gluon.constexpr_function
-def _by_polynomial(n):
-    """2**x as 2**n * 2**f: n is what is left of x beside 1.5 * 2**23, f in [-1/2, 1/2] goes into a polynomial of degree
-    3, whose relative error is at most 7.5e-5. What is below 2**-126 becomes 0, NaN stays NaN."""
-    return (
-        "{ .reg .f32 x, n, p; .reg .b32 e; "
-        f"max.NaN.f32 x, ${n + TOGETHER.value}, 0fC2FE0000; "  # -127
-        "add.rn.f32 n, x, 0f4B400000; mov.b32 e, n; sub.rn.f32 n, n, 0f4B400000; sub.rn.f32 x, x, n; "
-        "fma.rn.f32 p, x, 0f3D61FBB0, 0f3E786F0D; fma.rn.f32 p, p, x, 0f3F31798D; fma.rn.f32 p, p, x, 0f3F7FFB49; "
-        f"shl.b32 e, e, 23; add.s32 e, e, 0x3F800000; mov.b32 n, e; mul.rn.f32 ${n}, p, n; }}"
-    )
-
-
-@gluon.constexpr_function
-def _powers(POLY):
-    """Of eight numbers POLY by polynomial, spread evenly."""
-    count = TOGETHER.value
-    return " ".join(
-        _by_polynomial(n) if (n + 1) * POLY // count > n * POLY // count else _by_instruction(n) for n in range(count)
-    )
-
-
-@gluon.jit
-def weights(x, POLY: gl.constexpr):
-    """2**x; POLY of eight on the units that multiply and add: where products are of 8 bits, the one of exponentials is
-    what all wait for."""
-    if POLY > 0:
-        asm: gl.constexpr = _powers(POLY)
-        sides: gl.constexpr = "=f,=f,=f,=f,=f,=f,=f,=f,f,f,f,f,f,f,f,f"
-        p = gl.inline_asm_elementwise(asm, sides, [x], dtype=gl.float32, is_pure=True, pack=TOGETHER.value)
-    else:
-        p = exp2(x)
-    return p
-
-
-@gluon.jit
-def lane_sum(p):
-    """Row sums in eight parts, each of one thread: no shuffle in the loop."""
-    EIGHTHS: gl.constexpr = p.shape[1] // 8
-    return gl.sum(gl.reshape(p, [p.shape[0], EIGHTHS, 8]), 1)
-
-
-@gluon.jit
-def per_lane(x, l):
-    """A value a row as a column beside the parts of its sum."""
-    return gl.convert_layout(x, gl.SliceLayout(1, l.type.layout), assert_trivial=True)[:, None]
 
 
 @gluon.constexpr_function
@@ -126,54 +66,48 @@ def width_of(place):
     return place.shape[3] if few_bits(place.dtype) else place.shape[4]
 
 
-@gluon.jit
-def less_log2_most(m):
-    """m - log2(MOST), rounded up: weights reach MOST and not further, however large scores are."""
-    asm: gl.constexpr = "sub.rp.f32 $0, $1, 0f410CEAED;"
-    return gl.inline_asm_elementwise(asm, "=f,f", [m], dtype=gl.float32, is_pure=True, pack=1)
+@gluon.constexpr_function
+def _rounding(dtype):
+    """Of as many weights as a register holds, the first in its lowest bits."""
+    if few_bits(dtype):
+        return (
+            "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; "
+            "cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }"
+        )
+    return f"cvt.rn.{'bf16' if dtype == gl.bfloat16 else 'f16'}x2.f32 $0, $2, $1;"
 
 
 @gluon.jit
-def softmax(x, m, c, FEW_BITS: gl.constexpr, POLY: gl.constexpr):
-    """Weights of a tile of scores x * c in units of log 2, the new maximum, and what older weights shrink by."""
-    m_new = gl.maximum(m, gl.max(x, 1) * c)
-    if FEW_BITS:
-        p = weights(x * c - less_log2_most(m_new)[:, None], POLY)
-    else:
-        p = weights(x * c - m_new[:, None], POLY)
-    return p, exp2(m - m_new), m_new
-
-
-@gluon.jit
-def rounded(p, dtype: gl.constexpr, LAYOUT: gl.constexpr):
+def rounded(p, dtype: gl.constexpr):
     """Weights as they are kept until the second product takes them, in the registers in which the first one left them.
 
-    Four of fp8 are one number, for ptxas gives each byte a register. Their keys are those of a thread's two neighbours
-    in each half of 16, where a tensor core takes four in a row: values are in that order (`key_at` in attncc).
+    Those of a register are one number, for ptxas gives each of less than 32 bits a register of its own where loops hand
+    them on. The keys of four of fp8 are those of a thread's two neighbours in each half of 16, where a tensor core
+    takes four in a row: values are in that order (`key_at` in attncc).
     """
+    BN: gl.constexpr = p.shape[1]
+    asm: gl.constexpr = _rounding(dtype)
     if few_bits(dtype):
-        BN: gl.constexpr = p.shape[1]
         parts = gl.permute(gl.reshape(p, [ROWS, BN // 16, 2, 4, 2]), (0, 1, 3, 2, 4))
         even, odd = gl.split(parts)
         a, c = gl.split(even)
         b, d = gl.split(odd)
-        asm: gl.constexpr = (
-            "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; "
-            "cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }"
-        )
         made = gl.inline_asm_elementwise(asm, "=r,f,f,f,f", [a, b, c, d], dtype=gl.int32, is_pure=True, pack=1)
     else:
-        made = gl.convert_layout(p.to(dtype), LAYOUT)
+        a, b = gl.split(gl.reshape(p, [ROWS, BN // 2, 2]))
+        made = gl.inline_asm_elementwise(asm, "=r,f,f", [a, b], dtype=gl.int32, is_pure=True, pack=1)
     return made
 
 
 @gluon.jit
-def unpacked(p, LAYOUT: gl.constexpr):
-    """Weights of fp8 out of numbers of four; by halves, which LLVM sees through, so that no instruction is left."""
-    pairs = gl.join(p.to(gl.int16), (p >> 16).to(gl.int16))
-    ones = gl.join(pairs.to(gl.int8), (pairs >> 8).to(gl.int8))
-    x = gl.reshape(ones, [ROWS, p.shape[1] * 16]).to(gl.float8e4nv, bitcast=True)
-    return gl.convert_layout(x, LAYOUT, assert_trivial=True)
+def unpacked(p, dtype: gl.constexpr, LAYOUT: gl.constexpr):
+    """Weights out of numbers of two or four; by halves, which LLVM sees through, so that no instruction is left."""
+    x = gl.join(p.to(gl.int16), (p >> 16).to(gl.int16))
+    if few_bits(dtype):
+        x = gl.reshape(gl.join(x.to(gl.int8), (x >> 8).to(gl.int8)), [ROWS, p.shape[1] * 16])
+    else:
+        x = gl.reshape(x, [ROWS, p.shape[1] * 2])
+    return gl.convert_layout(x.to(dtype, bitcast=True), LAYOUT, assert_trivial=True)
 
 
 @gluon.jit
@@ -228,13 +162,12 @@ def product(q, k_s, slot, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def value_product(p, place, slot, acc):
+    LAYOUT: gl.constexpr = acc.type.layout
+    a = unpacked(p, place.dtype, operand(width_of(place), place.dtype))
     if few_bits(place.dtype):
-        LAYOUT: gl.constexpr = acc.type.layout
-        a = unpacked(p, gl.DotOperandLayout(0, LAYOUT, 4))
         none = gl.zeros([acc.shape[0], acc.shape[1]], gl.float32, LAYOUT)
         sent = warpgroup_mma(a, tile_of(place, slot).permute((1, 0)), none, use_acc=False, is_async=True)
     else:
-        a = gl.convert_layout(p, gl.DotOperandLayout(0, acc.type.layout, 2))
         sent = warpgroup_mma(a, tile_of(place, slot), acc, is_async=True)
     return sent
 
@@ -290,36 +223,38 @@ def shrunk(acc, alpha, FEW_BITS: gl.constexpr):
 
 
 @gluon.jit
-def scores(
-    qk, t, cuts, read, places, bars, mail, letter, known, r, s, args,
-    NUMBER: gl.constexpr, LAYOUT: gl.constexpr, CONFIG,
-):  # fmt: skip
-    """Scores of tile t, -inf for pairs that the mask hides, or the sequence's end; whole tiles are not asked."""
+def masked_scores(qk, n, beside, r, s, args, LAYOUT: gl.constexpr, CONFIG):
+    """Scores of the tile of keys from n on, -inf for pairs that the mask hides, or the sequence's end."""
     BN: gl.constexpr = CONFIG[0]
-    KEYS: gl.constexpr = CONFIG[12]
-    columns = gl.arange(0, BN, gl.SliceLayout(0, LAYOUT))
-    beside = read_beside(places, bars, read, NUMBER, LAYOUT)
-    if t < cuts:  # rare: what it needs is heard of again, and takes no registers from the other branch
-        s_cut = known + fetch_own(mail, letter + LETTER, CONFIG[9])
-        r_cut = r
-        if not CONFIG[13]:
-            rows = fetch(mail, letter + 2) + NUMBER * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
-            r_cut = variant.rows(rows, s_cut, args)
-        j = variant.cut(t, s_cut, args, BN) + columns
-        inside = j < s_cut[KEYS]
-        j = gl.maximum(gl.minimum(j, s_cut[KEYS] - 1), 0)  # reads stay inside, even of no keys at all
-        x = variant.score(qk, beside, j, r_cut, s_cut, args)
-        x = gl.where(inside[None, :] & variant.keep(j, r_cut, s_cut, args), x, float("-inf"))
+    j = n + gl.arange(0, BN, gl.SliceLayout(0, LAYOUT))
+    if CONFIG[14]:  # reads stay inside, even of no keys at all; `keep` knows of no end then
+        inside = j < s[CONFIG[12]]
+        j = gl.maximum(gl.minimum(j, s[CONFIG[12]] - 1), 0)
+        kept = inside[None, :] & variant.keep(j, r, s, args)
     else:
-        x = variant.score(qk, beside, variant.whole(t - cuts, s, args, BN) + columns, r, s, args)
-    return x
+        kept = variant.keep(j, r, s, args)
+    return gl.where(kept, variant.score(qk, beside, j, r, s, args), float("-inf"))
 
 
 @gluon.jit
-def fill(
-    q, m, l, acc, cuts, read, places, bars, mail, letter, known, c, r, s, args,
-    NUMBER: gl.constexpr, S_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr, CONFIG,
-):  # fmt: skip
+def cut_scores(qk, t, beside, mail, letter, known, r, args, NUMBER: gl.constexpr, LAYOUT: gl.constexpr, CONFIG):
+    """Scores of cut tile t. What they need is heard of again, and takes no registers from the loop over whole tiles."""
+    s = known + fetch_own(mail, letter + LETTER, CONFIG[9])
+    if not CONFIG[13]:
+        rows = fetch(mail, letter + 2) + NUMBER * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+        r = variant.rows(rows, s, args)
+    return masked_scores(qk, variant.cut(t, s, args, CONFIG[0]), beside, r, s, args, LAYOUT, CONFIG)
+
+
+@gluon.jit
+def whole_scores(qk, t, beside, r, s, args, LAYOUT: gl.constexpr, CONFIG):
+    """Scores of whole tile t, which neither mask nor end is asked about."""
+    columns = gl.arange(0, CONFIG[0], gl.SliceLayout(0, LAYOUT))
+    return variant.score(qk, beside, variant.whole(t, s, args, CONFIG[0]) + columns, r, s, args)
+
+
+@gluon.jit
+def fill(q, cuts, read, places, bars, c, r, s, args, NUMBER: gl.constexpr, S_LAYOUT: gl.constexpr, CONFIG):
     """Scores and weights of the tile that opens the pipeline; its values are still to come."""
     _, _, k_full, k_empty, _, _, _, _, _, _ = bars
     _, k_s, _, _ = places
@@ -335,21 +270,27 @@ def fill(
         pass_turn((NUMBER + 1) % CONSUMERS)
     qk = warpgroup_mma_wait(0, deps=(qk,))
     mbarrier.arrive(k_empty.index(slot), count=1)
-    x = scores(qk, 0, cuts, read, places, bars, mail, letter, known, r, s, args, NUMBER, S_LAYOUT, CONFIG)
+    beside = read_beside(places, bars, read, NUMBER, S_LAYOUT)
+    if cuts > 0:  # a branch keeps ptxas from asking the mask before the product is there, and packing the answers
+        x = masked_scores(qk, variant.cut(0, s, args, CONFIG[0]), beside, r, s, args, S_LAYOUT, CONFIG)
+    else:
+        x = whole_scores(qk, 0, beside, r, s, args, S_LAYOUT, CONFIG)
     FEW_BITS: gl.constexpr = few_bits(k_s[0].dtype)
-    p, alpha, m = softmax(x, m, c, FEW_BITS, CONFIG[16])
-    l = l * per_lane(alpha, l) + lane_sum(p)
-    p_new = rounded(p, k_s[0].dtype, P_LAYOUT)
-    acc, late = shrunk(acc, alpha, FEW_BITS)
-    return p_new, m, l, acc, late
+    m = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, S_LAYOUT))
+    p, alpha, m = softmax(x, m, c, FEW_BITS, CONFIG[17])
+    late = ()
+    if FEW_BITS:
+        late = (alpha,)
+    return rounded(p, k_s[0].dtype), m, lane_sum(p), late
 
 
 @gluon.jit
 def overlap(
-    q, p, m, l, acc, late, t, cuts, read, places, bars, mail, letter, known, c, r, s, args,
-    NUMBER: gl.constexpr, S_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr, CONFIG,
+    q, p, m, l, acc, late, t, read, places, bars, mail, letter, known, c, r, s, args,
+    NUMBER: gl.constexpr, S_LAYOUT: gl.constexpr, IS_CUT: gl.constexpr, CONFIG,
 ):  # fmt: skip
-    """A turn of the main loop: Q K(n) and P V(n - 1) are issued together, the softmax of n follows."""
+    """A turn of a loop over cut tiles, or of the main one over whole tiles: Q K(n) and P V(n - 1) are issued together,
+    the softmax of n follows."""
     _, _, k_full, k_empty, v_full, v_empty, _, _, _, _ = bars
     _, k_s, v_s, _ = places
     CONSUMERS: gl.constexpr = CONFIG[1]
@@ -368,15 +309,16 @@ def overlap(
         pass_turn((NUMBER + 1) % CONSUMERS)
     qk = warpgroup_mma_wait(len(acc), deps=(qk_sent,))
     mbarrier.arrive(k_empty.index(slot), count=1)
-    x = scores(qk, t, cuts, read, places, bars, mail, letter, known, r, s, args, NUMBER, S_LAYOUT, CONFIG)
-    new, alpha, m = softmax(x, m, c, FEW_BITS, CONFIG[16])
-    l = l * per_lane(alpha, l) + lane_sum(new)
-    if FEW_BITS:  # what the next product reads must not be written while this one runs
-        got = arrived(acc_sent)
-        p_new = rounded(new, k_s[0].dtype, P_LAYOUT)
+    beside = read_beside(places, bars, read, NUMBER, S_LAYOUT)
+    if IS_CUT:
+        x = cut_scores(qk, t, beside, mail, letter, known, r, args, NUMBER, S_LAYOUT, CONFIG)
     else:
-        p_new = rounded(new, k_s[0].dtype, P_LAYOUT)
-        got = arrived(acc_sent)
+        x = whole_scores(qk, t, beside, r, s, args, S_LAYOUT, CONFIG)
+    new, alpha, m = softmax(x, m, c, FEW_BITS, CONFIG[17])
+    l = l * per_lane(alpha, l) + lane_sum(new)
+    got = arrived(acc_sent)
+    # not before: what the next product reads must not be written while this one runs
+    p_new = rounded(new, k_s[0].dtype)
     mbarrier.arrive(v_empty.index(before), count=1)
     acc, late = shrunk(joined(got, acc, late), alpha, FEW_BITS)
     return p_new, m, l, acc, late

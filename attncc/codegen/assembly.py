@@ -29,6 +29,8 @@ class Counts:
     """Inside the innermost loops that multiply matrices."""
     turn: Mapping[str, int]
     """On the shortest way round those loops."""
+    reloads: float
+    """The greatest share that reloads of spilled registers have in the shortest way round one of them."""
 
 
 SASS: Final = Dialect(
@@ -102,8 +104,9 @@ def read(text: str, dialect: Dialect) -> Counts:
     hot = {i for i, kind in enumerate(kinds) if kind in MATRIX}
     loops = _innermost(set(edges), edges, hot)
     main = set[int]().union(*loops)
-    turns = [i for loop in loops for i in _shortest_turn(loop, edges)]
-    return Counts(_count(kinds), _count(kinds[i] for i in main), _count(kinds[i] for i in turns))
+    turns = [[kinds[i] for i in _shortest_turn(loop, edges)] for loop in loops]
+    reloads = max((turn.count("spill_load") / len(turn) for turn in turns), default=0.0)
+    return Counts(_count(kinds), _count(kinds[i] for i in main), _count(k for turn in turns for k in turn), reloads)
 
 
 def _kind(opcode: str, dialect: Dialect) -> str | None:

@@ -23,8 +23,8 @@ from attncc.device import ARCHITECTURES
 
 PATIENCE: Final = 120
 """Seconds, for all its configs."""
-FEW: Final = 8
-"""Words that all consumers together may reload in a turn of some 450 instructions each."""
+FEW: Final = 0.01
+"""The share of a loop's instructions that may reload spilled registers: four in a turn over a whole tile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ def judge(made: Any) -> Findings:
     reasons = [f"ptxas serialises its products ({note})" for note in re.findall(r"C75\d\d", said.stdout + said.stderr)]
     reasons += [f"ptxas reads UR{u.register} before it is written: {u.instruction}" for u in undefined(text)[:1]]
     reasons += [f"ptxas reads R{u.register} before it is written: {u.instruction}" for u in unwritten(text)[:1]]
-    reasons += ["registers of the main loop spill"] * (counts.turn.get("spill_load", 0) > FEW)
+    reasons += ["registers of its loops spill"] * (counts.reloads > FEW)
     return Findings(tuple(dict.fromkeys(reasons)), dict(counts.total), dict(counts.turn), made.metadata.shared)
 
 

@@ -88,7 +88,7 @@ def emit(
         if engine is None
         else {
             "hopper.py": hopper_module(attn, print_engine(engine), header),
-            **_copied("_hopper", "_consumer", "_steps", "_engine", "_persistent"),
+            **_copied("_hopper", "_consumer", "_steps", "_softmax", "_engine", "_persistent"),
         }
     )
     gpu: dict[str, str | bytes] = {

@@ -9,8 +9,7 @@ from attncc.codegen.source import Writer, filled
 from attncc.codegen.triton import handles, strides
 from attncc.ir.attention import Attention
 from attncc.ir.expr import FLOATS, Dim, name
-from attncc.ir.rewrite import buffers
-from attncc.ir.tile import Engine, Kernel, Param, reads
+from attncc.ir.tile import Engine, Kernel, Param, reads_memory
 
 
 def mapping(m: Mapping[str, int]) -> str:
@@ -99,7 +98,7 @@ def engine_parameters(w: Writer, attn: Attention, engine: Engine) -> None:
 def constants(attn: Attention, engine: Engine) -> dict[str, int]:
     """What is fixed of an engine's launch, in the order of its signature."""
     at = {str(e.attr): n for n, e in enumerate(engine.tile)}
-    rows = next(f for f in engine.functions if f.name == "rows")
+    reading = {f.name for f in engine.functions if reads_memory(f)}
     return {
         "MARK_LOST": int(bool(engine.after)),
         "NUMBERS": len(engine.tile),
@@ -108,7 +107,8 @@ def constants(attn: Attention, engine: Engine) -> dict[str, int]:
         "FACTOR": at["c"],
         "QUERIES": at["Sq"],
         "KEYS": at["Sk"],
-        "READS_ROWS": int(any(buffers(e) for s in rows.body for e in reads(s))),
+        "READS_ROWS": int("rows" in reading),
+        "READS_KEYS": int(bool({"score", "keep"} & reading)),
         "OWN_ROOM": int(engine.turned or engine.v != engine.qk[: len(engine.v)]),
         "HEADS": attn.heads.q,
         "COLUMNS": attn.dims.v,

@@ -31,6 +31,11 @@ def buffers(e: Expr) -> frozenset[str]:
     return frozenset(str(n.attr) for n in walk(e) if n.op in ("load", "bucket", "qdot", "tile"))
 
 
+def conjuncts(e: Expr) -> tuple[Expr, ...]:
+    """What must all hold for `e` to."""
+    return tuple(c for a in e.args for c in conjuncts(a)) if e.op == "and" else (e,)
+
+
 def rebuild(e: Expr, args: tuple[Expr, ...]) -> Expr:
     """`e` over other arguments: dtype and shape of an elementwise node follow from them."""
     if args == e.args:

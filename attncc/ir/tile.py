@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from attncc.ir.expr import Dim, Dtype, Expr, Shape
+from attncc.ir.rewrite import buffers
 
 Role = Literal["operand", "buffer", "scalar", "value", "constexpr"]
 
@@ -90,6 +91,11 @@ class CallFn:
 
 
 Statement = Note | Let | Store | StoreTile | For | If | CallFn
+
+
+def reads_memory(f: Function) -> bool:
+    """Whether a function reads tensors itself."""
+    return any(buffers(e) for s in f.body for e in reads(s))
 
 
 def reads(s: Statement) -> tuple[Expr, ...]:

@@ -17,7 +17,7 @@ from typing import Final
 from attncc.ir.attention import Attention, KeyRange, KeyTiles, Part
 from attncc.ir.expr import FALSE, TRUE, Expr, ew, name, where
 from attncc.ir.intervals import UNKNOWN, Bound, Interval, interval
-from attncc.ir.rewrite import names, walk
+from attncc.ir.rewrite import conjuncts, names, walk
 from attncc.passes.ieee import is_finite
 from attncc.passes.linear import tidy
 from attncc.passes.ranges import END, FIRST, NOTHING, Cube, Span, Term, end, unite_cubes, unite_terms
@@ -114,7 +114,7 @@ def _cubes(mask: Expr) -> tuple[Cube, ...]:
 
 def _term(cube: Cube, rising: Mapping[str, Expr]) -> Term:
     """A cube over the rows of a tile: some row sees up to the farthest ends, all of them up to the nearest."""
-    conditions = [interval(e, ROWS, rising) if _is_trusted(e) else UNKNOWN for e in _conjuncts(cube.when)]
+    conditions = [interval(e, ROWS, rising) if _is_trusted(e) else UNKNOWN for e in conjuncts(cube.when)]
     every = tidy(reduce(Expr.__and__, (c[0] or FALSE for c in conditions)))
     some = tidy(reduce(Expr.__and__, (c[1] or TRUE for c in conditions)))
     span = cube.span
@@ -146,15 +146,11 @@ def _key_range(term: Term) -> KeyRange:
 
 def _skip(mask: Expr, rising: Mapping[str, Expr]) -> Expr | None:
     """Whether a key tile may hold a visible key, from the conjuncts that the ranges do not say exactly."""
-    loose = [e for e in _conjuncts(mask) if not all(map(_is_solved, _literals(e)))]
+    loose = [e for e in conjuncts(mask) if not all(map(_is_solved, _literals(e)))]
     if not loose:
         return None
     some = tidy(interval(_telling(reduce(Expr.__and__, loose)), TILE, rising)[1] or TRUE)
     return None if some == TRUE else some
-
-
-def _conjuncts(e: Expr) -> tuple[Expr, ...]:
-    return tuple(c for a in e.args for c in _conjuncts(a)) if e.op == "and" else (e,)
 
 
 def _telling(e: Expr) -> Expr:

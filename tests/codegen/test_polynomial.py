@@ -35,7 +35,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     folder = tmp_path_factory.mktemp("polynomial")
     driver.compile(spec.loads("attncc: 1\nname: powers\nheads: 2\ndims: 64\n"), folder, ["sm_90"])
     sys.path.insert(0, str(folder))
-    yield importlib.import_module("powers._steps")
+    yield importlib.import_module("powers._softmax")
     sys.path.remove(str(folder))
 
 

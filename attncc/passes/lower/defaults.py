@@ -19,6 +19,7 @@ from attncc.ir.rewrite import buffers, names
 from attncc.passes.lower import quantize, short, split, storage
 from attncc.passes.lower.group import members
 from attncc.passes.lower.hopper import gap, is_exact
+from attncc.passes.lower.knobs import E_GROUP
 from attncc.passes.lower.pieces import pieces
 from attncc.passes.lower.skew import split_diagonals
 
@@ -312,9 +313,17 @@ def _engine_config(attn: Attention, device: Device) -> Config:
     if not device.has_wgmma or gap(attn):
         return {}
     rule = next(r for r in ENGINE if r.applies(attn))
-    changes = {"E_GROUP": 1} if _is_listed(attn) else {}
-    changes |= {"E_POLY": 0} if is_exact(attn) else {}
+    changes = {"E_POLY": 0} if is_exact(attn) else {}
+    if _is_listed(attn):
+        changes["E_GROUP"] = 1
+    elif _is_unmasked(attn):  # tiles take equally long in whatever order: that in which fewest keys are due at a time
+        changes["E_GROUP"] = _sharing(attn)
     return beside_engine(attn, {**rule.config, **changes})
+
+
+def _sharing(attn: Attention) -> int:
+    """Heads that share their keys, or as many of them as the knob can say."""
+    return max(n for n in E_GROUP.choices if n <= max(1, attn.heads.q // attn.heads.kv))
 
 
 def beside_engine(attn: Attention, engine: Config) -> Config:

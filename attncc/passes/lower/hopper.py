@@ -15,8 +15,23 @@ from attncc.ir.attention import Attention
 from attncc.ir.build import Builder, function, quotient, read, row
 from attncc.ir.expr import FLOATS, Expr, const, eq, maximum, name, where
 from attncc.ir.rewrite import names, substitute, walk
-from attncc.ir.tile import Engine, Function, Launch, Let, Note, Param, Program, Scratch, Statement, binds, block, reads
+from attncc.ir.tile import (
+    Engine,
+    Function,
+    Launch,
+    Let,
+    Note,
+    Param,
+    Program,
+    Scratch,
+    Statement,
+    binds,
+    block,
+    reads,
+    reads_memory,
+)
 from attncc.passes.lower import again, classify, quantize, skew, stored
+from attncc.passes.lower.ends import with_end
 from attncc.passes.lower.fragments import Formulas, formulas_of, may_hide_values, read_early
 from attncc.passes.lower.gap import Gap, first
 from attncc.passes.lower.grid import (
@@ -131,6 +146,8 @@ def engine(attn: Attention) -> Engine:
     cut, whole = _walk(b, attn, t)
 
     score, keep, finish = _score(b, formulas), _keep(b, formulas), _finish(b, attn, t, rule)
+    if not (reads_memory(score) or reads_memory(keep)):
+        keep = _keep(b, replace(formulas, mask=with_end(formulas.mask)), "")
     of_tile, of_rows = _parted(b.body)
     wanted = {*_parameters((score, keep, finish))}
     given = name("rows", "i32", ("BM",))
@@ -291,11 +308,11 @@ def _score(b: Builder, formulas: Formulas) -> Function:
     return function("score", inner, [name("x", "f32", ("BM", "BN"))], (), "Scores of products, but for the factor c.")
 
 
-def _keep(b: Builder, formulas: Formulas) -> Function:
+def _keep(b: Builder, formulas: Formulas, but: str = "; keys behind the last aside") -> Function:
     inner = Builder(b.params)
     mask = formulas.scope.with_(j=row(name("j", "i32", ("BN",)))).bind(formulas.mask)
     kept = inner.let("keep", mask)
-    return function("keep", inner, [kept], (), "Which pairs count; keys behind the last aside.")
+    return function("keep", inner, [kept], (), f"Which pairs count{but}.")
 
 
 def _finish(b: Builder, attn: Attention, t: QueryTile, rule: Rule) -> Function:
