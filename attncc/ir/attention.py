@@ -264,6 +264,11 @@ class Attention:
         """Keys of a page, 0 where none lie in pages; where they do, `Sk` is how many a sequence has room for."""
         return next((p.kv.page_size for p in self.parts if p.kv.page_size), 0)
 
+    @property
+    def is_apart(self) -> bool:
+        """Whether a sequence's bits must not depend on those beside it: neither may its shares and tiles then."""
+        return self.numerics.reproducible == "batch"
+
     def input(self, name: str) -> Input:
         return next(i for i in self.inputs if i.name == name)
 
