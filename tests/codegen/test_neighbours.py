@@ -49,7 +49,7 @@ def together(p: Package, lengths: tuple[int, ...], numbers: tuple[int, ...], roo
 @pytest.mark.parametrize("storage", STORAGES)
 def test_a_sequence_alone_has_the_bits_that_it_has_among_others(storage: str, schedule: str) -> None:
     """Where there are pages, also where its table is narrower, and where its pages lie elsewhere."""
-    p = package(STORAGES[storage] + SCHEDULES[schedule]).tiles(16, 16, split=2, fill=1)
+    p = package(STORAGES[storage] + SCHEDULES[schedule]).tiles(16, 16, split=1, fill=24)
     numbers = tuple(range(len(LENGTHS)))
     o, lse = p(**together(p, LENGTHS, numbers), return_lse=True)
     for n, length in enumerate(LENGTHS):
@@ -62,7 +62,7 @@ def test_a_sequence_alone_has_the_bits_that_it_has_among_others(storage: str, sc
 @pytest.mark.parametrize("storage", STORAGES)
 def test_what_neighbours_hold_does_not_matter(storage: str) -> None:
     """Nor which they are, nor where among them a sequence stands."""
-    p = package(STORAGES[storage]).tiles(16, 16, split=2)
+    p = package(STORAGES[storage]).tiles(16, 16, split=1, fill=24)
     lengths, numbers = (150, 67, 129), (0, 1, 4)
     x = together(p, lengths, numbers)
     want = p(**x)
