@@ -32,7 +32,7 @@ from attncc.autotune.findings import (
 from attncc.autotune.record import Card, Record, Toolchain, latest
 from attncc.autotune.store import Store, default_root
 from attncc.autotune.style import head
-from attncc.autotune.table import LOSS, certified, decide
+from attncc.autotune.table import LOSS, axes_of, certified, decide
 from attncc.autotune.work import Work, kept, work
 from attncc.errors import SpecError, nearest
 from attncc.ir.attention import Attention
@@ -76,7 +76,8 @@ def write_report(
     cases = dict.fromkeys(map(Case.of, records))
     counted = {c: work(attn, c.shape, kept(c.sparsity, c.shape.get("Sk", 0))) for c in cases}
     untuned = defaults(attn, found)
-    table = decide(records, untuned, LOSS, attn.layout == "varlen").rows if untuned and certified(records) else ()
+    may = bool(untuned) and bool(certified(records))
+    table = decide(records, untuned, LOSS, attn.layout == "varlen", axes_of(attn)).rows if may else ()
     text = page(records, table, f"Tuning of {attn.name} on {found.name}", counted, untuned)
     path = Path(f"{attn.name}-{found.name}.html" if out is None else out)
     path.write_text(text, encoding="utf-8")

@@ -25,7 +25,7 @@ from attncc.autotune.search import Search
 from attncc.autotune.space import Candidate, branches, candidates
 from attncc.autotune.sparsity import Kept
 from attncc.autotune.store import Store
-from attncc.autotune.table import LOSS, Decision, decide, pick
+from attncc.autotune.table import LOSS, Decision, axes_of, decide, pick
 from attncc.autotune.table import sizes_of as call_sizes
 from attncc.autotune.task import Options, Standing, Task, Tuned
 from attncc.autotune.toolchain import toolchain
@@ -290,16 +290,16 @@ class Run:
 
     def _decide(self, certify: bool) -> Decision:
         """The table of what is certified; what would win is certified first, and compared with the default."""
-        packed = self.task.attn.layout == "varlen"
+        packed, axes = self.task.attn.layout == "varlen", axes_of(self.task.attn)
         while certify and self._left_s(1.0) > 0:
             worth = {knobs for knobs, n in self.known if self._is_ahead(knobs, n)}
             assumed = [_assumed(r) if frozenset(r.config.items()) in worth else r for r in self.known.values()]
-            wanted = decide(assumed, self.rows, LOSS, packed)
+            wanted = decide(assumed, self.rows, LOSS, packed, axes)
             due = [r for r in wanted.used if r.certificate == ASSUMED]
             if not due:
                 break
             self._certify(due[0].config)
-        return decide([*self.known.values()], self.rows, LOSS, packed)
+        return decide([*self.known.values()], self.rows, LOSS, packed, axes)
 
     def _is_ahead(self, knobs: Knobs, number: int) -> bool:
         """Whether a config may be worth a certificate: the default rule has it, or it leads the default here."""

@@ -23,6 +23,7 @@ from typing import Final
 
 from attncc.autotune.record import Record, Sparsity, latest
 from attncc.errors import TuneError
+from attncc.ir.attention import Attention
 
 Config = Mapping[str, int]
 Row = tuple[Mapping[str, int], Config]
@@ -30,6 +31,8 @@ Knobs = tuple[tuple[str, int], ...]
 
 AXES: Final = ("pairs", "Sq", "Tq", "Sk", "Tk", "B")
 """Sizes that bounds are set on, those that say most first."""
+OWN_AXES: Final = ("Sq",)
+"""Of them what a sequence has whatever stands beside it, which may be longer than it is."""
 LOSS: Final = 0.02
 """A table with fewer configs is worth this much time."""
 FAR: Final = 8
@@ -105,7 +108,18 @@ class _Case:
         return self.default_ms is not None and self.times.get(knobs, math.inf) > self.default_ms
 
 
-def decide(records: Sequence[Record], fallback: Sequence[Row], loss: float = LOSS, packed: bool = False) -> Decision:
+def axes_of(attn: Attention) -> Sequence[str]:
+    """The sizes that a variant's config may depend on."""
+    return OWN_AXES if attn.is_apart else AXES
+
+
+def decide(
+    records: Sequence[Record],
+    fallback: Sequence[Row],
+    loss: float = LOSS,
+    packed: bool = False,
+    axes: Sequence[str] = AXES,
+) -> Decision:
     """The table for the records of one variant on one card.
 
     Args:
@@ -113,13 +127,14 @@ def decide(records: Sequence[Record], fallback: Sequence[Row], loss: float = LOS
         fallback: rows that hold where nothing is tuned, the last without bounds.
         loss: how much slower than the best a config may be.
         packed: shapes are of sequences that stand one behind the other.
+        axes: the sizes that tell cases apart; those of the fallback's bounds are among them.
 
     Raises:
         TuneError: no config may win.
     """
     left = latest(records)
     broken = _broken(left)
-    cases = _cases(left, fallback, loss, packed)
+    cases = _cases(left, fallback, loss, packed, axes)
     if not cases:
         hint = "tune it: only what was measured and agreed with the oracle can win"
         raise TuneError(f"none of {len(records)} records is of a certified config with a time", hint=hint)
@@ -175,6 +190,7 @@ def _cases(
     fallback: Sequence[Row],
     loss: float,
     packed: bool,
+    axes: Sequence[str],
 ) -> list[_Case]:
     """The cases that some config may win, in an order that no order of records changes."""
     broken, winners = _broken(records), certified(records)
@@ -187,7 +203,7 @@ def _cases(
     cases: list[_Case] = []
     for key, measured in times.items():
         record = of[key]
-        sizes = sizes_of(record.shape, packed)
+        sizes = {axis: n for axis, n in sizes_of(record.shape, packed).items() if axis in axes}
         default = _knobs(pick(fallback, sizes))
         usable = {k: ms for k, ms in measured.items() if k in winners or (k == default and k not in broken)}
         if not usable:

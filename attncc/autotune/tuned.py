@@ -14,7 +14,7 @@ from typing import Final
 
 from attncc.autotune.record import Card, Record, Toolchain
 from attncc.autotune.store import Store
-from attncc.autotune.table import LOSS, Decision, Outcome, Row, certified, decide, pick, row_of, sizes_of
+from attncc.autotune.table import LOSS, Decision, Outcome, Row, axes_of, certified, decide, pick, row_of, sizes_of
 from attncc.codegen.configs import Measured, Plain, TargetConfigs, configs_text
 from attncc.device import ARCHITECTURES, CARDS, Device, nearest
 from attncc.driver import default_config, load, lower
@@ -155,7 +155,7 @@ def _decided(attn: Attention, records: Sequence[Record], fallback: Sequence[Row]
         records = [r for r in records if r.knobs not in too_large]
     if not certified(records):
         return None
-    decision = decide(records, fallback, LOSS, _is_packed(attn))
+    decision = decide(records, fallback, LOSS, _is_packed(attn), axes_of(attn))
     return decision if any(r.certificate for r in decision.used) else None
 
 

@@ -24,6 +24,8 @@ from ._runtime import Config, Result, Variant
 FEW_ROWS = 16
 """Up to so many queries of a group, a kernel for few of them is called."""
 TASKS_A_THREAD, MOST_SHARES, LEAST_KEYS = 2, 32, 512
+OWN_KEYS = 512
+"""Keys of a share, where a sequence's bits must not depend on its neighbours."""
 WIDEST = 16
 """Lanes of the widest vectors, to whole ones of which those kernels fill up rows."""
 FOLDER = Path(__file__).resolve().parent / "cpu"
@@ -57,10 +59,11 @@ class Runner:
     """Calls a variant on the CPU; the library is loaded by the first call.
 
     `group` query heads share a key head where the library has a kernel for few queries; 0: it has none.
+    `apart`: its shares are of OWN_KEYS keys, however many sequences and threads there are.
     """
 
-    def __init__(self, variant: Variant, group: int = 0) -> None:
-        self.variant, self.group = variant, group
+    def __init__(self, variant: Variant, group: int = 0, apart: bool = False) -> None:
+        self.variant, self.group, self.apart = variant, group, apart
         self.plans: dict[Any, Plan] = {}
         self.module: Any = None
 
@@ -117,6 +120,7 @@ class Runner:
         tasks = sizes["B"] * key_heads
         wanted = -(-TASKS_A_THREAD * torch.get_num_threads() // tasks)
         shares = max(1, min(wanted, MOST_SHARES, sizes["Sk"] // LEAST_KEYS))
+        shares = -(-sizes["Sk"] // OWN_KEYS) if self.apart else shares
         assert isinstance(width, int)
         return shares, tasks * shares * rows * (-(-width // WIDEST) * WIDEST + 2)
 

@@ -17,7 +17,9 @@ def check_carried(attn: Attention) -> None:
     if attn.quantize:
         raise Unsupported("TVM's kernels, which CPUs have, do not quantise operands", "quantize", hint=hint)
     if not is_carried(attn):
-        raise Unsupported("TVM's kernels, which CPUs have, do not read keys from pages", "kv", hint=hint)
+        raise Unsupported(
+            "TVM's kernels, which CPUs have, do not read keys from pages, nor values from keys", "kv", hint=hint
+        )
 
 
 def decodes(attn: Attention) -> bool:

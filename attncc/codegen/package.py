@@ -203,7 +203,8 @@ def _blocks(w: Writer, cubins: Mapping[str, Cubin]) -> None:
 
 def _runner(attn: Attention, for_triton: bool, for_cuda: bool, for_cpu: bool, ahead: Sequence[str]) -> str:
     group = f", group={attn.heads.q // attn.heads.kv}" if decodes(attn) else ""
-    cpu = f"_cpu.Runner(VARIANT{group})"
+    apart = ", apart=True" if group and attn.is_apart else ""
+    cpu = f"_cpu.Runner(VARIANT{group}{apart})"
     gpu = "_gpu.Runner(VARIANT, _launch.BY_TRITON)"
     if ahead:
         quoted = (f'"{arch}"' for arch in ahead)

@@ -100,6 +100,7 @@ class Storage:
 
     kind: Literal["dense", "paged", "latent", "gathered", "given", "pooled"] = "dense"
     page_size: int | None = None
+    """paged: keys of a page; latent: the same, None where latents lie in rows."""
     rope: int | None = None
     index: str = ""
     """gathered: the input that lists keys; given: the input that holds this part's own keys."""
@@ -261,7 +262,12 @@ class Attention:
     @property
     def page_size(self) -> int:
         """Keys of a page, 0 where none lie in pages; where they do, `Sk` is how many a sequence has room for."""
-        return next((p.kv.page_size or 0 for p in self.parts if p.kv.kind == "paged"), 0)
+        return next((p.kv.page_size for p in self.parts if p.kv.page_size), 0)
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether a sequence's bits must not depend on those beside it: neither may its shares and tiles then."""
+        return self.numerics.reproducible == "batch"
 
     def input(self, name: str) -> Input:
         return next(i for i in self.inputs if i.name == name)

@@ -129,7 +129,7 @@ def _of_part(part: Part) -> dict[str, Iterable[str]]:
         "mask": _formula(part.mask),
         "normalizer": [part.normalizer.kind, "" if part.normalizer.sink is None else "sink"],
         "dropout": ["philox" if part.dropout else ""],
-        "kv": [part.kv.kind, "weighted" if part.kv.weighted else ""],
+        "kv": [part.kv.kind, "paged" if part.kv.page_size else "", "weighted" if part.kv.weighted else ""],
         "columns": ["[{}, {})".format(*part.columns)] if part.columns else [],
     }
     if part.select is not None:

@@ -103,8 +103,10 @@ def _normalizer(attn: Attention, normalizer: Normalizer, at: str) -> Iterator[Fa
 
 def _storage(attn: Attention, part: Part, at: str) -> Iterator[Fault]:
     kv = part.kv
-    if kv.kind == "paged" and (kv.page_size or 0) < 1:
-        yield at, f"paged storage needs a page size, got {kv.page_size}"
+    if kv.kind not in ("paged", "latent") and kv.page_size is not None:
+        yield at, f"{kv.kind} storage has no pages, got a page size of {kv.page_size}"
+    elif (kv.kind == "paged" or kv.page_size is not None) and (kv.page_size or 0) < 1:
+        yield at, f"{kv.kind} storage needs a page size of at least 1, got {kv.page_size}"
     if kv.kind == "latent" and attn.dims.v > attn.dims.qk:
         yield at, f"latent values are the first columns of the keys, but Dv {attn.dims.v} > Dqk {attn.dims.qk}"
     if kv.kind == "gathered":
@@ -125,7 +127,7 @@ def _select(part: Part, select: Select, at: str) -> Iterator[Fault]:
     for side, block, words in (("q", q, ("token", "cluster")), ("k", k, ("page", "token", "cluster"))):
         if block not in words if isinstance(block, str) else block < 1:
             yield f"{at}.block.{side}", f"expected a size or {' or '.join(words)}, got {block}"
-    if k == "page" and part.kv.kind != "paged":
+    if k == "page" and part.kv.page_size is None:
         yield f"{at}.block.k", f"{part.kv.kind} storage has no pages"
     if (k == "cluster") != (select.score.name == "centroid_dot"):
         yield f"{at}.score", f"'{select.score.name}' does not score blocks of {k}"

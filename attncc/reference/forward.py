@@ -88,7 +88,7 @@ def outputs(
 ) -> Outputs:
     """All outputs of a variant on these operands.
 
-    q, k, v have the spec's layout; paged keys and values are [pages, page_size, H, D]; latent ones leave
+    q, k, v have the spec's layout; keys and values in pages are [pages, page_size, H, D]; latent ones leave
     v out. `dtype` is that of the matrix products; the elementwise work between them is done in it too, but
     in float32 at least. None takes q's dtype: the same computation in eager torch. `before` are the selections
     of an earlier call, one entry a sequence, for parts that use them again.

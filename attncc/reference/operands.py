@@ -71,7 +71,7 @@ def prepare(
         _tensor(name, x)
     assert v is not None
     _operand(attn, "q", q, attn.layout, attn.heads.q, attn.dims.qk + _absorbed(attn, "q", inputs))
-    kv_layout = "paged" if storage.kind == "paged" else attn.layout
+    kv_layout = "paged" if storage.page_size else attn.layout
     _operand(attn, "k", k, kv_layout, attn.heads.kv, attn.dims.qk + _absorbed(attn, "k", inputs))
     v_heads = attn.heads.kv if storage.kind == "latent" else attn.heads.v
     absorbed_v = 0 if storage.kind == "latent" else _absorbed(attn, "v", inputs)
@@ -190,7 +190,7 @@ def _heads_first(attn: Attention, x: Tensor) -> Tensor:
 
 def _keys(attn: Attention, x: Tensor, batch: int, where: Indexing) -> list[Tensor]:
     """Each sequence's keys or values as [H, Sk, D]."""
-    if memory(attn).kind == "paged":
+    if memory(attn).page_size:
         return _paged(x, batch, where)
     if where.block_table is not None:
         raise TypeError("block_table: kv is not paged")

@@ -95,7 +95,7 @@ def _modes(attn: Attention) -> Iterator[Finding]:
     for k, mode in enumerate(attn.modes):
         if mode in attn.modes[:k]:
             yield ("modes", k), f"'{mode}' is given twice", ""
-    cached = any(p.kv.kind in ("paged", "gathered") for p in attn.parts)
+    cached = attn.page_size > 0 or any(p.kv.kind == "gathered" for p in attn.parts)
     for mode in ("backward", "jvp"):
         if mode in attn.modes and cached:
             yield ("modes", attn.modes.index(mode)), f"'{mode}' through a paged or gathered cache", ""
@@ -242,8 +242,8 @@ def _kv(attn: Attention, part: Part) -> Iterator[Finding]:
         yield ("kv",), "pooled needs a size, or a selection whose blocks it pools", "kv: pooled(64)"
     if kv.kind == "gathered" and (dtype_of(attn, kv.index) not in INTS or len(attn.input(kv.index).shape) != 4):
         yield ("kv",), f"gathered needs an int input [B, Hk, Sq, N], '{kv.index}' is none", ""
-    if kv.kind in ("paged", "gathered", "pooled") and part.state:
-        yield ("kv",), f"a state is not kept in {kv.kind} storage", ""
+    if part.state and (kv.page_size or kv.kind in ("gathered", "pooled")):
+        yield ("kv",), f"a state is not kept in {'paged' if kv.page_size else kv.kind} storage", ""
     if part.columns and not 0 <= part.columns[0] < part.columns[1] <= dims.qk:
         yield ("columns",), f"columns are some of the {dims.qk} of a head: [lo, hi), lo < hi", ""
 

@@ -238,7 +238,8 @@ def _storage(kv: Storage) -> str:
         case "paged":
             return f"paged({kv.page_size})"
         case "latent":
-            return f"latent(rope={kv.rope})"
+            pages = "" if kv.page_size is None else f", page_size={kv.page_size}"
+            return f"latent(rope={kv.rope}{pages})"
         case "gathered":
             return f"gathered({kv.index})"
         case "given":

@@ -26,7 +26,7 @@ def block(attn: Attention, part: Part) -> Iterator[Finding]:
     (q, k), score = part.select.block, part.select.score.name
     if q == "page":
         yield ("select", "block", "q"), "queries are not kept in pages", ""
-    if k == "page" and part.kv.kind != "paged":
+    if k == "page" and part.kv.page_size is None:
         yield ("select", "block", "k"), "pages are those of paged storage", "kv: paged(64)"
     wanted = SELECTOR_BLOCKS.get(score)
     if wanted and k != wanted:
@@ -94,7 +94,7 @@ def forced(attn: Attention, part: Part) -> Iterator[Finding]:
     if select.normalize == "anchor" and not {f.name for f in select.force} & {"sink", "local"}:
         yield ("select", "normalize"), "'anchor' is the mass of what is forced by sink or local", "force: [sink(1)]"
     for n, call in enumerate(select.force):
-        if call.name == "last_pages" and part.kv.kind != "paged":
+        if call.name == "last_pages" and part.kv.page_size is None:
             yield ("select", "force", n), "pages are those of paged storage", "kv: paged(64)"
         if call.name in IN_ORDER and select.block[1] == "cluster":
             yield ("select", "force", n), f"clusters have no order that '{call.name}' could count in", "diagonal"

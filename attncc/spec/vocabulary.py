@@ -61,7 +61,7 @@ NORMALIZER: Final[Vocabulary] = {
 STORAGE: Final[Vocabulary] = {
     "dense": (),
     "paged": (_count("page_size"),),
-    "latent": (_count("rope", keyword=True, low=0),),
+    "latent": (_count("rope", keyword=True, low=0), _count("page_size", keyword=True, required=False)),
     "gathered": (_tensor("name"),),
     "given": (_tensor("k"), _tensor("v")),
     "pooled": (_count("block", required=False), _flag("weighted")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -11,10 +12,12 @@ import pytest
 from autotune.tuning_records import CERTIFICATE, record
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from ir.ir_samples import PLAIN
 
 from attncc.autotune.record import Record, Sparsity
-from attncc.autotune.table import FAR, Decision, decide, pick, row_of, sizes_of
+from attncc.autotune.table import AXES, FAR, Decision, axes_of, decide, pick, row_of, sizes_of
 from attncc.errors import TuneError
+from attncc.ir.attention import Numerics
 
 CONFIGS = [{"BM": bm, "BN": bn} for bm in (16, 64, 128) for bn in (32, 64)]
 DEFAULT = CONFIGS[3]
@@ -99,6 +102,20 @@ def test_no_shape_is_slower_than_stated_or_untuned(records: list[Record], fallba
         assert decision.losses[shape] == pytest.approx(ms / min(measurements.values()) - 1)
     assert max(decision.losses.values()) == decision.stated <= LOSS + 1e-9
     assert {knobs(c) for _, c in decision.rows} <= (may | {knobs(c) for _, c in fallback}) - wrong(records)
+
+
+def test_a_variant_whose_sequences_are_apart_has_bounds_of_their_own_sizes_alone() -> None:
+    """A bound on the batch, or on the longest keys in it, would make bits depend on neighbours."""
+    records = [*measured(square(4096), {0: 1.0, 1: 2.0}), *measured(square(4096, 8), {0: 2.0, 1: 1.0})]
+    records += [*measured({"B": 8, "Sq": 1, "Sk": 4096}, {0: 2.0, 1: 1.0, 2: 0.5})]
+    apart = replace(PLAIN, numerics=Numerics("batch"))
+    assert axes_of(PLAIN) == AXES
+    assert {size for bounds, _ in decide(records, FALLBACK[2:], LOSS).rows for size in bounds} - {"Sq"}
+    decision = decide(records, FALLBACK[2:], LOSS, axes=axes_of(apart))
+    assert {size for bounds, _ in decision.rows for size in bounds} == {"Sq"}
+    assert chosen(decision, square(4096)) == chosen(decision, square(4096, 8))
+    packed = decide(records, FALLBACK[2:], LOSS, packed=True, axes=axes_of(apart))
+    assert [bounds for bounds, _ in packed.rows] == [{}]
 
 
 @QUICK

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -60,6 +63,37 @@ def package(body: str, name: str = "", target: str = "interpreter") -> Package:
     path = driver.compile(loaded, OUT, [target])
     importlib.invalidate_caches()
     return Package(loaded.attention, importlib.import_module(name), path)
+
+
+CALLED: Final = """
+import sys
+import torch
+folder, name, calls, count = sys.argv[1:]
+sys.path.insert(0, folder)
+attention = __import__(name).attention
+for at in range(int(count)):
+    try:
+        print(attention(**torch.load(f"{calls}/{at}.pt")).isfinite().all().item())
+    except ValueError as error:
+        print(error)
+"""
+
+
+def said_when_checked(p: Package, calls: Sequence[dict[str, torch.Tensor]], folder: Path) -> list[str]:
+    """Of each call with ATTNCC_CHECK=1: whether its output is finite, or the error without the package's name.
+
+    In a process of its own: the variable is read when a package is imported.
+    """
+    for at, x in enumerate(calls):
+        torch.save(x, folder / f"{at}.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", CALLED, str(p.path.parent), p.path.name, str(folder), str(len(calls))],
+        env={**os.environ, "ATTNCC_CHECK": "1", "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [line.removeprefix(f"{p.attn.name}: ") for line in done.stdout.splitlines()]
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:

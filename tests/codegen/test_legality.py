@@ -68,7 +68,11 @@ def test_what_does_not_compile_is_a_reason_and_the_next_is_judged(a100: Any) -> 
 
 
 @pytest.mark.parametrize(
-    "more", ["kv: paged(64)", "kv: paged(24)", "kv: paged(16)\nlayout: varlen", "kv: latent(rope=16)"]
+    "more",
+    [
+        *("kv: paged(64)", "kv: paged(24)", "kv: paged(16)\nlayout: varlen"),
+        *("kv: latent(rope=16)", "kv: latent(rope=16, page_size=64)", "kv: latent(rope=16, page_size=1)"),
+    ],
 )
 def test_packages_of_other_storage_are_judged(more: str, tmp_path: Path) -> None:
     """Their operands are others: pages and a table, or keys that hold the values."""

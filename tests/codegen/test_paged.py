@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from codegen.emitted import normal, package, passes
+from codegen.emitted import normal, package, passes, said_when_checked
 
 from attncc import driver, spec
 from attncc.check.cases import Case
@@ -172,18 +169,6 @@ def test_a_table_longer_than_the_spec_allows() -> None:
         package(f"{CAUSAL}\nsizes: {{Sk: {{max: 64}}}}").tiles(16, 16)(**operands([20, 9]))
 
 
-CHECKED = """
-import sys
-import torch
-folder, name, calls, count = sys.argv[1:]
-sys.path.insert(0, folder)
-attention = __import__(name).attention
-for at in range(int(count)):
-    try:
-        print(attention(**torch.load(f"{calls}/{at}.pt")).isfinite().all().item())
-    except ValueError as error:
-        print(error)
-"""
 PAGES, KEYS = "expected 0 to 6", "expected 0 to 72"
 CONTENTS: list[tuple[str, tuple[int, ...], int, str]] = [
     ("seqused_k", (0,), 20, "True"),
@@ -200,22 +185,18 @@ CONTENTS: list[tuple[str, tuple[int, ...], int, str]] = [
 ]
 
 
-def test_checked_mode_looks_at_contents(tmp_path: Path) -> None:
-    """In a process of its own: the variable is read when a package is imported."""
-    p = package(CAUSAL).tiles(16, 16)
-    for at, (name, place, value, _) in enumerate(CONTENTS):
+@pytest.mark.parametrize("layout", ["bhsd", "varlen"])
+def test_checked_mode_looks_at_contents(layout: str, tmp_path: Path) -> None:
+    calls: list[dict[str, torch.Tensor]] = []
+    for name, place, value, _ in CONTENTS:
         x = operands([20, 9])
         x[name][place] = value
-        torch.save(x, tmp_path / f"{at}.pt")
-    done = subprocess.run(
-        [sys.executable, "-c", CHECKED, str(p.path.parent), p.path.name, str(tmp_path), str(len(CONTENTS))],
-        env={**os.environ, "ATTNCC_CHECK": "1", "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    said = [line.removeprefix(f"{p.attn.name}: ") for line in done.stdout.splitlines()]
-    assert said == [wanted for *_, wanted in CONTENTS]
+        if layout == "varlen":
+            x["q"] = x["q"].transpose(1, 2).flatten(0, 1)
+            x["cu_seqlens_q"] = torch.tensor([0, 2, 4], dtype=torch.int32)
+        calls.append(x)
+    p = package(f"{CAUSAL}\nlayout: {layout}").tiles(16, 16)
+    assert said_when_checked(p, calls, tmp_path) == [wanted for *_, wanted in CONTENTS]
 
 
 # -- what is compiled ------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from attncc.errors import Unsupported
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 
 
-LONG = {"natten_2d"}
-"""Of a fixed length that takes the interpreter many minutes; a GPU checks them."""
+LONG = {"natten_2d", "mla_paged"}
+"""Of a fixed length, or of many wide heads, that take the interpreter many minutes; a GPU checks them."""
 
 
 PATHS = [pytest.param(p, id=p.stem, marks=[pytest.mark.gpu] if p.stem in LONG else []) for p in EXAMPLES]

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.gpu
 
 CUDA = "cuda"
 HEADS, DIM, PAGE, ROOM = (32, 8), 128, 64, 40
+MLA = "heads: {q: 128, kv: 1}\ndims: {qk: 576, v: 512}\nmask: causal\n"
 BODY = f"heads: {{q: {HEADS[0]}, kv: {HEADS[1]}}}\ndims: {DIM}\nmask: causal\n"
 SCHEDULES = {
     "rows": BODY,
@@ -27,6 +28,11 @@ SCHEDULES = {
     "pages of one": f"{BODY}kv: paged(1)\n",
     "pages, split": f"{BODY}kv: paged({PAGE})\nschedule: split_kv(8)\n",
     "pages, by batch": f"{BODY}kv: paged({PAGE})\nnumerics: {{reproducible: batch}}\n",
+    "latents": f"{MLA}kv: latent(rope=64)\n",
+    "latents in pages": f"{MLA}kv: latent(rope=64, page_size={PAGE})\n",
+    "latents in pages of 16": f"{MLA}kv: latent(rope=64, page_size=16)\n",
+    "latents in pages of one": f"{MLA}kv: latent(rope=64, page_size=1)\n",
+    "latents in pages, by batch": f"{MLA}kv: latent(rope=64, page_size={PAGE})\nnumerics: {{reproducible: batch}}\n",
 }
 
 

@@ -7,7 +7,7 @@ from typing import get_args
 
 from ir_samples import FULL, PLAIN
 
-from attncc.ir.attention import Call
+from attncc.ir.attention import Call, Storage
 from attncc.ir.primitives import FEATURES, FORMATS, KEYS, PRIMITIVES, READS, TENSORS, primitives
 from attncc.spec import vocabulary
 from attncc.spec.expression import CONTEXTS
@@ -52,6 +52,11 @@ def test_options_that_name_inputs() -> None:
 
 def test_plain_attention_uses_nothing_but_its_mask() -> None:
     assert primitives(PLAIN) == {"mask": ("positions",)}
+
+
+def test_latents_in_pages_are_both() -> None:
+    parts = (replace(PLAIN.part, kv=Storage("latent", page_size=4, rope=2)),)
+    assert primitives(replace(PLAIN, parts=parts))["kv"] == ("latent", "paged")
 
 
 def test_everything_is_found() -> None:

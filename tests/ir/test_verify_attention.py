@@ -143,6 +143,11 @@ BROKEN = {
     "certain dropout": (part(dropout=1.0), r"\[0, 1\)"),
     "negative dropout": (part(dropout=-0.1), r"\[0, 1\)"),
     "pages without a size": (part(kv=Storage("paged")), "page size"),
+    "empty pages of latents": (
+        part(kv=Storage("latent", 0, 4)),
+        "latent storage needs a page size of at least 1, got 0",
+    ),
+    "a page size without pages": (part(kv=Storage("dense", 16)), "dense storage has no pages, got a page size of 16"),
     "latent too narrow": (replace(part(kv=Storage("latent")), dims=Dims(16, 32)), "Dv 32 > Dqk 16"),
     "gathered from nothing": (part(kv=Storage("gathered", index="nope")), "'nope' is not declared"),
     "gathered from floats": (part(kv=Storage("gathered", index="bias")), "integer input of 4 axes"),

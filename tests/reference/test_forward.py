@@ -243,6 +243,23 @@ def test_latent_values_are_columns_of_the_keys() -> None:
     close(reference.attention(attn, q, k), reference.attention(dense, q, k, k[..., :6]))
 
 
+def test_latent_values_are_columns_of_the_keys_in_their_pages() -> None:
+    """Pages that nobody has hold NaN."""
+    attn = plain(kv=Storage("latent", 4, 2), dims=Dims(8, 6), heads=Heads(4, 1, 1), mask=j <= i)
+    apart = replace(attn, parts=(replace(attn.part, kv=Storage("paged", 4)),))
+    lengths = [7, 0, 8, 1]
+    q, (pages, table) = normal(4, 4, 2, 8), paged(normal(4, 1, 8, 8), lengths, 4)
+    where: dict[str, Any] = {"block_table": table, "seqused_k": torch.tensor(lengths, dtype=torch.int32)}
+    got = reference.outputs(attn, q, pages, **where)
+    expected = reference.outputs(apart, q, pages, pages[..., :6], **where)
+    close(got.o, expected.o)
+    assert got.lse is not None
+    assert expected.lse is not None
+    assert torch.equal(got.lse, expected.lse)
+    assert bool(got.o.isfinite().all())
+    assert bool((got.o[1] == 0).all() and (got.lse[1] == -math.inf).all())
+
+
 def test_gathered_keys_against_the_loop() -> None:
     t = TWINS["causal"]
     attn = plain(

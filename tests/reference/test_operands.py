@@ -21,6 +21,7 @@ BIASED = plain(score=qk * scale + load("bias", b, h, i, j), inputs=BIAS)
 PACKED = plain(mask=j <= i, layout="varlen")
 PAGED = plain(kv=Storage("paged", page_size=4))
 LATENT = plain(kv=Storage("latent"))
+LATENT_PAGES = plain(kv=Storage("latent", page_size=4, rope=2))
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -55,6 +56,7 @@ GOOD: dict[str, tuple[Attention, dict[str, Any]]] = {
     "packed": (PACKED, packed()),
     "paged": (PAGED, paged()),
     "latent": (LATENT, {"q": zeros(2, 4, 3, 8), "k": zeros(2, 2, 5, 8)}),
+    "latent pages": (LATENT_PAGES, paged(v=None)),
     "no batch": (DENSE, {"q": zeros(0, 4, 3, 8), "k": zeros(0, 2, 5, 8), "v": zeros(0, 2, 5, 8)}),
     "no sequences": (PACKED, packed(q=zeros(0, 4, 8), cu_seqlens_q=ints(0), cu_seqlens_k=ints(0))),
     "expanded": (DENSE, dense(k=zeros(1, 2, 1, 8).expand(2, 2, 5, 8))),
@@ -156,6 +158,11 @@ BAD: dict[str, tuple[Attention, dict[str, Any], type[Exception], str]] = {
     "pages of another size": (PAGED, paged(k=zeros(6, 8, 2, 8)), ValueError, "k: expected pages of 4 keys"),
     "dense keys for pages": (PAGED, paged(k=zeros(2, 2, 8, 8)), ValueError, "k: expected 2 heads"),
     "values beside latent keys": (LATENT, dense(), TypeError, "v: kv is latent"),
+    "values beside latent pages": (LATENT_PAGES, paged(), TypeError, "v: kv is latent"),
+    "latent pages of another size": (LATENT_PAGES, paged(k=zeros(6, 8, 2, 8), v=None), ValueError, "pages of 4 keys"),
+    "latents in rows for pages": (LATENT_PAGES, paged(k=zeros(2, 2, 8, 8), v=None), ValueError, "k: expected 2 heads"),
+    "latent pages without a table": (LATENT_PAGES, paged(v=None, block_table=None), TypeError, "block_table: missing"),
+    "a table for latents in rows": (LATENT, paged(v=None, k=zeros(2, 2, 8, 8)), TypeError, "block_table: kv is not"),
 }
 
 

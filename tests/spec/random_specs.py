@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 T = TypeVar("T")
 POSITIVE = ("relu", "elu1", "softmax", "exp")
+LATENT_PAGES = "latent(rope=2, page_size=4)"
 
 
 @st.composite
@@ -31,7 +32,7 @@ class Author:
         self.q = self.one([1, 2, 4])
         self.hk = self.one([n for n in (1, 2, 4) if self.q % n == 0])
         self.qk = self.one([4, 8])
-        self.storage = self.one(["dense", "dense", "dense", "paged(4)", "latent(rope=2)"])
+        self.storage = self.one(["dense", "dense", "dense", "paged(4)", "latent(rope=2)", LATENT_PAGES])
         latent = self.storage.startswith("latent")
         self.dv = self.one([2, 4] if latent else [4, 6])
         self.hv = self.hk if latent else self.one([n for n in (1, 2, 4) if self.q % n == 0])
@@ -134,7 +135,7 @@ class Author:
     def part(self) -> dict[str, Any]:
         columns = self.one([None, None, None, [0, 2], [1, self.qk]])
         width = columns[1] - columns[0] if columns else self.qk
-        if not self.storage.startswith("paged") and self.chance(4):
+        if not in_pages(self.storage) and self.chance(4):
             part: dict[str, Any] = self.state(width)
         else:
             part = self.pairs(width)
@@ -244,7 +245,7 @@ class Author:
     # -- selections ------------------------------------------------------------------------------
 
     def select(self, kv: str, width: int) -> dict[str, Any]:
-        paged = kv.startswith("paged")
+        paged = in_pages(kv)
         k = self.one([1, 2, 4, "token", "token", "cluster", *(["page"] * paged)])
         q = self.one([1, 2, 4, "token"])
         score, q = self.selector(q, k, kv, width)
@@ -370,6 +371,10 @@ class Author:
         options += ["symmetric=false"] if dtype.startswith("int") and self.chance() else []
         options += ["smooth=mean"] if operand in "qk" and whole and self.chance() else []
         return call(dtype, *["[(2, bf16), (4, int8), (inf, int4)]"] * (dtype == "staircase"), *options)
+
+
+def in_pages(kv: str) -> bool:
+    return kv.startswith("paged") or kv == LATENT_PAGES
 
 
 def call(name: str, *args: str) -> str:

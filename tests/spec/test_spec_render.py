@@ -172,7 +172,7 @@ FRAGMENTS: list[list[str]] = [
     ["mask: causal & window(64)", "mask: segments(offsets)", "mask: ~document(ids) | sink(3)", "mask: false"],
     ["normalizer: sigmoid", "normalizer: softmax(sink=slopes[h])", "normalizer: linear(1e-5)", "normalizer: relu"],
     ["dropout: 0.1"],
-    ["kv: paged(16)", "kv: latent(rope=8)", "kv: gathered(picks)"],
+    ["kv: paged(16)", "kv: latent(rope=8)", "kv: latent(rope=8, page_size=4)", "kv: gathered(picks)"],
     ["sizes: {Sk: 4096, W: {max: 64}}", "sizes: {B: {multiple: 2}}"],
     ["doc: 'plain: # not \"so\"'", "doc: true story", "doc: '7'", "doc: 'ümlaut, {x}'"],
     ["schedule: split_kv(4)", "schedule: stream_k"],

@@ -188,6 +188,7 @@ def test_every_key() -> None:
     [
         ("kv: latent(rope=32)", lambda a: a.part.kv, Storage("latent", rope=32)),
         ("kv: latent(32)", lambda a: a.part.kv, Storage("latent", rope=32)),
+        ("kv: latent(rope=32, page_size=16)", lambda a: a.part.kv, Storage("latent", 16, 32)),
         ("kv: gathered(picks)", lambda a: a.part.kv, Storage("gathered", index="picks")),
         ("quantize: {k: int8(smooth=mean)}", lambda a: a.quantize, (Quantizer("k", "int8", smooth="mean"),)),
         ("kv: paged(page_size=64)", lambda a: a.part.kv, Storage("paged", 64)),
@@ -348,6 +349,10 @@ IMPOSSIBLE: list[tuple[str, str, str]] = [
     ("kv: paged(0)", "at least 1", "0"),
     ("kv: paged(64.0)", "must be an int", "64.0"),
     ("kv: paged(Sk)", "must be a number", "Sk"),
+    ("kv: latent(rope=8, page_size=0)", "at least 1", "0"),
+    ("kv: latent(rope=8, page_size=Sk)", "must be a number", "Sk"),
+    ("kv: latent(page_size=64)", "lacks its argument 'rope'", "latent(page_size=64)"),
+    ("kv: latent(rope=8, pages=64)", "no such argument", "pages=64"),
     ("kv: gathered(idx)", "names no input", "idx"),
     ("kv: gathered(3)", "the name of an input", "3"),
     ("kv: latent(rope=64)", "leaves nothing", "latent(rope=64)"),
@@ -431,6 +436,7 @@ IMPOSSIBLE: list[tuple[str, str, str]] = [
     ("inputs: {s: {shape: [1, 1, 64, 64]}}\nstate: {update: none, initial: s, decay: const(-1)}", "stays", "const(-1)"),
     ("inputs: {p: {shape: [64]}}\nparts: [{}, {}]\ncombine: add(p)", "has axes [Dv, Dv]", "add(p)"),
     ("state: {}\nkv: paged(16)", "not kept in paged storage", "paged(16)"),
+    ("state: {}\nkv: latent(rope=8, page_size=16)", "not kept in paged storage", "latent(rope=8, page_size=16)"),
     ("state: {}\nschedule: split_kv(4)", "no keys to split", "split_kv(4)"),
     # select
     (SELECT + "  heads: group_max", "not one of its values", "group_max"),
@@ -471,6 +477,11 @@ IMPOSSIBLE: list[tuple[str, str, str]] = [
     ("quantize: {k: int8(smooth=mean)}\nkv: pooled(4)", "products of whole queries", "int8(smooth=mean)"),
     ("quantize: {q: int8(smooth=mean)}\nstate: {}", "products of whole queries", "int8(smooth=mean)"),
     ("parts: [{kv: dense}, {kv: paged(8)}]", "lie in one way", "paged(8)"),
+    (
+        "kv: latent(rope=8)\nparts: [{}, {kv: 'latent(rope=8, page_size=8)'}]",
+        "lie in one way",
+        "latent(rope=8, page_size=8)",
+    ),
     ("parts: [{kv: paged(4)}, {kv: pooled(2)}, {kv: paged(8)}]", "lie in one way", "paged(8)"),
     ("quantize: {p: int8(per=channel)}", "no channels", "int8(per=channel)"),
     ("quantize: {k: int8, cache: int8}", "the cache holds k and v", "int8"),
@@ -482,6 +493,7 @@ IMPOSSIBLE: list[tuple[str, str, str]] = [
     ("quantize:\n  cache: staircase([(inf, int3)])", "must be one of", "int3"),
     ("quantize:\n  cache: int8\nmodes: [backward]", "quantised cache", "backward"),
     ("kv: paged(16)\nmodes: [prefill, backward]", "paged or gathered", "backward"),
+    ("kv: latent(rope=8, page_size=16)\nmodes: [prefill, backward]", "paged or gathered", "backward"),
 ]
 
 

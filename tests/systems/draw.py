@@ -83,13 +83,13 @@ def draw(
     arguments: dict[str, Any] = {"inputs": inputs}
     if attn.layout == "varlen":
         arguments["cu_seqlens_q"] = _starts(n for n, _ in lengths)
-    if storage is not None and storage.kind == "paged":
-        arguments |= _pages(lengths, storage.page_size or 1)
-        pools = [_pooled(x, storage.page_size or 1) for x in (k, v)]
-        return Drawn(_packed(q, attn.layout), pools[0], pools[1], arguments, lengths)
+    latent = storage is not None and storage.kind == "latent"
+    if storage is not None and storage.page_size:
+        arguments |= _pages(lengths, storage.page_size)
+        pools = [_pooled(x, storage.page_size) for x in (k, v)]
+        return Drawn(_packed(q, attn.layout), pools[0], None if latent else pools[1], arguments, lengths)
     if attn.layout == "varlen":
         arguments["cu_seqlens_k"] = _starts(n for _, n in lengths)
-    latent = storage is not None and storage.kind == "latent"
     packed = [_packed(x, attn.layout) for x in (q, k, v)]
     return Drawn(packed[0], packed[1], None if latent else packed[2], arguments, lengths)
 

@@ -110,6 +110,28 @@ def test_mla_decodes_token_by_token() -> None:
         close(step.o[:, :, 0], whole[:, :, t])
 
 
+def test_mla_paged_is_mla_naive_but_for_its_projections() -> None:
+    """Those of keys and values are the caller's; latents lie in pages of 64, in no order."""
+    x = Latent(c=normal(1, 130, 512), turned=normal(1, 130, 64))
+    cache = torch.full((6, 64, 1, 576), math.nan, dtype=torch.float64)
+    table = torch.tensor([[4, 0, 3, -1], [2, 5, 9, 9]], dtype=torch.int32)
+    latents = torch.cat([x.c, x.turned], -1)[0].detach()
+    for row, length in zip(table.tolist(), (130, 65), strict=True):
+        for t in range(length):
+            cache[row[t // 64], t % 64, 0] = latents[t]
+    q = torch.cat([torch.einsum("bhin,hnr->bhir", x.q[..., :128], x.w_uk), x.q[..., 128:]], -1)
+    got = reference.outputs(
+        example("mla_paged"), q.expand(2, -1, -1, -1), cache, block_table=table, seqused_k=torch.tensor([130, 65])
+    )
+    o, lse = naive(x)
+    assert got.lse is not None
+    close(torch.einsum("hir,hrd->hid", got.o[0], x.w_uv), o[0])
+    close(got.lse[0], lse[0])
+    shorter, its_lse = naive(Latent(q=x.q, c=x.c[:, :65], turned=x.turned[:, :65], w_uk=x.w_uk, w_uv=x.w_uv))
+    close(torch.einsum("hir,hrd->hid", got.o[1], x.w_uv), shorter[0])
+    close(got.lse[1], its_lse[0])
+
+
 # -- compressed convolutional attention ----------------------------------------------------------
 
 

@@ -153,17 +153,51 @@ def test_rows_behind_the_last_sequence() -> None:
 def test_both_sides_of_a_call_for_few_queries_agree() -> None:
     """What a package says of its kernel, and makes room for, is what the kernel was built for."""
     assert _cpu.FEW_ROWS == decode.ROWS
-    assert _cpu.MOST_SHARES == decode.SHARES
+    assert _cpu.OWN_KEYS == decode.OWN_KEYS
     assert max(isa.lanes for isa in ISAS) == _cpu.WIDEST
     p = built(f"{HEADS}dims: {{qk: 16, v: 40}}\ndtype: fp32")
     runner = p.module._RUNNER
     for rows, keys in ((1, 70), (8, 100_000), (9, 70)):
         shares, work = runner.split({"B": 3, "Sq": rows, "Sk": keys})
         assert (shares > 0) == (runner.group * rows <= decode.ROWS)
-        assert shares <= decode.SHARES
+        assert shares <= _cpu.MOST_SHARES
         for isa in ISAS:
             state = -(-40 // isa.lanes) * isa.lanes + 2  # as `Decode.state` counts: m, l and whole vectors of o
             assert work >= 3 * 2 * shares * runner.group * rows * state
+
+
+APART = f"{HEADS}dims: 16\ndtype: fp32\ninputs: {{lens: {{shape: [B], dtype: int32}}}}\nmask: j < lens[b]\n"
+
+
+@pytest.mark.parametrize("rows", [1, 8, 20])
+def test_a_sequence_does_not_depend_on_its_neighbours(rows: int) -> None:
+    """Nor on how far the keys of others reach, nor on threads: shares are of so many keys."""
+    p = built(f"{APART}numerics: {{reproducible: batch}}")
+    q, k, v = normal(3, 4, rows, 16), normal(3, 2, 2100, 16, seed=1), normal(3, 2, 2100, 16, seed=2)
+    lens = torch.tensor([2100, 1030, 0], dtype=torch.int32)
+    o, lse = p(q, k, v, lens=lens, return_lse=True)
+    threads = torch.get_num_threads()
+    for n, length in enumerate(lens.tolist()):
+        for keys, count in ((max(length, 1), 1), (2100, 4)):
+            torch.set_num_threads(count)
+            alone = [x[n : n + 1, :, :keys] for x in (k, v)]
+            own, own_lse = p(q[n : n + 1], *alone, lens=lens[n : n + 1], return_lse=True)
+            torch.set_num_threads(threads)
+            assert torch.equal(own, o[n : n + 1])
+            assert torch.equal(own_lse, lse[n : n + 1])
+
+
+def test_shares_of_a_variant_whose_sequences_are_apart() -> None:
+    """As many as the keys make, where others have as many as there are threads for."""
+    runner = built(f"{APART}numerics: {{reproducible: batch}}").module._RUNNER
+    other = built(APART).module._RUNNER
+    for batch in (1, 64):
+        for keys, wanted in ((1, 1), (512, 1), (513, 2), (100_000, 196)):
+            assert runner.split({"B": batch, "Sq": 1, "Sk": keys})[0] == wanted
+    threads = torch.get_num_threads()
+    torch.set_num_threads(8)
+    assert [other.split({"B": batch, "Sq": 1, "Sk": 100_000})[0] for batch in (1, 64)] == [8, 1]
+    torch.set_num_threads(threads)
 
 
 # -- calls ---------------------------------------------------------------------------------------

@@ -44,8 +44,8 @@ from attncc.ir.factors import split_multiplier
 FUNCTION: Final = "decode"
 ROWS: Final = 16
 """Rows of a task at most: what `_cpu.Runner` calls it for."""
-SHARES: Final = 32
-"""Shares that the keys of a head are split into, at most."""
+OWN_KEYS: Final = 512
+"""Keys of a share, where its size may depend on nothing else: `_cpu.Runner` counts by it."""
 CHUNK: Final = 4 * KEYS
 """Keys that stay in the cache while all rows read them."""
 TOGETHER: Final = 4
@@ -106,8 +106,7 @@ class Decode:
         b, hk = T.truncdiv(number, heads * shares), T.truncmod(T.truncdiv(number, shares), heads)
         q = T.alloc_buffer((ROWS * self.widths["k"],), "float32", scope="local")
         at = Share(let(b), let(hk), let(number), q, registers(KEYS, "float32"), registers(KEYS, "float32"))
-        tiles = quotient(self.keys + (KEYS - 1), whole(KEYS))
-        size = let(quotient(tiles + shares - 1, shares) * KEYS)
+        size = self.size()
         first = let(T.truncmod(number, shares) * size)
         end = let(T.min(first + size, self.keys))
         rows = let(self.queries * self.group)
@@ -116,6 +115,13 @@ class Decode:
             start = let(first + chunk * CHUNK)
             with T.serial(0, rows) as row:
                 self.row(at, row, start, let(T.min(start + CHUNK, end)))
+
+    def size(self) -> Value:
+        """Keys of a share."""
+        if self.attn.is_apart:
+            return whole(OWN_KEYS)
+        tiles, shares = quotient(self.keys + (KEYS - 1), whole(KEYS)), self.frame.shares
+        return let(quotient(tiles + shares - 1, shares) * KEYS)
 
     def head(self, hk: Value, row: Value) -> Value:
         """The query head of a task's row."""
@@ -329,15 +335,15 @@ class Decode:
         member = T.truncdiv(h, whole(attn.heads.kv)) if tiled else T.truncmod(h, whole(self.group))
         row = let(member * self.queries + query)
         first = let((b * attn.heads.kv + hk) * frame.shares)
-        kept, factors = registers(2, "float32"), registers(SHARES, "float32")  # kept: the greatest maximum, the sum
+        kept = registers(2, "float32")  # the greatest maximum, the sum
         T.buffer_store(kept, real(LEAST), [0])
         T.buffer_store(kept, real(0.0), [1])
         with T.serial(0, frame.shares) as s:
             T.buffer_store(kept, vector.largest(kept[0], work[self.state(first + s, row)]), [0])
         with T.serial(0, frame.shares) as s:
             state = self.state(first + s, row)
-            T.buffer_store(factors, self.scalar_exp2(work[state] - kept[0]), [s])
-            T.buffer_store(kept, kept[1] + work[state + 1] * factors[s], [1])
+            T.buffer_store(work, self.scalar_exp2(work[state] - kept[0]), [state])  # in the maximum's place
+            T.buffer_store(kept, kept[1] + work[state + 1] * work[state], [1])
         empty = let(tirx.EQ(kept[1], real(0.0)))
         if attn.wants("lse"):
             lse = let((kept[0] + T.log2(kept[1])) * real(LN2))
@@ -350,8 +356,8 @@ class Decode:
             total = registers(1, "float32")
             T.buffer_store(total, real(0.0), [0])
             with T.serial(0, frame.shares) as s:
-                place = self.state(first + s, row) + cast(d + 2, "int64")
-                T.buffer_store(total, total[0] + work[place] * factors[s], [0])
+                state = self.state(first + s, row)
+                T.buffer_store(total, total[0] + work[state + cast(d + 2, "int64")] * work[state], [0])
             o = T.Select(empty, real(0.0), total[0] / divisor)
             T.buffer_store(frame.o.flat, narrow(o, attn.dtype), [start + cast(d, "int64")])
 

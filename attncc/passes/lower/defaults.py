@@ -16,7 +16,7 @@ from attncc.errors import Unsupported
 from attncc.ir.attention import Attention
 from attncc.ir.expr import TRUE
 from attncc.ir.rewrite import buffers, names
-from attncc.passes.lower import quantize, short, split, storage
+from attncc.passes.lower import quantize, short, storage
 from attncc.passes.lower.group import members
 from attncc.passes.lower.hopper import gap, is_exact
 from attncc.passes.lower.knobs import E_GROUP
@@ -258,11 +258,12 @@ def default_configs(attn: Attention, device: Device, with_engine: bool = True) -
     small = {**config, **_small(attn, config, device), "ONE_PASS": 1, "TMA": 0, "maxnreg": 0}
     if short.gap(attn):
         few = {**config, "BM": 16, "maxnreg": 0, "num_stages": config["num_stages"] if attn.is_latent else 1}
-        return (({"pairs": SMALL}, small), ({"Sq": SHORT}, few), ({}, large)), rule.why
+        rows: tuple[Row, ...] = (({"Sq": SHORT}, few), ({}, large))
+        return rows if attn.is_apart else (({"pairs": SMALL}, small), *rows), rule.why
     whole = {"SPLIT": 0, "FILL": filling(device, FILLING)}
     brief = _splitting(attn, {**config, **whole}, device)
     small, large = {**small, **whole}, {**large, **whole}
-    if split.is_fixed(attn):  # pairs are counted over the batch
+    if attn.is_apart:  # pairs are counted over the batch
         return (*brief, ({}, large)), rule.why
     return (({"pairs": SMALL, "Sk": WORTH_SPLITTING}, small), *brief, ({"pairs": SMALL}, small), ({}, large)), rule.why
 
@@ -284,7 +285,7 @@ def _splitting(attn: Attention, config: Config, device: Device) -> list[Row]:
     """Rows for calls of few queries, by how many of them with all heads of their group one query tile holds."""
     keys = 64 if attn.page_size and _widest(attn) <= 128 else min(64, config["BN"])
     keys = PIECED if device.has_wgmma and _has_pieces(attn) else keys
-    tiles = (FIXED_SHARE if split.is_fixed(attn) else SHARE) // keys
+    tiles = (FIXED_SHARE if attn.is_apart else SHARE) // keys
     heights = [rows for rows in GROUPED if rows <= config["BM"]]
     bounds = {min(rows // members(attn), SHORT): rows for rows in reversed(heights)}
     bounds.setdefault(SHORT, heights[-1])

@@ -12,7 +12,7 @@ from attncc.ir.attention import Attention, Part
 from attncc.ir.expr import INTS
 from attncc.ir.rewrite import names, walk
 from attncc.ir.tile import Program
-from attncc.passes.lower import short, split
+from attncc.passes.lower import short
 from attncc.passes.lower.forward import dense_forward
 from attncc.passes.lower.hopper import accelerated
 from attncc.passes.lower.normalizers import NORMALIZERS
@@ -80,7 +80,7 @@ def _wishes_in_vain(a: Attention) -> bool:
 
 
 def _wishes_against_itself(a: Attention) -> bool:
-    return a.schedule.name == "stream_k" and split.is_fixed(a)
+    return a.schedule.name == "stream_k" and a.is_apart
 
 
 def _unknown_outputs(a: Attention) -> bool:

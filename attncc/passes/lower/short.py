@@ -34,7 +34,7 @@ def streams(attn: Attention) -> bool:
     The ends of the ranges depend on all sequences then, and so do bits.
     """
     wish = attn.schedule.name
-    return wish == "stream_k" or (wish == "auto" and attn.page_size > 0 and not split.is_fixed(attn))
+    return wish == "stream_k" or (wish == "auto" and attn.page_size > 0 and not attn.is_apart)
 
 
 def told(attn: Attention) -> str:

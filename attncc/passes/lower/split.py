@@ -38,11 +38,6 @@ from attncc.passes.lower.tidy import tidy
 from attncc.passes.lower.walk import BN
 
 
-def is_fixed(attn: Attention) -> bool:
-    """Whether a sequence's bits must not depend on its neighbours: nor may its shares then."""
-    return attn.numerics.reproducible == "batch"
-
-
 @dataclass(frozen=True, slots=True)
 class Shares:
     """How the line of a query tile is shared out."""
@@ -62,7 +57,7 @@ def shares(attn: Attention) -> Shares:
         return Shares(wished, lambda share, tiles: Part(share, tiles, wished), ())
     least = name(SPLIT.name)
     most = cdiv(cdiv(name("Sk"), BN), least)
-    if is_fixed(attn):
+    if attn.is_apart:
         return Shares(
             most,
             lambda share, tiles: Part(share * least, minimum(share * least + least, tiles)),
