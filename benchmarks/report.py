@@ -11,11 +11,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attncc.autotune.toolchain import toolchain
-from attncc.device import Device
 from attncc.version import VERSION
 
 if TYPE_CHECKING:
+    from attncc.device import Device
     from benchmarks.timing import Ratio, Timing
 
 Row = dict[str, Any]
@@ -80,6 +79,8 @@ def gpu_meta() -> Row:
 def tuning_meta(device: Device) -> Row:
     """What a stranger needs to tune the same again, on a GPU or in Triton's interpreter."""
     import torch
+
+    from attncc.autotune.toolchain import toolchain  # needs more than torch and triton, which is all that a GPU run has
 
     tools = toolchain(device)
     return {

@@ -23,8 +23,8 @@ from attncc.device import ARCHITECTURES
 
 PATIENCE: Final = 120
 """Seconds, for all its configs."""
-FEW: Final = 0.01
-"""The share of a loop's instructions that may reload spilled registers: four in a turn over a whole tile."""
+FEW: Final = 0.015
+"""The share of a loop's instructions that may reload spilled registers: six words in a turn over a whole tile."""
 
 
 @dataclass(frozen=True, slots=True)
