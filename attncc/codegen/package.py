@@ -9,6 +9,7 @@ from typing import Final
 
 from attncc.codegen.call import (
     axes_text,
+    dtype_of,
     has_lse,
     indices,
     key_axes,
@@ -16,6 +17,7 @@ from attncc.codegen.call import (
     operands,
     sentence,
     tuple_text,
+    width_of,
     write_attention,
 )
 from attncc.codegen.configs import TargetConfigs, configs_text, uses_engine
@@ -28,12 +30,13 @@ from attncc.codegen.parameters import engine_launch, engine_parameters, kernel_p
 from attncc.codegen.source import Writer, filled, module_text
 from attncc.codegen.triton import lower_name, print_kernels
 from attncc.ir.attention import SIZE_NAMES, Attention, Size
+from attncc.ir.cache import beside
 from attncc.ir.expr import Dtype, Expr, const, eq, name
 from attncc.ir.tile import Kernel, Launch, Program, Scratch
 
 TORCH_DTYPE: Final[Mapping[str, str]] = {
     "bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "int32": "int32", "int64": "int64", "int8": "int8",
-    "uint8": "uint8", "bool": "bool",
+    "uint8": "uint8", "bool": "bool", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2",
 }  # fmt: skip
 SCRATCH_DTYPE: Final[Mapping[Dtype, str]] = {
     "i32": "int32", "i64": "int64", "i8": "int8", "u8": "uint8", "f16": "float16", "bf16": "bfloat16", "f32": "float32",
@@ -289,9 +292,11 @@ def _operand_axes(attn: Attention, program: Program) -> dict[str, str]:
     made = {s.name for s in scratch_of(program)}
     named = [p.name for k in program.kernels for p in k.params if p.role == "operand"]
     read = [text for text in (*named, *(program.engine.tensors if program.engine else ())) if text in made]
-    given = dict.fromkeys((*operands(attn), "o"), STRIDED[attn.layout])
+    keys = (*operands(attn)[1:], *(x.name for x in beside(attn) if x.name == "k_rope"))
+    given = dict.fromkeys((*keys, "o"), STRIDED[attn.layout])
+    given = {"q": STRIDED[attn.layout]} | given
     if attn.page_size:
-        given |= dict.fromkeys(operands(attn)[1:], "bshd")
+        given |= dict.fromkeys(keys, "bshd")
     return given | dict.fromkeys(read, "bhsd")
 
 
@@ -320,18 +325,29 @@ def _tensors(attn: Attention) -> list[str]:
     dtype = f"torch.{TORCH_DTYPE[attn.dtype]}"
     out = [
         f'Tensor("q", {axes_text(attn, "Hq", "Sq", attn.dims.qk)}, {dtype}, tiled=True),',
-        f'Tensor("k", {key_axes(attn, "Hk", attn.dims.qk)}, {dtype}, tiled=True),',
+        _stored(attn, "k", "Hk"),
+        *([] if attn.is_latent else [_stored(attn, "v", "Hv")]),
     ]
-    if not attn.is_latent:
-        out.append(f'Tensor("v", {key_axes(attn, "Hv", attn.dims.v)}, {dtype}, tiled=True),')
+    for x in beside(attn):
+        tiled = ", tiled=True" * (x.name == "k_rope")
+        out.append(f'Tensor("{x.name}", {_quoted_axes(x.axes)}, torch.{TORCH_DTYPE[x.dtype]}{tiled}),')
     axes = INDEX_AXES | {"block_table": f'("B", "Sk / {attn.page_size}")'}
     out += [f'Tensor("{n}", {axes[n]}, torch.int32),' for n in indices(attn)]
     known = {"Hq": attn.heads.q, "Hk": attn.heads.kv, "Hv": attn.heads.v, "Dqk": attn.dims.qk, "Dv": attn.dims.v}
     for x in attn.inputs:
         shape = [known.get(s, s) if isinstance(s, str) else s for s in x.shape]
-        axes = tuple_text(f'"{s}"' if isinstance(s, str) else str(s) for s in shape)
-        out.append(f'Tensor("{x.name}", {axes}, torch.{TORCH_DTYPE[x.dtype]}),')
+        out.append(f'Tensor("{x.name}", {_quoted_axes(shape)}, torch.{TORCH_DTYPE[x.dtype]}),')
     return out
+
+
+def _quoted_axes(axes: Iterable[int | str]) -> str:
+    return tuple_text(f'"{a}"' if isinstance(a, str) else str(a) for a in axes)
+
+
+def _stored(attn: Attention, operand: str, heads: str) -> str:
+    """Keys or values as a call has them."""
+    axes, dtype = key_axes(attn, heads, width_of(attn, operand)), TORCH_DTYPE[dtype_of(attn, operand)]
+    return f'Tensor("{operand}", {axes}, torch.{dtype}, tiled=True),'
 
 
 def _launch(w: Writer, attn: Attention, k: Kernel, launch: Launch) -> None:

@@ -14,12 +14,12 @@ from typing import Final
 from attncc.device import Device
 from attncc.errors import Unsupported
 from attncc.ir.attention import Attention
+from attncc.ir.cache import quantizer
 from attncc.ir.expr import TRUE
 from attncc.ir.rewrite import buffers, names
-from attncc.passes.lower import quantize, short, split, storage
+from attncc.passes.lower import cache, quantize, short, split, storage
 from attncc.passes.lower.group import members
 from attncc.passes.lower.hopper import gap, is_exact
-from attncc.passes.lower.pieces import pieces
 from attncc.passes.lower.skew import split_diagonals
 
 Config = Mapping[str, int]
@@ -65,7 +65,7 @@ def _is_fp32(attn: Attention) -> bool:
 
 
 def _is_quantised(attn: Attention) -> bool:
-    return bool(attn.quantize)
+    return bool(attn.quantize) and quantizer(attn) is None
 
 
 def _has_scaled_rows(attn: Attention) -> bool:
@@ -135,7 +135,7 @@ def _is_latent(attn: Attention) -> bool:
 
 
 def _has_pieces(attn: Attention) -> bool:
-    return max(len(pieces(attn.dims.qk)), len(pieces(attn.dims.v))) > 1
+    return max(len(cache.key_pieces(attn)), len(cache.value_pieces(attn))) > 1
 
 
 HOPPER: Final = (
