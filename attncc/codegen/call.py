@@ -91,22 +91,23 @@ def _lse_doc(attn: Attention) -> str:
 
 
 def _shown(attn: Attention, heads: str, length: str, dim: int) -> str:
-    return _bare(axes_text(attn, heads, length, dim))
+    return bare(axes_text(attn, heads, length, dim))
 
 
-def _bare(axes: str) -> str:
+def bare(axes: str) -> str:
+    """Axes as a docstring shows them."""
     return axes.replace('"', "").replace("(", "[").replace(")", "]")
 
 
 def _argument_docs(attn: Attention) -> list[str]:
     out = [
         f"q: {_shown(attn, 'Hq', 'Sq', attn.dims.qk)} {attn.dtype}",
-        f"k: {_bare(key_axes(attn, 'Hk', width_of(attn, 'k')))} {dtype_of(attn, 'k')}",
+        f"k: {bare(key_axes(attn, 'Hk', width_of(attn, 'k')))} {dtype_of(attn, 'k')}",
     ]
     if attn.is_latent:
         out[-1] += f", of which the first {attn.dims.v} columns are the values"
     else:
-        out.append(f"v: {_bare(key_axes(attn, 'Hv', width_of(attn, 'v')))} {dtype_of(attn, 'v')}")
+        out.append(f"v: {bare(key_axes(attn, 'Hv', width_of(attn, 'v')))} {dtype_of(attn, 'v')}")
     if any(c.is_packed for c in cached(attn)):
         out.append(PACKED)
     out += [f"{x.name}: [{', '.join(map(str, x.axes))}] {x.dtype}, {x.doc}" for x in beside(attn)]

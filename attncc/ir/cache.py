@@ -138,16 +138,20 @@ def beside(attn: Attention) -> tuple[Given, ...]:
         if c.has_zeros:
             out.append(Given(c.zeros, axes, "fp32", f"zero points of the {what}"))
         if c.rope:
-            out.append(Given("k_rope", rope_axes(attn, c), attn.dtype, "the last columns of the keys, as they are"))
+            out.append(
+                Given(
+                    "k_rope", row_axes(attn, c.heads, c.rope), attn.dtype, "the last columns of the keys, as they are"
+                )
+            )
     return tuple(out)
 
 
-def rope_axes(attn: Attention, c: Cached) -> tuple[int | str, ...]:
-    """Axes of the columns of keys that are held as they come: those of the keys."""
+def row_axes(attn: Attention, heads: int, width: int) -> tuple[int | str, ...]:
+    """Axes of rows that lie as those of keys do."""
     if attn.page_size:
-        return ("all pages", attn.page_size, c.heads, c.rope)
+        return ("all pages", attn.page_size, heads, width)
     return {
-        "bhsd": ("B", c.heads, "Sk", c.rope),
-        "bshd": ("B", "Sk", c.heads, c.rope),
-        "varlen": ("Tk", c.heads, c.rope),
+        "bhsd": ("B", heads, "Sk", width),
+        "bshd": ("B", "Sk", heads, width),
+        "varlen": ("Tk", heads, width),
     }[attn.layout]
