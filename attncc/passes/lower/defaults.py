@@ -68,6 +68,11 @@ def _is_quantised(attn: Attention) -> bool:
     return bool(attn.quantize) and quantizer(attn) is None
 
 
+def _is_cached(attn: Attention) -> bool:
+    """Whether keys and values are codes, which become numbers in registers."""
+    return quantizer(attn) is not None
+
+
 def _has_scaled_rows(attn: Attention) -> bool:
     """Whether scores read scales, which differ inside a tile."""
     return any(h.operand in "qk" and h.per not in quantize.WHOLE for h in quantize.all_held(attn))
@@ -143,6 +148,8 @@ HOPPER: Final = (
     Rule("fp32 products, wide heads", _is_fp32, _config(32, 16, 4, 1, tma=1)),
     Rule("operands of few bits, heads up to 128", _both(_is_quantised, _up_to(128)), _config(64, 64, 4, 1, tma=1)),
     Rule("operands of few bits, heads up to 256", _both(_is_quantised, _up_to(256)), _config(64, 32, 4, 1, tma=1)),
+    Rule("a cache of few bits, heads up to 128", _both(_is_cached, _up_to(128)), _config(128, 32, 8, 1, tma=1)),
+    Rule("a cache of few bits", _is_cached, _config(64, 32, 8, 1, tma=1)),
     Rule("pages of whole tiles", _both(storage.has_whole_tiles, _up_to(128)), _config(128, 64, 8, 1, tma=1)),
     Rule("keys that find their own pages", _both(_is_paged, _up_to(128)), _config(128, 32, 8, 1, tma=1)),
     Rule(
@@ -190,6 +197,7 @@ ENGINE: Final = (
 """Of the Hopper engine."""
 BLACKWELL: Final = (
     Rule("fp32 products", _is_fp32, _config(32, 16, 4, 1, tma=1)),
+    Rule("a cache of few bits", _both(_is_cached, _up_to(256)), _config(64, 32, 4, 1, tma=1)),
     Rule("keys in pages", _both(_is_paged, _up_to(128)), _config(64, 32, 4, 1, tma=1)),
     Rule("operands of few bits", _both(_is_quantised, _up_to(256)), _config(64, 64, 4, 1, tma=1)),
     Rule("heads up to 128", _up_to(128), _config(128, 64, 4, 2, tma=1)),
@@ -199,6 +207,7 @@ BLACKWELL: Final = (
 AMPERE: Final = (
     Rule("fp32 products, wide heads", lambda a: _is_fp32(a) and _widest(a) > 128, _config(16, 16, 4, 1)),
     Rule("fp32 products", _is_fp32, _config(32, 32, 4, 1)),
+    Rule("a cache of few bits", _both(_is_cached, _up_to(128)), _config(64, 32, 4, 1)),
     Rule("keys in pages", _both(_is_paged, _up_to(128)), _config(64, 32, 4, 1)),
     Rule("heads up to 128", _up_to(128), _config(64, 64, 4, 2)),
     Rule("heads up to 256", _up_to(256), _config(64, 32, 4, 1)),
@@ -241,6 +250,8 @@ PIECED: Final = 32
 do that no tensor map reads, ptxas 12.8 multiplies what lies at undefined addresses (`codegen/uniform.py`)."""
 GROUPED: Final = (16, 32, 64)
 """Rows of a group's query tile."""
+CODED_STAGES: Final = {16: 3, 32: 2}
+"""Stages over a cache of few bits, by rows: as many as registers allow beside numbers that are made of codes."""
 
 
 def default_configs(attn: Attention, device: Device, with_engine: bool = True) -> tuple[tuple[Row, ...], str]:
@@ -282,7 +293,7 @@ def _small(attn: Attention, config: Config, device: Device) -> Config:
 def _splitting(attn: Attention, config: Config, device: Device) -> list[Row]:
     """Rows for calls of few queries, by how many of them with all heads of their group one query tile holds."""
     keys = 64 if attn.page_size and _widest(attn) <= 128 else min(64, config["BN"])
-    keys = PIECED if device.has_wgmma and _has_pieces(attn) else keys
+    keys = PIECED if _is_cached(attn) or (device.has_wgmma and _has_pieces(attn)) else keys
     tiles = (FIXED_SHARE if split.is_fixed(attn) else SHARE) // keys
     heights = [rows for rows in GROUPED if rows <= config["BM"]]
     bounds = {min(rows // members(attn), SHORT): rows for rows in reversed(heights)}
@@ -300,6 +311,8 @@ def _pace(attn: Attention, rows: int, device: Device) -> Config:
 
     Measured on an H200: two warps and two stages are fastest over rows of keys as over pages, but for wide latents.
     """
+    if _is_cached(attn):
+        return {"num_warps": 4, "num_stages": CODED_STAGES.get(rows, 1)}
     if not device.has_wgmma or _is_fp32(attn) or _widest(attn) > 128:
         if attn.is_latent:
             return {"num_warps": 4, "FILL": filling(device, 2)} if device.has_wgmma and rows == GROUPED[0] else {}
