@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,12 @@ from codegen.emitted import Package, package, passes
 from attncc import driver, spec
 from attncc.check.cases import Case
 from attncc.check.operands import draw
+from attncc.codegen.aot import Failed, build_all
+from attncc.codegen.offline import jobs
+from attncc.device import find
 from attncc.errors import Unsupported
 from attncc.ir.cache import beside, cached
+from attncc.passes.lower.defaults import default_configs
 from attncc.reference.cache import hold
 from attncc.reference.formats import read_back
 
@@ -167,3 +172,28 @@ def test_what_lies_beside_codes() -> None:
     assert [(x.name, x.axes) for x in beside(attn)] == [
         (name, (2, "Tk")) for name in ("k_scales", "k_zeros", "v_scales", "v_zeros")
     ]
+
+
+# -- what is compiled ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("example", ["kv_int8", "kv_int4"])
+def test_default_configs_compile_without_spills(example: str) -> None:
+    """Of calls of one query and of large ones; tiles that are walked again aside."""
+    loaded = driver.load(Path(__file__).parents[2] / "examples" / f"{example}.yaml")
+    attn, program = driver.lower(loaded.attention)
+    assert program.append is not None
+    body = loaded.text.split(f"name: {example}\n")[1]
+    kernels = str(package(body, example, target="sm_90").path / "kernels.py")
+    rows, device = default_configs(attn, find("sm_90"))[0], find("sm_90")
+    few, large = (next(dict(c) for _, c in reversed(rows) if bool(c["SPLIT"]) == split) for split in (True, False))
+    few |= {"BM": 16, "num_warps": 2, "num_stages": 2}
+    wanted = {n: j for n, j in jobs(program, kernels, device, few).items() if n.endswith("_stream PASS=3")}
+    wanted |= {n: j for n, j in jobs(program, kernels, device, large).items() if n.endswith("_forward PASS=0")}
+    wanted |= jobs(program.append, kernels, device, {"num_warps": 4})
+    assert len(wanted) == 3
+    assert few in [dict(c) for _, c in rows]
+    for name, outcome in zip(wanted, build_all(list(wanted.values())), strict=True):
+        assert not isinstance(outcome, Failed), (name, outcome.reason)
+        assert outcome.spill_bytes == 0, name
+        assert "append" in name or {"mma", "wgmma"} & set(outcome.loop), name
