@@ -38,7 +38,7 @@ class Kept:
 
 def kept(attn: Attention, x: Operands) -> Kept:
     """What the mask of the first part leaves of a call with these operands."""
-    call = prepare(attn, x.q, x.k, x.v, x.inputs, Indexing(**x.offsets))
+    call = prepare(attn, x.q.to(x.k.dtype), x.k, x.v, x.inputs, Indexing(**x.offsets))
     numbers = Numbers(torch.float32, torch.float32, None, 0, call.sizes, x.inputs)
     full = [s for s in call.sequences if s.q.shape[1] and s.k.shape[1]]
     picked = full[:: max(1, len(full) // SEQUENCES)]

@@ -120,7 +120,7 @@ class Bench:
 
     def _call(self, x: Operands) -> Tensor:
         more = {"return_lse": True} if has_lse(self.attn) else {}
-        out = self.module.attention(*x.positional, **x.inputs, **x.offsets, **more)
+        out = self.module.attention(*x.positional, **x.keywords, **more)
         return out[0] if more else out
 
     def _poisoned(self, x: Operands) -> Tensor:
@@ -131,7 +131,7 @@ class Bench:
 
 
 def _bytes(x: Operands) -> int:
-    return sum(t.nbytes for t in (*x.positional, *x.inputs.values()))
+    return sum(t.nbytes for t in (*x.positional, *x.keywords.values()))
 
 
 def _difference(got: Tensor, trusted: Tensor) -> str:

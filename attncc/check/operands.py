@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Final
 
 import torch
 from torch import Tensor
 
+from attncc.check.cached import Places, hold_all
 from attncc.check.cases import Case, Trait
 from attncc.check.inputs import draw_inputs
-from attncc.check.pages import lay_out
+from attncc.check.pages import lay_out, pack, poison
 from attncc.ir.attention import Attention
+from attncc.ir.cache import quantizer
 
 LARGE_GAIN: Final = 64.0
 
 
 @dataclass(frozen=True, slots=True)
 class Operands:
-    """The tensors of one call."""
+    """The tensors of one call; keys and values of a quantised cache as the numbers that they stand for, in fp32."""
 
     q: Tensor
     k: Tensor
@@ -31,11 +33,20 @@ class Operands:
     """What says where sequences lie: cu_seqlens_q and cu_seqlens_k, block_table and seqused_k."""
     compared: int
     """How many sequences' results are to be compared, or packed rows of them."""
+    cache: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """What a package is given in place of the numbers: codes by the names k and v, and what is beside them."""
 
     @property
     def positional(self) -> tuple[Tensor, ...]:
-        """What a call has by position."""
-        return (self.q, self.k) if self.v is None else (self.q, self.k, self.v)
+        """What a call of a package has by position."""
+        k, v = self.cache.get("k", self.k), self.cache.get("v", self.v)
+        return (self.q, k) if v is None else (self.q, k, v)
+
+    @property
+    def keywords(self) -> dict[str, Tensor]:
+        """What it has by name."""
+        beside = {name: x for name, x in self.cache.items() if name not in ("k", "v")}
+        return {**beside, **self.inputs, **self.offsets}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,24 +74,32 @@ def draw(attn: Attention, case: Case, dtype: torch.dtype, generator: torch.Gener
 
     def in_rows(x: str, length: int) -> Tensor:
         rows = [getattr(s, x) for s in sequences]
-        return place(_pack(rows, attn.layout, length, heads[x], generator.device).to(dtype))
+        return place(pack(rows, attn.layout, length, heads[x], generator.device).to(dtype))
 
     q, offsets, room = in_rows("q", case.Sq), {}, case.Sk
     if packed:
         offsets["cu_seqlens_q"] = _starts([len(s.q) for s in sequences], generator.device)
         compared = int(offsets["cu_seqlens_q"][compared])
+    pages = None
     if attn.page_size:
         place = _as_is if case.trait == "expanded" else place  # a page repeated is another cache
         pages = lay_out([len(s.k) for s in sequences], _table_pages(attn, case.Sk), attn.page_size, generator)
-        k, v = (place(pages.fill([getattr(s, x) for s in sequences], heads[x]).to(dtype)) for x in "kv")
         offsets |= {"block_table": pages.table, "seqused_k": pages.used}
         room = pages.room
+    elif packed:
+        offsets |= {"cu_seqlens_k": _starts([len(s.k) for s in sequences], generator.device)}
+    stored: dict[str, Tensor] = {}
+    if quantizer(attn) is not None:
+        rows = [{x: getattr(s, x).to(dtype) for x in "kv"} for s in sequences]
+        k, v, stored = hold_all(attn, rows, Places(attn, case.Sk, pages, generator.device, place, dtype))
+    elif pages is not None:
+        k, v = (place(pages.fill([getattr(s, x) for s in sequences], heads[x]).to(dtype)) for x in "kv")
     else:
         k, v = (in_rows(x, case.Sk) for x in "kv")
-        offsets |= {"cu_seqlens_k": _starts([len(s.k) for s in sequences], generator.device)} if packed else {}
     sizes = {"B": case.B, "Sq": case.Sq, "Sk": room, "Hq": attn.heads.q, "Hk": attn.heads.kv}
     sizes |= {"Hv": attn.heads.v, "Dqk": attn.dims.qk, "Dv": attn.dims.v}
-    return Operands(q, k, None if attn.is_latent else v, draw_inputs(attn, sizes, generator), offsets, compared)
+    v = None if attn.is_latent else v
+    return Operands(q, k, v, draw_inputs(attn, sizes, generator), offsets, compared, stored)
 
 
 def _lengths(attn: Attention, case: Case) -> tuple[tuple[int, int], ...]:
@@ -136,24 +155,13 @@ def _serving(attn: Attention) -> list[int]:
 # -- layouts and memory --------------------------------------------------------------------------
 
 
-def _pack(sequences: list[Tensor], layout: str, length: int, heads: tuple[int, int], device: torch.device) -> Tensor:
-    """The sequences of a batch in one tensor; `length` is theirs, which an empty batch has too."""
-    if layout == "varlen":
-        return torch.cat(sequences) if sequences else torch.zeros((0, *heads), device=device)
-    if not sequences:
-        axes = (0, length, *heads) if layout == "bshd" else (0, heads[0], length, heads[1])
-        return torch.zeros(axes, device=device)
-    rows = torch.stack(sequences)
-    return rows if layout == "bshd" else rows.transpose(1, 2).contiguous()
-
-
 def _as_is(x: Tensor) -> Tensor:
     return x
 
 
 def _nan_around(x: Tensor) -> Tensor:
     """In the middle of NaN along every axis; rows still start on 16 bytes."""
-    room = torch.full([n + 16 for n in x.shape], torch.nan, dtype=x.dtype, device=x.device)
+    room = poison([n + 16 for n in x.shape], x.dtype, x.device)
     view = room[tuple(slice(8, 8 + n) for n in x.shape)]
     return view.copy_(x)
 

@@ -152,8 +152,10 @@ def _judge(attn: Attention, case: Case, got: tuple[Tensor, Tensor | None], x: Op
     o, lse = got
     out = (o, lse) if lse is not None else o
     arguments: dict[str, Any] = {"inputs": x.inputs, **x.offsets}
+    if x.cache:  # what codes stand for is given, and not rounded again
+        attn = replace(attn, quantize=tuple(z for z in attn.quantize if z.operand != "cache"))
     try:
-        agreement = acceptance(out, attn, *x.positional, **arguments)
+        agreement = acceptance(out, attn, x.q, x.k, x.v, **arguments)
     except ValueError as error:
         return Outcome(case, "WRONG", detail=str(error))
     return Outcome(case, "ok" if agreement.ok else "WRONG", agreement.deviations)
@@ -168,8 +170,8 @@ def _call(attn: Attention, attention: Callable[..., Any], x: Operands) -> tuple[
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"triton\.")  # its interpreter computes on NaN through NumPy
         if has_lse(attn):
-            return attention(*x.positional, **x.inputs, **x.offsets, return_lse=True)
-        return attention(*x.positional, **x.inputs, **x.offsets), None
+            return attention(*x.positional, **x.keywords, return_lse=True)
+        return attention(*x.positional, **x.keywords), None
 
 
 def _unmoved(

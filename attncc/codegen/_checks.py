@@ -79,7 +79,7 @@ def check_tensors(
         if t.dtype != expected.dtype:
             raise TypeError(f"{where} must be {expected.dtype}, got {t.dtype}")
         if t.device != first.device:
-            raise ValueError(f"{where} must be on {first.device} like q, got {t.device}")
+            raise ValueError(f"{where} must be on {first.device} like {wanted[0].name}, got {t.device}")
         check_shape(where, expected, t, sizes, owner)
         if expected.tiled and t.shape[-1] > 1 and t.stride(-1) != 1:
             raise ValueError(
@@ -90,9 +90,9 @@ def check_tensors(
     if "B + 1" in sizes:
         batch = sizes.pop("B + 1") - 1
         if batch < 0:
-            raise ValueError(f"{name}: cu_seqlens_q must hold B + 1 offsets, got none")
+            raise ValueError(f"{name}: {owner['B + 1']} must hold B + 1 offsets, got none")
         if sizes.setdefault("B", batch) != batch:
-            raise ValueError(f"{name}: {owner['B']} is for {sizes['B']} sequences, cu_seqlens_q has {batch}")
+            raise ValueError(f"{name}: {owner['B']} is for {sizes['B']} sequences, {owner['B + 1']} has {batch}")
     for axis, size in known.items():
         check_size(name, axis, size, sizes[axis])
     return sizes

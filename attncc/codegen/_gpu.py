@@ -20,6 +20,7 @@ from ._checks import Sizes, check_scale, check_tensors, default_scale, fill, kee
 from ._runtime import Config, Kernel, Result, Variant
 
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclass
@@ -34,6 +35,8 @@ class Plan:
     launches: list[Binding]
     device: int
     empty: bool = False
+    bytewise: tuple[int, ...] = ()
+    """Numbers of the tensors whose numbers kernels put together from their bits."""
     interpreted: bool = False
 
 
@@ -78,6 +81,7 @@ class Runner:
         lse = None if v.lse is None or not with_lse else fill(v.lse, sizes)
         device = q.device.index if q.is_cuda else -1
         plan = Plan(1.0, fill(v.output, sizes), lse, [], [], device, interpreted=self.way.interpreted)
+        plan.bytewise = tuple(n for n, t in enumerate(tensors) if t.dtype in FP8)
         if 0 in plan.output or counted(sizes).get("pairs", 0) == 0:
             plan.empty = True
             return plan
@@ -216,6 +220,8 @@ def chosen(config: Config, fixed: Config) -> dict[str, int]:
 def run(plan: Plan, tensors: list[Any], scale: float) -> None:
     """Launches a plan's kernels on the arguments, o and lse of one call."""
     q = tensors[0]
+    for n in plan.bytewise:
+        tensors[n] = tensors[n].view(torch.uint8)
     given = tensors
     if plan.interpreted and q.dtype == torch.bfloat16:  # the kernels' BF16 is fp32 then
         tensors = [widened(t) if t is not None and t.dtype == q.dtype else t for t in tensors]

@@ -9,6 +9,7 @@ from typing import Final
 from attncc.codegen.host import host_expr
 from attncc.codegen.source import Writer
 from attncc.ir.attention import Attention
+from attncc.ir.cache import beside, cached, find
 from attncc.ir.expr import Expr
 from attncc.ir.rewrite import names
 
@@ -26,6 +27,21 @@ INDEX_DOCS: Final[Mapping[str, str]] = {
 """Tensors that say where sequences lie."""
 
 
+PACKED: Final = "    of k and v, byte c holds column c in its low half and that half a row behind it in its high half"
+
+
+def width_of(attn: Attention, operand: str) -> int:
+    """Entries of a row of the tensor of keys or values."""
+    c = find(attn, operand)
+    return {"k": attn.dims.qk, "v": attn.dims.v}[operand] if c is None else c.width
+
+
+def dtype_of(attn: Attention, operand: str) -> str:
+    """What they are, as the spec names dtypes."""
+    c = find(attn, operand)
+    return attn.dtype if c is None else c.codes
+
+
 def indices(attn: Attention) -> tuple[str, ...]:
     """Names of the tensors that say where a call's sequences lie."""
     packed = ("cu_seqlens_q", "cu_seqlens_k") if attn.layout == "varlen" else ()
@@ -34,7 +50,7 @@ def indices(attn: Attention) -> tuple[str, ...]:
 
 def arguments(attn: Attention) -> list[str]:
     """Names of the tensors of a call, in the order of `Variant.tensors`."""
-    return [*operands(attn), *indices(attn), *(x.name for x in attn.inputs)]
+    return [*operands(attn), *(x.name for x in beside(attn)), *indices(attn), *(x.name for x in attn.inputs)]
 
 
 def operands(attn: Attention) -> tuple[str, ...]:
@@ -75,22 +91,26 @@ def _lse_doc(attn: Attention) -> str:
 
 
 def _shown(attn: Attention, heads: str, length: str, dim: int) -> str:
-    return _bare(axes_text(attn, heads, length, dim))
+    return bare(axes_text(attn, heads, length, dim))
 
 
-def _bare(axes: str) -> str:
+def bare(axes: str) -> str:
+    """Axes as a docstring shows them."""
     return axes.replace('"', "").replace("(", "[").replace(")", "]")
 
 
 def _argument_docs(attn: Attention) -> list[str]:
     out = [
         f"q: {_shown(attn, 'Hq', 'Sq', attn.dims.qk)} {attn.dtype}",
-        f"k: {_bare(key_axes(attn, 'Hk', attn.dims.qk))} {attn.dtype}",
+        f"k: {bare(key_axes(attn, 'Hk', width_of(attn, 'k')))} {dtype_of(attn, 'k')}",
     ]
     if attn.is_latent:
         out[-1] += f", of which the first {attn.dims.v} columns are the values"
     else:
-        out.append(f"v: {_bare(key_axes(attn, 'Hv', attn.dims.v))} {attn.dtype}")
+        out.append(f"v: {bare(key_axes(attn, 'Hv', width_of(attn, 'v')))} {dtype_of(attn, 'v')}")
+    if any(c.is_packed for c in cached(attn)):
+        out.append(PACKED)
+    out += [f"{x.name}: [{', '.join(map(str, x.axes))}] {x.dtype}, {x.doc}" for x in beside(attn)]
     out += [f"{n}: {INDEX_DOCS[n]}" for n in indices(attn)]
     out += [f"{x.name}: [{', '.join(map(str, x.shape))}] {x.dtype}" for x in attn.inputs]
     out.append(f"scale: positive float that qk is multiplied by; default {_scale_doc(attn.scale)}")

@@ -7,8 +7,10 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import Final
 
+from attncc.codegen import append as append_module
 from attncc.codegen.call import (
     axes_text,
+    dtype_of,
     has_lse,
     indices,
     key_axes,
@@ -16,6 +18,7 @@ from attncc.codegen.call import (
     operands,
     sentence,
     tuple_text,
+    width_of,
     write_attention,
 )
 from attncc.codegen.configs import TargetConfigs, configs_text, uses_engine
@@ -26,15 +29,13 @@ from attncc.codegen.host import host_expr, host_function
 from attncc.codegen.modules import hopper_module, kernels_module
 from attncc.codegen.parameters import engine_launch, engine_parameters, kernel_parameters, mapping, parameters_name
 from attncc.codegen.source import Writer, filled, module_text
+from attncc.codegen.tensors import TORCH_DTYPE, axes_of, size_bounds, strided
 from attncc.codegen.triton import lower_name, print_kernels
-from attncc.ir.attention import SIZE_NAMES, Attention, Size
+from attncc.ir.attention import SIZE_NAMES, Attention
+from attncc.ir.cache import beside
 from attncc.ir.expr import Dtype, Expr, const, eq, name
 from attncc.ir.tile import Kernel, Launch, Program, Scratch
 
-TORCH_DTYPE: Final[Mapping[str, str]] = {
-    "bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "int32": "int32", "int64": "int64", "int8": "int8",
-    "uint8": "uint8", "bool": "bool",
-}  # fmt: skip
 SCRATCH_DTYPE: Final[Mapping[Dtype, str]] = {
     "i32": "int32", "i64": "int64", "i8": "int8", "u8": "uint8", "f16": "float16", "bf16": "bfloat16", "f32": "float32",
     "bool": "bool", "f8e4m3": "uint8", "f8e5m2": "uint8",
@@ -42,7 +43,6 @@ SCRATCH_DTYPE: Final[Mapping[Dtype, str]] = {
 INDEX_AXES: Final[Mapping[str, str]] = {
     "cu_seqlens_q": '("B + 1",)', "cu_seqlens_k": '("B + 1",)', "seqused_k": '("B",)',
 }  # fmt: skip
-STRIDED: Final[Mapping[str, str]] = {"bhsd": "bhsd", "bshd": "bshd", "varlen": "shd"}
 
 
 def without_engine(program: Program) -> Program:
@@ -51,6 +51,13 @@ def without_engine(program: Program) -> Program:
         return program
     beside = {launch.kernel for launch in program.engine.launches}
     return replace(program, engine=None, kernels=tuple(k for k in program.kernels if k.name not in beside))
+
+
+def with_append(program: Program) -> Program:
+    """The program with the kernels of the call that appends, as one module has them."""
+    if program.append is None:
+        return program
+    return replace(program, kernels=(*program.kernels, *program.append.kernels))
 
 
 def scratch_of(program: Program) -> tuple[Scratch, ...]:
@@ -80,7 +87,7 @@ def emit(
         ahead: architectures whose cubins of the Triton kernels will stand beside them.
     """
     program = program if any(map(uses_engine, targets)) else without_engine(program)
-    texts, flags = print_kernels(program)
+    texts, flags = print_kernels(with_append(program))
     header = _header(attn, program, made_by, digest)
     engine = program.engine
     hopper: dict[str, str | bytes] = (
@@ -95,6 +102,7 @@ def emit(
         "kernels.py": kernels_module(attn, texts, header),
         **_copied("_bound", "_cards", "_gpu", "_launch"),
         **(_copied("_driver", "_index", "_persistent", "_prebuilt") if ahead else {}),
+        **(_copied("_append") if program.append else {}),
         "configs/__init__.py": '"""Launch configs, one module a device."""\n',
         **{f"configs/{t.target}.py": configs_text(attn, t) for t in targets},
     }
@@ -148,7 +156,9 @@ def _init(
     w.block(["import torch", ""])
     with_engine = program.engine is not None
     with_triton = {"_engine": with_engine, "_hopper": with_engine, "kernels": bool(targets)}
+    appending = program.append if targets else None
     sides = {
+        "_append": appending is not None,
         "_cpu": has_library,
         "_cuda": bool(cubins),
         "_gpu": bool(targets) and not ahead,
@@ -167,7 +177,7 @@ def _init(
         w.line("# these import Triton, which a call that has a cubin does not need")
         w.block([f'{name} = _prebuilt.Later("{name}")' for name, used in with_triton.items() if used])
         w.line()
-    for kernel in program.kernels if targets else ():
+    for kernel in with_append(program).kernels if targets else ():
         kernel_parameters(w, kernel, flags[kernel.name], parameters_name(attn, kernel))
         w.line()
     if program.engine is not None:
@@ -182,6 +192,8 @@ def _init(
     w.line(f'_OP = _runtime.register("{attn.name}", _RUNNER)')
     w.block(["", ""])
     write_attention(w, attn)
+    if appending is not None:
+        append_module.write(w, attn, appending, ahead)
     w.block(["", ""])
     w.line("def choose(device, **sizes):")
     with w.indented():
@@ -290,9 +302,11 @@ def _operand_axes(attn: Attention, program: Program) -> dict[str, str]:
     made = {s.name for s in scratch_of(program)}
     named = [p.name for k in program.kernels for p in k.params if p.role == "operand"]
     read = [text for text in (*named, *(program.engine.tensors if program.engine else ())) if text in made]
-    given = dict.fromkeys((*operands(attn), "o"), STRIDED[attn.layout])
+    keys = (*operands(attn)[1:], *(x.name for x in beside(attn) if x.name == "k_rope"))
+    given = dict.fromkeys((*keys, "o"), strided(attn.layout))
+    given = {"q": strided(attn.layout)} | given
     if attn.page_size:
-        given |= dict.fromkeys(operands(attn)[1:], "bshd")
+        given |= dict.fromkeys(keys, "bshd")
     return given | dict.fromkeys(read, "bhsd")
 
 
@@ -309,30 +323,32 @@ def _sizes(attn: Attention) -> list[str]:
     own = {s: None for x in attn.inputs for s in x.shape if isinstance(s, str) and s not in SIZE_NAMES}
     packed = attn.layout == "varlen"
     sizes = ("B", "Tq" if packed else "Sq", "Tk" if packed and not attn.page_size else "Sk")
-    return [f'"{s}": {_size_bounds(attn.size(s))}' for s in (*sizes, *own)]
-
-
-def _size_bounds(size: Size) -> str:
-    fixed = "" if size.fixed is None else f", fixed={size.fixed}"
-    return f"Size({size.most}{fixed}{f', multiple={size.multiple}' if size.multiple > 1 else ''})"
+    return [f'"{s}": {size_bounds(attn.size(s))}' for s in (*sizes, *own)]
 
 
 def _tensors(attn: Attention) -> list[str]:
     dtype = f"torch.{TORCH_DTYPE[attn.dtype]}"
     out = [
         f'Tensor("q", {axes_text(attn, "Hq", "Sq", attn.dims.qk)}, {dtype}, tiled=True),',
-        f'Tensor("k", {key_axes(attn, "Hk", attn.dims.qk)}, {dtype}, tiled=True),',
+        _stored(attn, "k", "Hk"),
+        *([] if attn.is_latent else [_stored(attn, "v", "Hv")]),
     ]
-    if not attn.is_latent:
-        out.append(f'Tensor("v", {key_axes(attn, "Hv", attn.dims.v)}, {dtype}, tiled=True),')
+    for x in beside(attn):
+        tiled = ", tiled=True" * (x.name == "k_rope")
+        out.append(f'Tensor("{x.name}", {axes_of(x.axes)}, torch.{TORCH_DTYPE[x.dtype]}{tiled}),')
     axes = INDEX_AXES | {"block_table": f'("B", "Sk / {attn.page_size}")'}
     out += [f'Tensor("{n}", {axes[n]}, torch.int32),' for n in indices(attn)]
     known = {"Hq": attn.heads.q, "Hk": attn.heads.kv, "Hv": attn.heads.v, "Dqk": attn.dims.qk, "Dv": attn.dims.v}
     for x in attn.inputs:
         shape = [known.get(s, s) if isinstance(s, str) else s for s in x.shape]
-        axes = tuple_text(f'"{s}"' if isinstance(s, str) else str(s) for s in shape)
-        out.append(f'Tensor("{x.name}", {axes}, torch.{TORCH_DTYPE[x.dtype]}),')
+        out.append(f'Tensor("{x.name}", {axes_of(shape)}, torch.{TORCH_DTYPE[x.dtype]}),')
     return out
+
+
+def _stored(attn: Attention, operand: str, heads: str) -> str:
+    """Keys or values as a call has them."""
+    axes, dtype = key_axes(attn, heads, width_of(attn, operand)), TORCH_DTYPE[dtype_of(attn, operand)]
+    return f'Tensor("{operand}", {axes}, torch.{dtype}, tiled=True),'
 
 
 def _launch(w: Writer, attn: Attention, k: Kernel, launch: Launch) -> None:

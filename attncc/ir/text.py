@@ -285,6 +285,9 @@ def _program(program: Program) -> Iterator[str]:
     if program.engine is not None:
         yield ""
         yield from _engine(program.engine)
+    if program.append is not None:
+        yield ""
+        yield from _program(program.append)
 
 
 def _engine(engine: Engine) -> Iterator[str]:

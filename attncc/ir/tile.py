@@ -289,6 +289,8 @@ class Program:
     """Why there is none."""
     short_gap: str = ""
     """Why calls of few queries have no kernels of their own."""
+    append: Program | None = None
+    """What writes new keys and values into the cache, where that has a call of its own."""
 
     def kernel(self, name: str) -> Kernel:
         return next(k for k in self.kernels if k.name == name)

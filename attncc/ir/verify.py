@@ -24,6 +24,8 @@ def verify_attention(attn: Attention) -> None:
 def verify_program(program: Program) -> None:
     """Raises `CompilerBug` with every rule that the program breaks."""
     _report(f"program '{program.name}'", program_faults(program))
+    if program.append is not None:
+        verify_program(program.append)
 
 
 def _report(subject: str, faults: Iterable[Fault]) -> None:

@@ -97,10 +97,13 @@ def stored(attn: Attention, q: Tensor, k: Tensor, v: Tensor | None) -> tuple[Att
 
     Of bf16 numbers many lie half way between two of a format, and fall to one side or the other by the last bit of a
     quotient. Where steps come before a quantizer, it does more than round, or sequences do not stand one by one in the
-    operands, everything stays as it is.
+    operands, everything stays as it is. Keys and values of fp32 beside a narrower q are numbers that are given, as
+    the codes of a cache stand for them; eager torch rounds them.
     """
     plain = [z for z in attn.quantize if z.operand in "qkv" and not (z.smooth or z.staircase)]
     others = [z for z in attn.quantize if z not in plain and z.operand != "p"]
+    if k.dtype != q.dtype:
+        return attn, (q.float(), k, v)
     dense = attn.layout != "varlen" and all(p.kv.kind == "dense" for p in attn.parts)
     if not plain or others or attn.prologue or not dense or v is None:
         return attn, (q, k, v)

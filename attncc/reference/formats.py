@@ -7,6 +7,7 @@ asymmetric integer spreads its 2^b levels from a group's least to its greatest, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -26,22 +27,44 @@ GREATEST: Final[dict[str, float]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """A tensor as a format holds it: `codes * scale + zero`, where scales and zero points broadcast against codes."""
+
+    codes: Tensor
+    """Numbers of the format, in the dtype of the tensor."""
+    scale: Tensor
+    zero: Tensor | None = None
+    """Of asymmetric integers."""
+
+    def read_back(self) -> Tensor:
+        kept = self.codes * self.scale
+        return kept if self.zero is None else kept + self.zero
+
+
 def read_back(x: Tensor, dtype: str, per: Call | None, symmetric: bool = True, operand: str = "k") -> Tensor:
     """x [H, S, D] as `dtype` holds it, one scale for each group of entries that `per` names."""
     if dtype in WIDE:
         return x.to(WIDE[dtype]).to(x.dtype)
-    if not x.numel():
-        return x
+    return encode(x, dtype, per, symmetric, operand).read_back() if x.numel() else x
+
+
+def encode(x: Tensor, dtype: str, per: Call | None, symmetric: bool = True, operand: str = "k") -> Codes:
+    """The numbers by which a format of few bits holds x [H, S, D], which is not empty."""
     per = per or Call("group" if dtype == "nvfp4" else "tensor")
     if not symmetric and dtype in BITS:
         low, high = -greatest(-x, per, operand), greatest(x, per, operand)
-        step = _nonzero((high - low) / (2 ** BITS[dtype] - 1))
-        return torch.round((x - low) / step) * step + low
+        step = _nonzero(_over(high - low, 2 ** BITS[dtype] - 1))
+        return Codes(torch.round((x - low) / step), step, low)
     most = GREATEST[dtype]
-    peak = greatest(x.abs(), per, operand)
-    scale = peak / torch.full_like(peak, most)  # by a Python number, a GPU would multiply by a rounded 1 / most
+    scale = _over(greatest(x.abs(), per, operand), most)
     scale = _nonzero(_cast(scale, "fp8_e4m3") if dtype == "nvfp4" else scale)
-    return _rounded((x / scale).clamp(-most, most), dtype) * scale
+    return Codes(_rounded((x / scale).clamp(-most, most), dtype), scale)
+
+
+def _over(x: Tensor, n: float) -> Tensor:
+    """x / n; by a Python number, a GPU would multiply by a rounded 1 / n."""
+    return x / torch.full_like(x, n)
 
 
 def _nonzero(scale: Tensor) -> Tensor:

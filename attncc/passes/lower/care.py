@@ -17,10 +17,10 @@ from attncc.ir.attention import Attention
 from attncc.ir.build import Builder, program, read, reduce_all
 from attncc.ir.expr import Expr, Value, cast_to, const, eq, ew, maximum, name
 from attncc.ir.tile import Launch, Param
+from attncc.passes.lower import cache
 from attncc.passes.lower.fragments import FOR_ALL_ROWS, FOR_EACH_ROW, begin, may_hide_values
 from attncc.passes.lower.knobs import ONE_PASS
 from attncc.passes.lower.normalizers import Rule
-from attncc.passes.lower.pieces import pieces
 from attncc.passes.lower.scores import own_name
 
 PASS: Final = Param(
@@ -76,7 +76,7 @@ def walk_twice(
     walk(NUMBER)
     if not may_hide_values(attn):
         return
-    values = pieces(attn.dims.v)
+    values = cache.value_pieces(attn)
     accumulators = [name("acc" + p.suffix(values), "f32", ("BM", p.width)) for p in values]
     spoilt = fold(maximum, [reduce_all("max", cast_to(ew("ne", acc, acc), "i32")) for acc in accumulators])
     with b.when(eq(NUMBER, 0)):

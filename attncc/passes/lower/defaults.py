@@ -14,13 +14,14 @@ from typing import Final
 from attncc.device import Device
 from attncc.errors import Unsupported
 from attncc.ir.attention import Attention
+from attncc.ir.cache import quantizer
 from attncc.ir.expr import TRUE
 from attncc.ir.rewrite import buffers, names
-from attncc.passes.lower import quantize, short, storage
+from attncc.passes.lower import cache, quantize, short, storage
 from attncc.passes.lower.group import members
 from attncc.passes.lower.hopper import gap, is_exact
 from attncc.passes.lower.knobs import E_GROUP
-from attncc.passes.lower.pieces import pieces
+from attncc.passes.lower.pieces import MAX_DIM
 from attncc.passes.lower.skew import split_diagonals
 
 Config = Mapping[str, int]
@@ -66,7 +67,12 @@ def _is_fp32(attn: Attention) -> bool:
 
 
 def _is_quantised(attn: Attention) -> bool:
-    return bool(attn.quantize)
+    return bool(attn.quantize) and quantizer(attn) is None
+
+
+def _is_cached(attn: Attention) -> bool:
+    """Whether keys and values are codes, which become numbers in registers."""
+    return quantizer(attn) is not None
 
 
 def _has_scaled_rows(attn: Attention) -> bool:
@@ -136,7 +142,7 @@ def _is_latent(attn: Attention) -> bool:
 
 
 def _has_pieces(attn: Attention) -> bool:
-    return max(len(pieces(attn.dims.qk)), len(pieces(attn.dims.v))) > 1
+    return max(len(cache.key_pieces(attn)), len(cache.value_pieces(attn))) > 1
 
 
 HOPPER: Final = (
@@ -144,6 +150,9 @@ HOPPER: Final = (
     Rule("fp32 products, wide heads", _is_fp32, _config(32, 16, 4, 1, tma=1)),
     Rule("operands of few bits, heads up to 128", _both(_is_quantised, _up_to(128)), _config(64, 64, 4, 1, tma=1)),
     Rule("operands of few bits, heads up to 256", _both(_is_quantised, _up_to(256)), _config(64, 32, 4, 1, tma=1)),
+    Rule("a cache of few bits, heads up to 128", _both(_is_cached, _up_to(128)), _config(128, 32, 8, 1, tma=1)),
+    Rule("a cache of few bits, heads up to 256", _both(_is_cached, _up_to(256)), _config(64, 32, 8, 1, tma=1)),
+    Rule("a cache of few bits, the widest heads", _is_cached, _config(64, 32, 8, 1, tma=1)),
     Rule("pages of whole tiles", _both(storage.has_whole_tiles, _up_to(128)), _config(128, 64, 8, 1, tma=1)),
     Rule("keys that find their own pages", _both(_is_paged, _up_to(128)), _config(128, 32, 8, 1, tma=1)),
     Rule(
@@ -191,6 +200,7 @@ ENGINE: Final = (
 """Of the Hopper engine."""
 BLACKWELL: Final = (
     Rule("fp32 products", _is_fp32, _config(32, 16, 4, 1, tma=1)),
+    Rule("a cache of few bits", _both(_is_cached, _up_to(256)), _config(64, 32, 4, 1, tma=1)),
     Rule("keys in pages", _both(_is_paged, _up_to(128)), _config(64, 32, 4, 1, tma=1)),
     Rule("operands of few bits", _both(_is_quantised, _up_to(256)), _config(64, 64, 4, 1, tma=1)),
     Rule("heads up to 128", _up_to(128), _config(128, 64, 4, 2, tma=1)),
@@ -200,6 +210,7 @@ BLACKWELL: Final = (
 AMPERE: Final = (
     Rule("fp32 products, wide heads", lambda a: _is_fp32(a) and _widest(a) > 128, _config(16, 16, 4, 1)),
     Rule("fp32 products", _is_fp32, _config(32, 32, 4, 1)),
+    Rule("a cache of few bits", _both(_is_cached, _up_to(128)), _config(64, 32, 4, 1)),
     Rule("keys in pages", _both(_is_paged, _up_to(128)), _config(64, 32, 4, 1)),
     Rule("heads up to 128", _up_to(128), _config(64, 64, 4, 2)),
     Rule("heads up to 256", _up_to(256), _config(64, 32, 4, 1)),
@@ -242,6 +253,13 @@ PIECED: Final = 32
 do that no tensor map reads, ptxas 12.8 multiplies what lies at undefined addresses (`codegen/uniform.py`)."""
 GROUPED: Final = (16, 32, 64)
 """Rows of a group's query tile."""
+CODED: Final = (
+    (128, {16: (2, 2), 32: (4, 2), 64: (4, 1)}),
+    (256, {16: (4, 3), 32: (4, 1), 64: (8, 1)}),
+    (MAX_DIM, {16: (4, 1)}),
+)
+"""Warps and stages over a cache of few bits, by the widest head dim and by rows: what registers allow beside numbers
+that are made of codes. Not measured; of such few warps each has the fewest instructions a key."""
 
 
 def default_configs(attn: Attention, device: Device, with_engine: bool = True) -> tuple[tuple[Row, ...], str]:
@@ -285,8 +303,10 @@ def _splitting(attn: Attention, config: Config, device: Device) -> list[Row]:
     """Rows for calls of few queries, by how many of them with all heads of their group one query tile holds."""
     keys = 64 if attn.page_size and _widest(attn) <= 128 else min(64, config["BN"])
     keys = PIECED if device.has_wgmma and _has_pieces(attn) else keys
+    keys = (PIECED if _widest(attn) <= 256 else PIECED // 2) if _is_cached(attn) else keys
     tiles = (FIXED_SHARE if attn.is_apart else SHARE) // keys
     heights = [rows for rows in GROUPED if rows <= config["BM"]]
+    heights = heights[:1] if _is_cached(attn) and _widest(attn) > 256 else heights
     bounds = {min(rows // members(attn), SHORT): rows for rows in reversed(heights)}
     bounds.setdefault(SHORT, heights[-1])
     few = {**config, "BN": keys, "maxnreg": 0, "SPLIT": tiles}
@@ -302,6 +322,9 @@ def _pace(attn: Attention, rows: int, device: Device) -> Config:
 
     Measured on an H200: two warps and two stages are fastest over rows of keys as over pages, but for wide latents.
     """
+    if _is_cached(attn):
+        warps, stages = next(pace for dim, pace in CODED if _widest(attn) <= dim)[rows]
+        return {"num_warps": warps, "num_stages": stages}
     if not device.has_wgmma or _is_fp32(attn) or _widest(attn) > 128:
         if attn.is_latent:
             return {"num_warps": 4, "FILL": filling(device, 2)} if device.has_wgmma and rows == GROUPED[0] else {}

@@ -15,7 +15,7 @@ from attncc.ir.attention import Attention
 from attncc.ir.build import Builder, column, iota, program, reduce, row
 from attncc.ir.expr import Expr, cast_to, name
 from attncc.ir.tile import Function, Kernel, Knob, Launch, Param, Program, Scratch
-from attncc.passes.lower import care, classify, quantize, skew, storage, stored
+from attncc.passes.lower import cache, care, classify, quantize, skew, storage, stored
 from attncc.passes.lower.fragments import (
     FOR_EACH_ROW,
     begin,
@@ -29,7 +29,7 @@ from attncc.passes.lower.fragments import (
 from attncc.passes.lower.grid import CU_K, CU_Q, QueryTile, is_varlen, key_rows, programs, query_tile, size_parameters
 from attncc.passes.lower.knobs import KNOBS, ONE_PASS, WRITE_LSE
 from attncc.passes.lower.normalizers import TOTAL, VALUE_DTYPE, M, Rule, rule_of
-from attncc.passes.lower.pieces import pieces
+from attncc.passes.lower.pieces import Piece
 from attncc.passes.lower.scores import input_param, share_reads
 from attncc.passes.lower.tidy import tidy
 from attncc.passes.lower.walk import key_tiles_of, solve_runs
@@ -87,17 +87,18 @@ def parameters(attn: Attention) -> dict[str, Param]:
     dtype = VALUE_DTYPE[attn.dtype]
     rows_q, rows_k = name("Tq") if is_varlen(attn) else name("Sq"), key_rows(attn)
 
-    def operand(text: str, knob: str, rows: Expr, dim: int, doc: str) -> Param:
-        read = pieces(dim) + (pieces(attn.dims.v) if text == "K" and attn.is_latent else ())
+    of_keys, of_values = cache.key_pieces(attn), cache.value_pieces(attn)
+
+    def operand(text: str, knob: str, rows: Expr, dim: int, read: tuple[Piece, ...], doc: str) -> Param:
         shapes = tuple(dict.fromkeys((knob, p.width) for p in read))
         given = Param(text, "operand", dtype, tiles=shapes, extent=(rows, dim), doc=doc)
-        return quantize.operand(attn, text.lower(), given)
+        return cache.operand(attn, text.lower(), quantize.operand(attn, text.lower(), given))
 
     out = [
-        operand("Q", "BM", rows_q, attn.dims.qk, "queries"),
-        operand("K", "BN", rows_k, attn.dims.qk, "keys"),
-        operand("V", "BN", rows_k, attn.dims.v, "values"),
-        operand("O", "BM", rows_q, attn.dims.v, "output"),
+        operand("Q", "BM", rows_q, attn.dims.qk, of_keys, "queries"),
+        operand("K", "BN", rows_k, attn.dims.qk, of_keys + (of_values if attn.is_latent else ()), "keys"),
+        operand("V", "BN", rows_k, attn.dims.v, of_values, "values"),
+        operand("O", "BM", rows_q, attn.dims.v, of_values, "output"),
     ]
     out[1:3] = (storage.as_stored(attn, p) for p in out[1 : 2 if attn.is_latent else 3])
     if is_varlen(attn):  # a whole tile would overwrite the rows of the next sequence
@@ -109,6 +110,7 @@ def parameters(attn: Attention) -> dict[str, Param]:
             )
         )
     out += [CU_Q, CU_K] if is_varlen(attn) else []
+    out += cache.parameters(attn, rows_k)
     out += storage.index_params(attn)
     out += map(input_param, attn.inputs)
     out += classify.lists(attn) if key_tiles_of(attn).listed else ()
@@ -129,7 +131,7 @@ def one_tile(b: Builder, attn: Attention, t: QueryTile, lost: Param | None = Non
     `lost`: where tiles are marked that hidden values have spoilt; without it, care is taken from the first.
     """
     rule = rule_of(attn)
-    columns = pieces(attn.dims.qk)
+    columns = cache.key_pieces(attn)
     quantize.bind_unit(b, attn, t.batch, {"q": t.h, "k": t.scope.values["hk"]})
     for p in columns:
         q = quantize.read_tile(b, attn, "q", (t.batch, t.h, t.first_query + t.row0), "BM", p)
@@ -150,7 +152,7 @@ def one_tile(b: Builder, attn: Attention, t: QueryTile, lost: Param | None = Non
 
 
 def _finish(b: Builder, attn: Attention, t: QueryTile, rule: Rule) -> None:
-    values = pieces(attn.dims.v)
+    values = cache.value_pieces(attn)
     accumulators = tuple(name("acc" + p.suffix(values), "f32", ("BM", p.width)) for p in values)
     sink = attn.part.normalizer.sink
     if rule.sums is not None:

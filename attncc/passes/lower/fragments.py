@@ -12,15 +12,16 @@ from functools import partial
 from typing import Final
 
 from attncc.ir.attention import Attention
-from attncc.ir.build import Builder, column, dot, full, function, iota, reduce, row, trans
+from attncc.ir.build import Builder, column, dot, full, function, iota, reduce, row, tile, trans
+from attncc.ir.cache import find
 from attncc.ir.expr import TRUE, Expr, Value, broadcast, cast_to, const, eq, ew, minimum, name, where
 from attncc.ir.factors import fold_constants, split_multiplier
 from attncc.ir.rewrite import names, transform, walk
-from attncc.ir.tile import Function
-from attncc.passes.lower import classify, quantize, skew, storage
+from attncc.ir.tile import Function, Param
+from attncc.passes.lower import cache, classify, quantize, skew, storage
 from attncc.passes.lower.grid import QueryTile, is_varlen
 from attncc.passes.lower.normalizers import LOG2E, VALUE_DTYPE, Rule, Tile
-from attncc.passes.lower.pieces import Piece, pieces
+from attncc.passes.lower.pieces import Piece
 from attncc.passes.lower.scores import Scope, hoist, regroup
 from attncc.passes.lower.skew import Diagonal
 from attncc.passes.lower.walk import Runs, for_each_tile, key_tiles_of
@@ -56,7 +57,7 @@ def writes_lse(attn: Attention) -> bool:
 def begin(b: Builder, attn: Attention, rule: Rule) -> None:
     """The state of no keys at all."""
     rule.init(b)
-    values = pieces(attn.dims.v)
+    values = cache.value_pieces(attn)
     for p in values:
         b.let("acc" + p.suffix(values), full(("BM", p.width), 0.0), f"[BM, {p.width}]")
 
@@ -64,6 +65,7 @@ def begin(b: Builder, attn: Attention, rule: Rule) -> None:
 def formulas_of(b: Builder, attn: Attention, t: QueryTile, rule: Rule, skewed: bool = True) -> Formulas:
     """Binds what no key moves. `skewed`: reads along diagonals are of skewed copies."""
     part = attn.part
+    cache.bind(b, attn, t, {"k": t.scope.values["hk"], "v": value_head(attn, t)})
     moving = {text: t.scope.values[text] for text in ("i", "row", "h")}
     columns = t.scope.with_(**{text: column(e) for text, e in moving.items() if e.shape})
     score, diagonals = skew.split_diagonals(attn) if skewed else (part.score, ())
@@ -119,8 +121,8 @@ def _call(b: Builder, step: Function, care: Value, masked: bool) -> Visit:
 def key_tile(outer: Builder, attn: Attention, t: QueryTile, rule: Rule, formulas: Formulas) -> Function:
     """The device function that adds one key tile, at key `n`, to the state."""
     b, n = Builder(outer.params), name("n")
-    columns = pieces(attn.dims.qk) if "qk" in names(formulas.score) else ()
-    values = pieces(attn.dims.v)
+    columns = cache.key_pieces(attn) if "qk" in names(formulas.score) else ()
+    values = cache.value_pieces(attn)
     if attn.page_size:
         storage.find_pages(b, attn, t.scope.values["b"], n, t.keys)
     keys = [
@@ -137,6 +139,7 @@ def key_tile(outer: Builder, attn: Attention, t: QueryTile, rule: Rule, formulas
     s: Expr | None = None
     for p, k in zip(columns, keys, strict=True):
         s = dot(name("q" + p.suffix(columns), k.dtype, ("BM", p.width)), trans(k), s)
+        s = cache.scaled(b, attn, t, p, s)
     x = (scope if s is None else scope.with_(qk=b.let("s", s, "[BM, BN]"))).bind(score)
     if x.shape != ("BM", "BN"):  # a score of rows or keys alone
         x = full(("BM", "BN"), 0.0) + x
@@ -172,8 +175,16 @@ def _value_tile(b: Builder, attn: Attention, t: QueryTile, p: Piece, columns: tu
 
 def _read_rows(b: Builder, attn: Attention, which: str, t: QueryTile, head: Expr, p: Piece) -> Expr:
     """The tile of keys or values from key n of a sequence on."""
+
+    def stored(x: Param, p: Piece, dim: int) -> Expr:
+        if attn.page_size:
+            return storage.read_tile(attn, x, head, p, dim)
+        return tile(x, t.batch, head, t.first_key + name("n"), p.column, ("BN", p.width))
+
+    if find(attn, which) is not None:
+        return cache.read_tile(b, attn, which, t, head, p, stored)
     if attn.page_size:
-        return storage.read_tile(attn, b.params[which.upper()], head, p, attn.dims.qk if which == "k" else attn.dims.v)
+        return stored(b.params[which.upper()], p, attn.dims.qk if which == "k" else attn.dims.v)
     return quantize.read_tile(b, attn, which, (t.batch, head, t.first_key + name("n")), "BN", p)
 
 

@@ -15,7 +15,7 @@ from attncc.ir.attention import Attention
 from attncc.ir.build import Builder, column, full, iota, program, quotient, read, reduce, remainder, row
 from attncc.ir.expr import Expr, Value, cast_to, const, maximum, minimum, name, where
 from attncc.ir.tile import Function, Param, Scratch
-from attncc.passes.lower import care, storage
+from attncc.passes.lower import cache, care, storage
 from attncc.passes.lower.forward import parameters
 from attncc.passes.lower.fragments import (
     CUT_TILES,
@@ -29,7 +29,7 @@ from attncc.passes.lower.fragments import (
 from attncc.passes.lower.grid import QueryTile, fixed_sizes, key_head, offset_of
 from attncc.passes.lower.knobs import FILL, SPLIT, WRITE_LSE
 from attncc.passes.lower.normalizers import LOWEST, TOTAL, VALUE_DTYPE, End, M, States, merge, rule_of
-from attncc.passes.lower.pieces import Piece, pieces
+from attncc.passes.lower.pieces import Piece
 from attncc.passes.lower.scores import Scope, own_name, share_reads
 from attncc.passes.lower.walk import Line, for_each_between, key_tiles_of, line_up, solve_runs
 
@@ -139,7 +139,7 @@ def walk_part(
 
 def load_queries(b: Builder, attn: Attention, t: QueryTile) -> None:
     """Binds the tile of queries of a group."""
-    columns = pieces(attn.dims.qk)
+    columns = cache.key_pieces(attn)
     h, query = (column(e) if e.shape else e for e in (t.h, t.scope.values["row"]))
     for p in columns:
         at = p.column + iota(p.width)
@@ -150,7 +150,7 @@ def load_queries(b: Builder, attn: Attention, t: QueryTile) -> None:
 
 def store_states(b: Builder, attn: Attention, t: QueryTile, first: Expr, second: Expr) -> None:
     """Writes the states of a tile's rows; one of the indices is [BM]."""
-    rule, into, values = rule_of(attn), states(attn), pieces(attn.dims.v)
+    rule, into, values = rule_of(attn), states(attn), cache.value_pieces(attn)
     inside = t.rows < t.queries
     if rule.peak is not None:
         b.store(into["m"], (first, second), rule.peak, inside)
@@ -164,7 +164,7 @@ def store_states(b: Builder, attn: Attention, t: QueryTile, first: Expr, second:
 
 def merge_states(b: Builder, attn: Attention, count: Expr, place: Place) -> None:
     """Binds m, total and accumulators of a row from so many shares, as far as the normaliser has them."""
-    rule, held, values = rule_of(attn), states(attn), pieces(attn.dims.v)
+    rule, held, values = rule_of(attn), states(attn), cache.value_pieces(attn)
     together = min(MOST, 1 << (ROOM // sum(p.width for p in values)).bit_length() - 1)
     if rule.peak is not None:
         b.let("m", const(LOWEST))
@@ -224,7 +224,7 @@ def _store_end(b: Builder, attn: Attention, end: End, at: tuple[Expr, Expr, Expr
             b.store(b.params["LSE"], at, end.lse, rows)
     several = () if rows is None else ("BM",)
     places = [column(e) if e.shape else e for e in at]
-    for text, p in zip(accumulators(attn), pieces(attn.dims.v), strict=True):
+    for text, p in zip(accumulators(attn), cache.value_pieces(attn), strict=True):
         columns = p.column + iota(p.width)
         o = cast_to(end.of(name(text, "f32", (*several, p.width))), VALUE_DTYPE[attn.dtype])
         within = row(columns) if several else columns
@@ -240,7 +240,7 @@ def _kept(p: Piece, dim: int, rows: Expr | None = None) -> Expr | None:
 
 
 def accumulators(attn: Attention) -> tuple[str, ...]:
-    values = pieces(attn.dims.v)
+    values = cache.value_pieces(attn)
     return tuple("acc" + p.suffix(values) for p in values)
 
 

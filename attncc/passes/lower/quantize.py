@@ -63,20 +63,22 @@ def _per(z: Quantizer) -> str:
     return z.per.name if z.per else "token" if z.operand == "p" else "tensor"
 
 
+_any_operand: Final = _each(lambda z: True)
+
+
 def _has_group_gap(z: Quantizer) -> bool:
     return _per(z) not in GROUPS[z.operand]
 
 
 LIMITS: Final[tuple[tuple[Callable[[Attention], bool], str], ...]] = (
-    (lambda a: any(z.operand == "cache" for z in a.quantize), "q, k, v and p, each with a quantizer of its own"),
     (_each(lambda z: z.dtype not in FORMATS), ", ".join(FORMATS)),
     (_each(lambda z: not z.symmetric), "symmetric formats"),
     (_each(lambda z: bool(z.smooth)), "operands whose mean stays in them"),
     (_each(_has_group_gap, "qk"), f"q and k per {', '.join(GROUPS['q'])}"),
     (_each(_has_group_gap, "v"), f"v per {', '.join(GROUPS['v'])}"),
     (_each(_has_group_gap, "p"), "p per token, relative to the greatest weight of its row"),
-    (lambda a: bool(a.quantize) and a.layout == "varlen", "the layouts bhsd and bshd"),
-    (lambda a: bool(a.quantize) and (a.page_size > 0 or a.is_latent), "dense storage"),
+    (lambda a: _any_operand(a) and a.layout == "varlen", "the layouts bhsd and bshd"),
+    (lambda a: _any_operand(a) and (a.page_size > 0 or a.is_latent), "dense storage"),
     (
         lambda a: any(z.operand in "vp" for z in a.quantize) and a.parts[0].normalizer.kind != "softmax",
         "q and k where the normalizer is no softmax",

@@ -12,7 +12,7 @@ from attncc.ir.attention import Attention, Part
 from attncc.ir.expr import INTS
 from attncc.ir.rewrite import names, walk
 from attncc.ir.tile import Program
-from attncc.passes.lower import short
+from attncc.passes.lower import append, cache, short
 from attncc.passes.lower.forward import dense_forward
 from attncc.passes.lower.hopper import accelerated
 from attncc.passes.lower.normalizers import NORMALIZERS
@@ -93,7 +93,7 @@ GAPS: Final = (
     Gap("select", _any(lambda p: p.select is not None), "a mask, which may read inputs (block tables)"),
     Gap("kv", _any(lambda p: p.kv.kind not in ("dense", "paged", "latent")), "dense, paged, latent"),
     Gap("dropout", _any(lambda p: p.dropout > 0), "0"),
-    *(Gap("quantize", holds, supported) for holds, supported in LIMITS),
+    *(Gap("quantize", holds, supported) for holds, supported in (*cache.LIMITS, *LIMITS)),
     Gap("prologue", lambda a: bool(a.prologue), "no steps"),
     Gap("epilogue", lambda a: bool(a.epilogue), "no steps"),
     Gap("normalizer", _any(lambda p: p.normalizer.kind not in NORMALIZERS), ", ".join(NORMALIZERS)),
@@ -132,5 +132,6 @@ def select(attn: Attention) -> Program:
         raise Unsupported(gap.message, gap.key, hint=f"supported: {gap.supported}")
     for skeleton in SKELETONS:
         if skeleton.applies(attn):
-            return short.with_short(attn, accelerated(attn, replace(skeleton.build(attn), why=skeleton.why)))
+            made = short.with_short(attn, accelerated(attn, replace(skeleton.build(attn), why=skeleton.why)))
+            return replace(made, append=append.program_of(attn))
     raise Unsupported("no skeleton carries this variant", "parts", hint="attncc explain shows its IR")

@@ -1,0 +1,107 @@
+"""What an emitted package has to write new keys and values into a cache: its description, and its function."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from attncc.codegen.call import bare, dtype_of, opening, operands, tuple_text, width_of
+from attncc.codegen.host import host_function
+from attncc.codegen.parameters import parameters_name
+from attncc.codegen.source import Writer
+from attncc.codegen.tensors import TORCH_DTYPE, axes_of, size_bounds, strided
+from attncc.ir.appending import is_packed, places, tokens
+from attncc.ir.attention import Attention, Size
+from attncc.ir.cache import BY_TOKEN, Given, beside, cached, row_axes
+from attncc.ir.tile import Program
+
+
+def write(w: Writer, attn: Attention, program: Program, ahead: Sequence[str]) -> None:
+    """The variant of the call, what runs it, and the function."""
+    given = _tensors(attn)
+    w.line()
+    w.line("APPENDING = Variant(")
+    with w.indented():
+        w.line(f'name="{attn.name}.append",')
+        w.line("tensors=(")
+        with w.indented():
+            for x in given:
+                tiled = ", tiled=True" * (x.name in _axes(attn))
+                w.line(f'Tensor("{x.name}", {axes_of(x.axes)}, torch.{TORCH_DTYPE[x.dtype]}{tiled}),')
+        w.line("),")
+        w.line("output=(),")
+        w.line("lse=None,")
+        w.line(f"sizes={{{', '.join(_sizes(attn))}}},")
+        w.line("scale=lambda n: 1.0,")
+        w.line(
+            f"axes={{{', '.join(f'{chr(34)}{k}{chr(34)}: {chr(34)}{v}{chr(34)}' for k, v in _axes(attn).items())}}},"
+        )
+        (kernel,) = program.kernels
+        w.entry(
+            f"kernels=(Kernel(kernels.{kernel.name}, {host_function(kernel.grid)}, {parameters_name(attn, kernel)}),)"
+        )
+    w.line(")")
+    quoted = tuple_text(f'"{arch}"' for arch in ahead)
+    runner = "_gpu.Runner(APPENDING, _launch.BY_TRITON)"
+    if ahead:
+        runner = f'_prebuilt.Runner(APPENDING, {quoted}).by_triton("append has no cubins")'
+    written = tuple_text(f'"{name}"' for name in _written(attn))
+    w.line(f"_APPENDER = _append.Appender(lambda: {runner}, {written})")
+    w.line(f'_APPEND = _append.register("{attn.name}", _APPENDER, [t.name for t in APPENDING.tensors])')
+    w.block(["", ""])
+    _function(w, attn, given)
+
+
+def _function(w: Writer, attn: Attention, given: Sequence[Given]) -> None:
+    first = len(tokens(attn)) + len(operands(attn)) - 1
+    names = [x.name for x in given]
+    w.line(f"def append({', '.join(names[:first])}, *, {', '.join(names[first:])}):")
+    with w.indented():
+        how = "as the spec's quantizer holds them" if cached(attn) else "as they are"
+        w.block(opening(f"Writes the keys and values of new tokens into the cache, in place and {how}.", 115))
+        w.line()
+        if any(c.per not in BY_TOKEN for c in cached(attn)):
+            w.line("Scales of whole sequences are read, not found: what is beyond them becomes the greatest number.")
+            w.line()
+        w.line("Args:")
+        with w.indented():
+            w.block(f"{x.name}: {bare(axes_of(x.axes))} {x.dtype}, {x.doc}" for x in given)
+        w.line()
+        w.line("Raises:")
+        with w.indented():
+            w.line("TypeError, ValueError: an argument's dtype, device, shape or stride is wrong; says which and how.")
+        w.line('"""')
+        pairs = ", ".join(f'"{name}": {name}' for name in names)
+        w.line(f"_append.call(APPENDING.name, _APPENDER, _APPEND, {{{pairs}}})")
+
+
+def _tensors(attn: Attention) -> list[Given]:
+    """Of a call, in the order of its signature."""
+    cache = [Given(x, _cache_axes(attn, x), dtype_of(attn, x), "of the cache, written") for x in operands(attn)[1:]]
+    return [*tokens(attn), *cache, *beside(attn), *places(attn)]
+
+
+def _cache_axes(attn: Attention, operand: str) -> tuple[int | str, ...]:
+    heads = {"k": attn.heads.kv, "v": attn.heads.v}[operand]
+    return row_axes(attn, heads, width_of(attn, operand))
+
+
+def _written(attn: Attention) -> list[str]:
+    """Names of the tensors that it writes: scales of whole sequences are given."""
+    found = any(c.per in BY_TOKEN for c in cached(attn))
+    return [*operands(attn)[1:], *(x.name for x in beside(attn) if found or x.name == "k_rope")]
+
+
+def _axes(attn: Attention) -> dict[str, str]:
+    """Where the axes of the tensors of rows are."""
+    rows = strided(attn.layout)
+    cache = "bshd" if attn.page_size else rows
+    kept = [*operands(attn)[1:], *(x.name for x in beside(attn) if x.name == "k_rope")]
+    return dict.fromkeys((x.name for x in tokens(attn)), rows) | dict.fromkeys(kept, cache)
+
+
+def _sizes(attn: Attention) -> list[str]:
+    packed = is_packed(attn)
+    room = "Tk" if packed and not attn.page_size else "Sk"
+    batch = {"B", "B + 1"} & {axis for x in _tensors(attn) for axis in x.axes}
+    known = [*([attn.size("B")] if batch else []), Size("Tn" if packed else "Sn"), attn.size(room)]
+    return [f'"{s.name}": {size_bounds(s)}' for s in known]

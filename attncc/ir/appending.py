@@ -1,0 +1,55 @@
+"""The call that writes new keys and values into a cache: its tensors, derived from the variant."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from attncc.ir.attention import Attention
+from attncc.ir.cache import Given, cached
+
+OPERANDS: Final = ("k", "v")
+
+
+def appends(attn: Attention) -> bool:
+    """Whether a variant has such a call: its cache lies in pages, or is quantised."""
+    return attn.page_size > 0 or bool(cached(attn))
+
+
+def is_packed(attn: Attention) -> bool:
+    """Whether new tokens of all sequences lie one behind the other."""
+    return attn.layout == "varlen"
+
+
+def finds_sequences(attn: Attention) -> bool:
+    """Whether a packed token has to find its sequence: for the pages of that, or for its scales."""
+    return is_packed(attn) and (attn.page_size > 0 or any(c.per in ("tensor", "head", "channel") for c in cached(attn)))
+
+
+def tokens(attn: Attention) -> tuple[Given, ...]:
+    """What is written: keys and values of new tokens, in the layout of queries."""
+    heads = {"k": (attn.heads.kv, attn.dims.qk), "v": (attn.heads.v, attn.dims.v)}
+    found: list[Given] = []
+    for x in OPERANDS[: 1 if attn.is_latent else 2]:
+        h, dim = heads[x]
+        axes: dict[str, tuple[int | str, ...]] = {
+            "bhsd": ("B", h, "Sn", dim),
+            "bshd": ("B", "Sn", h, dim),
+            "varlen": ("Tn", h, dim),
+        }
+        what = {"k": "keys", "v": "values"}[x]
+        found.append(Given(f"{x}_new", axes[attn.layout], attn.dtype, f"{what} of new tokens"))
+    return tuple(found)
+
+
+def places(attn: Attention) -> tuple[Given, ...]:
+    """Where it goes."""
+    packed, paged = is_packed(attn), attn.page_size > 0
+    inside = "row of k" if packed and not paged else "position in its sequence"
+    doc = f"the {inside} where a token goes; those below 0 or without room go nowhere"
+    out = [Given("positions", ("Tn",) if packed else ("B", "Sn"), "int32", doc)]
+    if finds_sequences(attn):
+        out.append(Given("cu_seqlens_new", ("B + 1",), "int32", "where the new tokens of each sequence begin"))
+    if paged:
+        pages: tuple[int | str, ...] = ("B", f"Sk / {attn.page_size}")
+        out.append(Given("block_table", pages, "int32", "the page of each run of keys"))
+    return tuple(out)

@@ -1,0 +1,254 @@
+"""A cache of few bits as kernels read it: codes become numbers in the load of a tile, or their scales join the scores.
+
+Products are of the operands' own dtype, which holds every code exactly. Where one scale is that of a whole key it
+multiplies the score, to which a zero point adds its share of the sum of the query; values, and keys whose columns
+differ in scale, are multiplied as numbers, rounded to the operands' dtype as a cache without codes would hold them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import reduce as fold
+from typing import Final
+
+from attncc.ir.attention import Attention, Quantizer
+from attncc.ir.build import Builder, column, expand, iota, quotient, read, reduce, remainder, reshape, row
+from attncc.ir.cache import FORMATS, Cached, Given, beside, cached, find
+from attncc.ir.expr import Dtype, Expr, cast_to, const, minimum, name
+from attncc.ir.tile import Param
+from attncc.passes.lower import storage
+from attncc.passes.lower.grid import QueryTile, is_varlen
+from attncc.passes.lower.normalizers import VALUE_DTYPE
+from attncc.passes.lower.pieces import Piece, pieces
+
+CODES: Final[Mapping[str, Dtype]] = {"int8": "i8", "uint8": "u8", "fp8_e4m3": "f8e4m3", "fp8_e5m2": "f8e5m2"}
+PER: Final = ("tensor", "head", "channel", "token", "group")
+"""What may share a scale: blocks of tokens would be stored again with each that joins them."""
+WHOLE: Final = ("tensor", "head")
+NIBBLES: Final = 16
+NAMES: Final = ("k_scales", "k_zeros", "k_rope", "v_scales", "v_zeros")
+ROPE: Final = "K_ROPE"
+
+Raw = Callable[[Param, Piece, int], Expr]
+"""The tile [BN, width] of an operand, of which the dim is given, as it is stored."""
+
+
+def _some(holds: Callable[[Attention, Cached], bool]) -> Callable[[Attention], bool]:
+    return lambda a: any(holds(a, c) for c in cached(a))
+
+
+def _held(holds: Callable[[Quantizer], bool]) -> Callable[[Attention], bool]:
+    return lambda a: any(z.operand == "cache" and holds(z) for z in a.quantize)
+
+
+def _is_filled(dim: int) -> bool:
+    """Whether pieces of a dim have no column beyond it."""
+    return sum(p.width for p in pieces(dim)) == dim
+
+
+LIMITS: Final[tuple[tuple[Callable[[Attention], bool], str], ...]] = (
+    (_held(lambda z: bool(z.staircase)), "caches of one format"),
+    (_held(lambda z: (z.dtype, z.symmetric) not in FORMATS), ", ".join(dict.fromkeys(d for d, _ in FORMATS))),
+    (_held(lambda z: bool(z.smooth)), "caches whose keys have no mean taken off"),
+    (_some(lambda a, c: c.per not in PER), f"caches per {', '.join(PER)}"),
+    (lambda a: bool(cached(a)) and len(a.quantize) > 1, "the cache alone, or q, k, v and p"),
+    (
+        _some(lambda a, c: c.is_packed and (c.dim % 2 > 0 or not _is_filled(c.width))),
+        "int4 where half of a head dim is a sum of up to three powers of two, 16 at least",
+    ),
+    (_some(lambda a, c: a.is_latent and c.is_packed), "int8 and fp8 where values are a part of the keys"),
+    (
+        _some(lambda a, c: c.rope > 0 and not _is_filled(c.dim)),
+        "latents that are a sum of up to three powers of two, 16 at least, before their rope columns",
+    ),
+    (_some(lambda a, c: a.is_latent and a.dims.v > c.dim), "latents whose values hold no rope columns"),
+    (
+        lambda a: bool(cached(a)) and any(x.name in NAMES for x in a.inputs),
+        "inputs of other names: k_scales and the like are the cache's",
+    ),
+)
+"""What is not carried yet, and what is instead."""
+
+
+# -- columns and parameters ----------------------------------------------------------------------
+
+
+def key_pieces(attn: Attention) -> tuple[Piece, ...]:
+    """The pieces in which queries and keys are multiplied."""
+    c = find(attn, "k")
+    if c is None:
+        return pieces(attn.dims.qk)
+    return (*_coded(c), *(Piece(c.dim + p.column, p.width) for p in (pieces(c.rope) if c.rope else ())))
+
+
+def value_pieces(attn: Attention) -> tuple[Piece, ...]:
+    """The pieces of values and outputs."""
+    c = find(attn, "v")
+    return pieces(attn.dims.v) if c is None else _coded(c)
+
+
+def _coded(c: Cached) -> tuple[Piece, ...]:
+    """Of two codes in a byte one stands for a column of the first half, one for the same column of the second."""
+    halves = (0, c.width) if c.is_packed else (0,)
+    return tuple(Piece(at + p.column, p.width) for at in halves for p in pieces(c.width))
+
+
+def operand(attn: Attention, which: str, given: Param) -> Param:
+    """The parameter of keys or values: `given` where they come as numbers."""
+    c = find(attn, which)
+    if c is None or given.extent is None:
+        return given
+    read_ = (*pieces(c.width), *(value_pieces(attn) if attn.is_latent else ()))
+    tiles = tuple(dict.fromkeys(("BN", p.width) for p in read_))
+    return replace(
+        given, dtype=CODES[c.codes], tiles=tiles, extent=(given.extent[0], c.width), doc=f"{given.doc}, {c.dtype} codes"
+    )
+
+
+def parameters(attn: Attention, rows: Expr) -> tuple[Param, ...]:
+    """What is read beside the codes; `rows`: of the keys."""
+    return tuple(_rope(attn, x, rows) if x.name == ROPE.lower() else _buffer(x) for x in beside(attn))
+
+
+def _buffer(x: Given) -> Param:
+    return Param(f"{x.name}_ptr", "buffer", "f32", rank=len(x.axes), doc=x.doc)
+
+
+def _rope(attn: Attention, x: Given, rows: Expr) -> Param:
+    width = int(x.axes[-1])
+    tiles = tuple(dict.fromkeys(("BN", p.width) for p in pieces(width)))
+    given = Param(ROPE, "operand", VALUE_DTYPE[attn.dtype], tiles=tiles, extent=(rows, width), doc=x.doc)
+    return storage.as_stored(attn, given)
+
+
+# -- before the loop -----------------------------------------------------------------------------
+
+
+def bind(b: Builder, attn: Attention, t: QueryTile, heads: Mapping[str, Expr]) -> None:
+    """Binds what no key moves: scales of whole sequences, and sums of queries that zero points are multiplied by."""
+    for c in cached(attn):
+        sequence = (t.scope.values["b"],)
+        if c.per in WHOLE:
+            at = sequence if c.per == "tensor" else (*sequence, heads[c.operand])
+            for text in _texts(c):
+                b.let(text, read(b.params[f"{text}s_ptr"], *at))
+    c = find(attn, "k")
+    if c is not None and _joins_scores(attn, c) and (c.has_zeros or c.offset):
+        parts = key_pieces(attn)
+        tiles = [name("q" + p.suffix(parts), VALUE_DTYPE[attn.dtype], ("BM", p.width)) for p in _coded(c)]
+        sums = [reduce("sum", cast_to(q, "f32"), 1) for q in tiles]
+        b.let("q_sum", fold(lambda x, y: x + y, sums), "[BM] what zero points are multiplied by")
+
+
+def _texts(c: Cached) -> tuple[str, ...]:
+    return (f"{c.operand}_scale", *([f"{c.operand}_zero"] if c.has_zeros else ()))
+
+
+def _joins_scores(attn: Attention, c: Cached) -> bool:
+    """Whether scales of keys multiply scores: they are one a key, and no values are among the columns."""
+    return c.operand == "k" and c.per in (*WHOLE, "token") and not attn.is_latent
+
+
+# -- inside it -----------------------------------------------------------------------------------
+
+
+def scaled(b: Builder, attn: Attention, t: QueryTile, p: Piece, s: Expr) -> Expr:
+    """Products [BM, BN] up to the columns of a piece: behind the last codes they become those of numbers."""
+    c = find(attn, "k")
+    if c is None or not _joins_scores(attn, c) or p != _coded(c)[-1]:
+        return s
+    scale, zero = _of_key(b, attn, c, t, t.scope.values["hk"])
+    if c.per == "token":
+        scale, zero = row(scale), None if zero is None else row(zero)
+    total = column(name("q_sum", "f32", ("BM",)))
+    if c.offset:
+        s = s - total * float(c.offset)
+    s = b.let("s", s, "[BM, BN] of codes") * scale
+    return s if zero is None else s + total * zero
+
+
+def _of_key(b: Builder, attn: Attention, c: Cached, t: QueryTile, head: Expr) -> tuple[Expr, Expr | None]:
+    """Scale and zero point of whole keys: [BN], or numbers."""
+    if c.per == "token":
+        for text in _texts(c):
+            b.let(text, _at_tokens(b.params[f"{text}s_ptr"], attn, t, head), "[BN]")
+    shape = ("BN",) if c.per == "token" else ()
+    scale, *zero = (name(text, "f32", shape) for text in _texts(c))
+    return scale, zero[0] if zero else None
+
+
+def _at_tokens(x: Param, attn: Attention, t: QueryTile, head: Expr, more: Expr | None = None) -> Expr:
+    """Entries [BN] of a tensor that lies beside the keys; of some of its groups, [BN, more]. 0 behind the last key."""
+    tokens, kept = name("n") + iota("BN"), None
+    if attn.page_size and storage.has_whole_tiles(attn):
+        index = (name("page"), head, name("slot") + iota("BN"))
+    elif attn.page_size:
+        page, slot = (name(text, "i32", ("BN",)) for text in ("page", "slot"))
+        index, kept = (page, head, slot), storage.HELD
+    else:
+        index = (head, t.first_key + tokens) if is_varlen(attn) else (t.batch, head, tokens)
+        kept = tokens < t.keys
+    if more is None:
+        return read(x, *index, mask=kept)
+    placed = (*(column(e) if e.shape else e for e in index), row(more) if more.shape else more)
+    return read(x, *placed, mask=None if kept is None else column(kept))
+
+
+def read_tile(b: Builder, attn: Attention, which: str, t: QueryTile, head: Expr, p: Piece, raw: Raw) -> Expr:
+    """The [BN, width] tile of keys or values of a cache, in the dtype that is multiplied."""
+    c, dtype = find(attn, which), VALUE_DTYPE[attn.dtype]
+    assert c is not None
+    if p.column >= c.dim:
+        return raw(b.params[ROPE], Piece(p.column - c.dim, p.width), c.rope)
+    codes = _codes(b, c, p, raw)
+    if _joins_scores(attn, c):
+        return cast_to(codes, dtype)
+    x = cast_to(codes, "f32")
+    x = x - float(c.offset) if c.offset else x
+    if c.per == "group":
+        return cast_to(_by_groups(b, attn, c, t, head, p, x), dtype)
+    if c.per == "channel":
+        parts = tuple(_channels(b.params[f"{text}s_ptr"], c, t, head, p) for text in _texts(c))
+        scale, *zero = parts
+        return cast_to(x * scale + zero[0] if zero else x * scale, dtype)
+    scale, shift = _of_key(b, attn, c, t, head)
+    if c.per == "token":
+        scale, shift = column(scale), None if shift is None else column(shift)
+    return cast_to(x * scale if shift is None else x * scale + shift, dtype)
+
+
+def _codes(b: Builder, c: Cached, p: Piece, raw: Raw) -> Expr:
+    """Codes of the columns of a piece; bytes that hold two are read with the first of these."""
+    stored = b.params[c.operand.upper()]
+    if not c.is_packed:
+        return raw(stored, p, c.width)
+    at = Piece(p.column % c.width, p.width)
+    text = f"{c.operand}_bytes{at.suffix(pieces(c.width))}"
+    if p.column < c.width:
+        b.let(text, raw(stored, at, c.width), f"[BN, {p.width}] two codes each")
+    both = cast_to(name(text, "u8", ("BN", p.width)), "i32")
+    return remainder(both, NIBBLES) if p.column < c.width else quotient(both, NIBBLES)
+
+
+def _channels(x: Param, c: Cached, t: QueryTile, head: Expr, p: Piece) -> Expr:
+    """[1, width] of a tensor that has an entry a column."""
+    columns = p.column + iota(p.width)
+    mask = columns < c.dim if p.column + p.width > c.dim else None
+    return row(read(x, t.scope.values["b"], head, columns, mask=mask))
+
+
+def _by_groups(b: Builder, attn: Attention, c: Cached, t: QueryTile, head: Expr, p: Piece, x: Expr) -> Expr:
+    """Codes [BN, width] as numbers, where groups of columns have scales: those of a piece are read once each."""
+    tensors = [b.params[f"{text}s_ptr"] for text in _texts(c)]
+    first, last = p.column // c.group, (p.column + p.width - 1) // c.group
+    several = p.width % c.group == 0 and p.column % c.group == 0
+    if several and last > first:
+        count = p.width // c.group
+        parts = [expand(_at_tokens(y, attn, t, head, first + iota(count)), 2) for y in tensors]
+        x = reshape(x, ("BN", count, c.group)) * parts[0]
+        x = x + parts[1] if len(parts) > 1 else x
+        return reshape(x, ("BN", p.width))
+    at = const(first) if first == last else minimum(quotient(p.column + iota(p.width), c.group), c.groups - 1)
+    parts = [_at_tokens(y, attn, t, head, at) for y in tensors]
+    return x * parts[0] + parts[1] if len(parts) > 1 else x * parts[0]
