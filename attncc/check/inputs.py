@@ -55,6 +55,8 @@ def expressions(attn: Attention) -> Iterator[Expr]:
         yield part.mask
         if part.normalizer.sink is not None:
             yield part.normalizer.sink
+    for step in (*attn.prologue, *attn.epilogue):
+        yield from step.args
 
 
 def own_size(attn: Attention, declared: Input, axis: int, sizes: Mapping[str, int]) -> int:

@@ -10,7 +10,9 @@ from attncc.codegen.host import host_expr
 from attncc.codegen.source import Writer
 from attncc.ir.attention import Attention
 from attncc.ir.expr import Expr
+from attncc.ir.primitives import pairs_tokens
 from attncc.ir.rewrite import names
+from attncc.ir.widths import entry_width, exit_width
 
 AXES: Final[Mapping[str, tuple[str, ...]]] = {
     "bhsd": ("B", "H", "S", "D"), "bshd": ("B", "S", "H", "D"), "varlen": ("T", "H", "D"),
@@ -56,7 +58,7 @@ def write_attention(w: Writer, attn: Attention) -> None:
         w.line()
         w.line("Returns:")
         with w.indented():
-            w.line(f"o: {_shown(attn, 'Hq', 'Sq', attn.dims.v)} {attn.dtype}")
+            w.line(f"o: {_shown(attn, 'Hq', 'Sq', exit_width(attn))} {attn.dtype}")
             if has_lse(attn):
                 w.line(_lse_doc(attn))
         w.line()
@@ -84,13 +86,13 @@ def _bare(axes: str) -> str:
 
 def _argument_docs(attn: Attention) -> list[str]:
     out = [
-        f"q: {_shown(attn, 'Hq', 'Sq', attn.dims.qk)} {attn.dtype}",
-        f"k: {_bare(key_axes(attn, 'Hk', attn.dims.qk))} {attn.dtype}",
+        f"q: {_shown(attn, 'Hq', 'Sq', entry_width(attn, 'q'))} {attn.dtype}",
+        f"k: {_bare(key_axes(attn, 'Hk', entry_width(attn, 'k')))} {attn.dtype}",
     ]
     if attn.is_latent:
         out[-1] += f", of which the first {attn.dims.v} columns are the values"
     else:
-        out.append(f"v: {_bare(key_axes(attn, 'Hv', attn.dims.v))} {attn.dtype}")
+        out.append(f"v: {_bare(key_axes(attn, 'Hv', entry_width(attn, 'v')))} {attn.dtype}")
     out += [f"{n}: {INDEX_DOCS[n]}" for n in indices(attn)]
     out += [f"{x.name}: [{', '.join(map(str, x.shape))}] {x.dtype}" for x in attn.inputs]
     out.append(f"scale: positive float that qk is multiplied by; default {_scale_doc(attn.scale)}")
@@ -132,7 +134,7 @@ def axes_text(attn: Attention, heads: str, length: str, dim: int) -> str:
 def key_axes(attn: Attention, heads: str, dim: int) -> str:
     """Axes of the keys or values as text of a tuple; pages of all sequences lie in one tensor."""
     if not attn.page_size:
-        return axes_text(attn, heads, "Sk", dim)
+        return axes_text(attn, heads, "Sq" if pairs_tokens(attn) else "Sk", dim)
     return f'("all pages", {attn.page_size}, {_count(attn, heads)}, {dim})'
 
 

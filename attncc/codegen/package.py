@@ -30,6 +30,7 @@ from attncc.codegen.triton import lower_name, print_kernels
 from attncc.ir.attention import SIZE_NAMES, Attention, Size
 from attncc.ir.expr import Dtype, Expr, const, eq, name
 from attncc.ir.tile import Kernel, Launch, Program, Scratch
+from attncc.ir.widths import entry_width, exit_width
 
 TORCH_DTYPE: Final[Mapping[str, str]] = {
     "bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "int32": "int32", "int64": "int64", "int8": "int8",
@@ -228,7 +229,7 @@ def _variant(
         with w.indented():
             w.block(_tensors(attn))
         w.line("),")
-        w.line(f"output={axes_text(attn, 'Hq', 'Sq', attn.dims.v)},")
+        w.line(f"output={axes_text(attn, 'Hq', 'Sq', exit_width(attn))},")
         lse = '("Hq", "Tq")' if attn.layout == "varlen" else '("B", "Hq", "Sq")'
         w.line(f"lse={_fixed(attn, lse) if has_lse(attn) else None},")
         w.line(f"sizes={{{', '.join(_sizes(attn))}}},")
@@ -319,11 +320,11 @@ def _size_bounds(size: Size) -> str:
 def _tensors(attn: Attention) -> list[str]:
     dtype = f"torch.{TORCH_DTYPE[attn.dtype]}"
     out = [
-        f'Tensor("q", {axes_text(attn, "Hq", "Sq", attn.dims.qk)}, {dtype}, tiled=True),',
-        f'Tensor("k", {key_axes(attn, "Hk", attn.dims.qk)}, {dtype}, tiled=True),',
+        f'Tensor("q", {axes_text(attn, "Hq", "Sq", entry_width(attn, "q"))}, {dtype}, tiled=True),',
+        f'Tensor("k", {key_axes(attn, "Hk", entry_width(attn, "k"))}, {dtype}, tiled=True),',
     ]
     if not attn.is_latent:
-        out.append(f'Tensor("v", {key_axes(attn, "Hv", attn.dims.v)}, {dtype}, tiled=True),')
+        out.append(f'Tensor("v", {key_axes(attn, "Hv", entry_width(attn, "v"))}, {dtype}, tiled=True),')
     axes = INDEX_AXES | {"block_table": f'("B", "Sk / {attn.page_size}")'}
     out += [f'Tensor("{n}", {axes[n]}, torch.int32),' for n in indices(attn)]
     known = {"Hq": attn.heads.q, "Hk": attn.heads.kv, "Hv": attn.heads.v, "Dqk": attn.dims.qk, "Dv": attn.dims.v}

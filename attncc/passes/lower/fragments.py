@@ -18,6 +18,7 @@ from attncc.ir.factors import fold_constants, split_multiplier
 from attncc.ir.rewrite import names, transform, walk
 from attncc.ir.tile import Function
 from attncc.passes.lower import classify, quantize, skew, storage
+from attncc.passes.lower.chains import source
 from attncc.passes.lower.grid import QueryTile, is_varlen
 from attncc.passes.lower.normalizers import LOG2E, VALUE_DTYPE, Rule, Tile
 from attncc.passes.lower.pieces import Piece, pieces
@@ -173,7 +174,9 @@ def _value_tile(b: Builder, attn: Attention, t: QueryTile, p: Piece, columns: tu
 def _read_rows(b: Builder, attn: Attention, which: str, t: QueryTile, head: Expr, p: Piece) -> Expr:
     """The tile of keys or values from key n of a sequence on."""
     if attn.page_size:
-        return storage.read_tile(attn, b.params[which.upper()], head, p, attn.dims.qk if which == "k" else attn.dims.v)
+        return storage.read_tile(
+            attn, b.params[source(attn, which)], head, p, attn.dims.qk if which == "k" else attn.dims.v
+        )
     return quantize.read_tile(b, attn, which, (t.batch, head, t.first_key + name("n")), "BN", p)
 
 
