@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from codegen.emitted import package, passes
+from codegen.emitted import normal, package, passes
 
 from attncc.check.cases import Case
 
@@ -68,3 +68,106 @@ def test_steps_of_rows(steps: str) -> None:
     p = package(GQA + ROWS[steps]).tiles(16, 16)
     passes(p, Case(2, 21, 37), Case(1, 37, 21, "nan_keys"), Case(2, 5, 37, "nan_around"))
     passes(p.tiles(16, 16, split=1), Case(2, 1, 37))
+
+
+# -- steps that look at other tokens, or at all columns ----------------------------------------------
+
+CONVOLVED = {
+    "depthwise": "prologue: ['causal_conv(w, on=q)']\ninputs: {w: {shape: [4, 16, 3]}}",
+    "of all heads": "prologue: ['causal_conv(w, kernel=2, bias=u)']\n"
+    "inputs: {w: {shape: [6, 16, 2]}, u: {shape: [96]}}",
+    "as torch has it": "prologue: ['causal_conv(w, bias=u, on=k)']\n"
+    "inputs: {w: {shape: [32, 1, 4]}, u: {shape: [2, 16]}}",
+    "heads": "prologue: ['causal_conv(w, groups=heads, bias=u)']\n"
+    "inputs: {w: {shape: [6, Dqk, Dqk, 2]}, u: {shape: [6, Dqk]}}",
+    "heads as torch has them": "prologue: ['causal_conv(w, groups=heads, on=v)']\n"
+    "inputs: {w: {shape: [32, 16, 3], dtype: fp16}}",
+    "one after the other": "prologue: ['causal_conv(a, bias=u)', 'causal_conv(c, groups=heads, bias=u)', l2_norm]\n"
+    "inputs: {a: {shape: [6, 16, 2]}, c: {shape: [6, 16, 16, 3]}, u: {shape: [6, 16]}}",
+    "a step between": "prologue: ['causal_conv(a, bias=u, on=k)', rms_norm, 'causal_conv(a, bias=u, on=k)']\n"
+    "inputs: {a: {shape: [2, 16, 3]}, u: {shape: [2, 16]}}",
+    "steps before": "prologue: ['rope(dims=6, on=v)', 'lerp(x, 0.3, on=v)', 'causal_conv(a, on=v)']\n"
+    "inputs: {x: {shape: [B, 1, Sk, Dv]}, a: {shape: [2, 16, 2]}}",
+    "values from before": "prologue: [value_shift]",
+    "more values from before": "prologue: ['silu(on=v)', 'value_shift(fraction=0.8)', 'value_shift(fraction=0.2)']",
+    "no values from before": "prologue: ['value_shift(fraction=0)']",
+}
+
+
+@pytest.mark.parametrize("steps", CONVOLVED)
+def test_steps_over_tokens(steps: str) -> None:
+    p = package(GQA + CONVOLVED[steps]).tiles(16, 16)
+    passes(p, Case(2, 21, 37), Case(1, 90, 90), Case(2, 1, 5), Case(2, 5, 37, "nan_around"))
+
+
+def test_packed_sequences_begin_with_zeros() -> None:
+    p = package(f"{GQA}layout: varlen\n{CONVOLVED['one after the other']}").tiles(16, 16)
+    passes(p, Case(3, 21, 37))
+    passes(package(f"{GQA}layout: varlen\n{CONVOLVED['more values from before']}").tiles(16, 16), Case(3, 21, 37))
+
+
+JOINED = "prologue: ['rms_norm(on=k)', 'mean_residual(scale=0.4)', 'l2_norm']"
+
+
+@pytest.mark.parametrize("heads", ["4", "{q: 6, kv: 2}", "{q: 6, kv: 3, map: tile}", "{q: 3, kv: 1}"])
+def test_queries_join_their_keys(heads: str) -> None:
+    p = package(f"heads: {heads}\ndims: {{qk: 16, v: 8}}\ndtype: fp32\nmask: causal\n{JOINED}").tiles(16, 16)
+    passes(p, Case(2, 21, 21), Case(1, 70, 70))
+
+
+def test_queries_without_their_keys_are_refused() -> None:
+    p = package(f"{GQA}{JOINED}").tiles(16, 16)
+    with pytest.raises(ValueError, match=r"k must have shape .*Sq=5.*axis 2 is 7, not 5, as q has it"):
+        p(normal(1, 4, 5, 16), normal(1, 2, 7, 16), normal(1, 2, 7, 16))
+
+
+CCA = """
+dims: 32
+inputs:
+  conv0: {shape: [HEADS, 32, 2]}
+  bias0: {shape: [HEADS, 32]}
+  conv1: {shape: [HEADS, 32, 32, 2]}
+  bias1: {shape: [HEADS, 32]}
+  temp: {shape: [Hk]}
+mask: causal
+prologue:
+  - causal_conv(conv0, kernel=2, groups=depthwise, bias=bias0)
+  - causal_conv(conv1, kernel=2, groups=heads, bias=bias1)
+  - mean_residual(scale=0.5)
+  - value_shift(fraction=0.5)
+  - l2_norm(to=5.656854249492381, eps=0.0078125)
+  - temperature(temp[hk], on=k)
+  - rope(dims=16, base=5000000.0)
+modes: [prefill]
+"""
+
+
+@pytest.mark.parametrize(("heads", "both"), [("2", "4"), ("{q: 4, kv: 2}", "6")])
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_compressed_convolutional_attention(heads: str, both: str, dtype: str) -> None:
+    p = package(f"heads: {heads}\ndtype: {dtype}{CCA.replace('HEADS', both)}").tiles(16, 16)
+    passes(p, Case(2, 40, 40), Case(1, 130, 130, "large_logits"), Case(1, 3, 3), Case(2, 21, 21, "nan_keys"))
+
+
+ABSORBED = {
+    "a matrix a head": "w: {shape: [Hq, 24, 32]}",
+    "one matrix": "w: {shape: [40, Dqk], dtype: fp16}",
+    "to some columns": "w: {shape: [1, 5, 16]}",
+    "to many columns": "w: {shape: [Hq, 8, 20]}",
+}
+
+
+@pytest.mark.parametrize("matrix", ABSORBED)
+def test_queries_absorb(matrix: str) -> None:
+    body = "heads: {q: 4, kv: 1}\ndims: {qk: 32, v: 16}\ndtype: fp32\nmask: causal\nkv: latent(rope=16)\n"
+    p = package(f"{body}prologue: ['absorb(w, on=q)']\ninputs: {{{ABSORBED[matrix]}}}").tiles(16, 16, split=1)
+    passes(p, Case(2, 21, 37), Case(3, 1, 40), Case(2, 2, 37, "nan_around"))
+
+
+def test_all_operands_absorb() -> None:
+    p = package(
+        "heads: {q: 4, kv: 2}\ndims: {qk: 16, v: 24}\ndtype: fp16\nlayout: bshd\n"
+        "prologue: [rms_norm, 'absorb(w, on=k)', 'absorb(u, on=v)']\n"
+        "inputs: {w: {shape: [Hk, 9, 11]}, u: {shape: [20, 24]}}"
+    ).tiles(16, 16)
+    passes(p, Case(2, 21, 37))

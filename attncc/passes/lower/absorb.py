@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from attncc.ir.attention import Attention, Call
-from attncc.ir.build import Builder, column, dot, iota, lanes, read, row
-from attncc.ir.expr import Expr, cast_to, const
+from attncc.ir.build import Builder, column, iota, lanes, read, row
+from attncc.ir.expr import Expr, const
 from attncc.ir.widths import matrix
 from attncc.passes.lower.columns import Columns
 from attncc.passes.lower.normalizers import VALUE_DTYPE
 from attncc.passes.lower.pieces import MIN_WIDTH
+from attncc.passes.lower.product import Bind, Factor, multiplied, of_matrix
 from attncc.passes.lower.scores import input_param
 
 BLOCK: Final = 64
@@ -21,10 +22,12 @@ Write = Callable[[Expr, Expr, Expr | None], None]
 """Columns [width], their values [rows, width], and which columns there are; None for all."""
 
 
-def absorbed(b: Builder, attn: Attention, step: Call, head: Expr, tiles: Mapping[Columns, Expr], write: Write) -> None:
+def absorbed(
+    b: Builder, bind: Bind, attn: Attention, step: Call, head: Expr, tiles: Mapping[Columns, Factor], write: Write
+) -> None:
     """Writes products of tiles [rows, …] by a matrix [n, r], or one of each head [H, n, r].
 
-    Method: DeepSeek-V2, arXiv 2405.04434.
+    `bind` gives names that nothing else has. Method: DeepSeek-V2, arXiv 2405.04434.
     """
     x = attn.input(step.words[0])
     _, r = matrix(attn, step)
@@ -36,8 +39,8 @@ def absorbed(b: Builder, attn: Attention, step: Call, head: Expr, tiles: Mapping
         total: Expr | None = None
         for c, tile in tiles.items():
             at = (*lead, column(c.at), row(columns))
-            w = cast_to(read(input_param(x), *at, mask=lanes(c.inside, inside)), VALUE_DTYPE[attn.dtype])
-            w = b.let("w", w, f"[{c.width}, {width}]")
-            total = b.let("total", dot(tile, w, total), f"[{tile.shape[0]}, {width}]")
+            w = b.let("w", read(input_param(x), *at, mask=lanes(c.inside, inside)), f"[{c.width}, {width}]")
+            product = multiplied(tile, of_matrix(bind, w, VALUE_DTYPE[attn.dtype]))
+            total = b.let("total", product if total is None else total + product, f"[…, {width}]")
         assert total is not None
         write(columns, total, inside)

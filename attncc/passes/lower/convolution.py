@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import Final
 
 from attncc.ir.attention import Call
-from attncc.ir.build import column, dot, lanes, read, row
+from attncc.ir.build import column, lanes, read, row
 from attncc.ir.expr import Expr, Value, cast_to, const
 from attncc.ir.primitives import on
 from attncc.passes.lower.chains import Chain, channels, option
 from attncc.passes.lower.columns import Columns
 from attncc.passes.lower.flow import Before, Flow, Tiles
+from attncc.passes.lower.product import multiplied, of_matrix
 from attncc.passes.lower.scores import input_param
 
 AT_ONCE: Final = 128
@@ -41,11 +42,12 @@ def convolved(f: Flow, n: int, back: int, before: Before) -> Tiles:
     head = f.head + sum(heads[x] for x in letters[: letters.index(f.chain.operand)])
     inputs = [before(taps - 1 - t) for t in range(taps)]
     make = _mixed if mixes(step) else _depthwise
-    made = {c: make(f, step, head, width, c, inputs) for c in f.parts[n + 1]}
+    made = {c: make(f, n, head, c, inputs) for c in f.parts[n + 1]}
     return {c: f.let(f"{f.chain.operand}_convolved", x, f"[{f.rows}, {c.width}]") for c, x in made.items()}
 
 
-def _depthwise(f: Flow, step: Call, head: Expr, width: int, c: Columns, inputs: list[Tiles]) -> Expr:
+def _depthwise(f: Flow, n: int, head: Expr, c: Columns, inputs: list[Tiles]) -> Expr:
+    step, width = f.chain.steps[n], f.chain.widths[n]
     total: Expr | None = _bias(f, step, head, width, c)
     x = f.attn.input(step.words[0])
     for t, tiles in enumerate(inputs):
@@ -56,7 +58,8 @@ def _depthwise(f: Flow, step: Call, head: Expr, width: int, c: Columns, inputs: 
     return total
 
 
-def _mixed(f: Flow, step: Call, head: Expr, width: int, c: Columns, inputs: list[Tiles]) -> Expr:
+def _mixed(f: Flow, n: int, head: Expr, c: Columns, inputs: list[Tiles]) -> Expr:
+    step, width = f.chain.steps[n], f.chain.widths[n]
     bias = _bias(f, step, head, width, c)
     x = f.attn.input(step.words[0])
     total: Expr | None = None
@@ -64,11 +67,11 @@ def _mixed(f: Flow, step: Call, head: Expr, width: int, c: Columns, inputs: list
         for source, tile in tiles.items():
             out = _channel(x.shape[:-2], head, width, row(c.at))
             mask = lanes(source.inside, c.inside)
-            weight = cast_to(read(input_param(x), *out, column(source.at), t, mask=mask), f.dtype)
-            weight = f.once("matrix", weight, f"[{source.width}, {c.width}]")
-            total = dot(f.product(tile), weight, total)
+            weight = read(input_param(x), *out, column(source.at), t, mask=mask)
+            weight = of_matrix(f.once, f.once("matrix", weight, f"[{source.width}, {c.width}]"), f.dtype)
+            product = multiplied(f.factor(tile, exact=n == 0), weight)
+            total = f.let("total", product if total is None else total + product)
     assert total is not None
-    total = f.let("total", total)
     return total if bias is None else total + bias
 
 

@@ -15,6 +15,7 @@ from attncc.ir.expr import Dtype, Expr, Value, cast_to
 from attncc.passes.lower.chains import Chain
 from attncc.passes.lower.columns import Columns, Parts
 from attncc.passes.lower.normalizers import VALUE_DTYPE
+from attncc.passes.lower.product import Factor, of_rows
 from attncc.passes.lower.scores import Scope
 from attncc.passes.lower.tokens import Tokens
 
@@ -43,6 +44,8 @@ class Flow:
     """Names that are bound somewhere."""
     found: dict[tuple[int, int], Tiles] = field(default_factory=dict[tuple[int, int], Tiles])
     """What steps have made so far, by their number and how many tokens back."""
+    factors: dict[Expr, Factor] = field(default_factory=dict[Expr, Factor])
+    """Tiles that are multiplied by matrices."""
 
     @property
     def rows(self) -> int:
@@ -79,9 +82,11 @@ class Flow:
         value = cast_to(self.scope.bind(e), "f32")
         return column(value) if value.shape else value
 
-    def product(self, x: Expr) -> Expr:
-        """A tile as it is multiplied by a matrix."""
-        return cast_to(x, self.dtype)
+    def factor(self, x: Expr, *, exact: bool = False) -> Factor:
+        """A tile as it is multiplied by matrices; `exact`: its numbers are the operands' own."""
+        if x not in self.factors:
+            self.factors[x] = of_rows(self.let, x, self.dtype, exact=exact)
+        return self.factors[x]
 
     def reserve(self, text: str) -> str:
         """A name of its own."""

@@ -152,8 +152,8 @@ def _store(f: Flow) -> None:
     if c.steps[-1].name == "absorb":
         x = behind(f, len(c.steps) - 1)
         n, r = matrix(f.attn, c.steps[-1])
-        products = {p: f.product(tile) for p, tile in x.items() if p.first < n}
-        absorbed(f.b, f.attn, c.steps[-1], f.head, products, write)
+        products = {p: f.factor(tile, exact=len(c.steps) == 1) for p, tile in x.items() if p.first < n}
+        absorbed(f.b, f.let, f.attn, c.steps[-1], f.head, products, write)
         for p, tile in x.items():
             if p.first >= n:
                 write(p.at + (r - n), tile, p.inside)
