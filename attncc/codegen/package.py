@@ -50,7 +50,7 @@ def without_engine(program: Program) -> Program:
     """The program of portable kernels alone."""
     if program.engine is None:
         return program
-    beside = {launch.kernel for launch in program.engine.launches}
+    beside = {x.kernel for x in program.engine.launches} - {x.kernel for x in program.launches}
     return replace(program, engine=None, kernels=tuple(k for k in program.kernels if k.name not in beside))
 
 
@@ -289,7 +289,8 @@ def _operand_axes(attn: Attention, program: Program) -> dict[str, str]:
     """Where each operand's axes are; scratch operands have them in the kernel's order."""
     made = {s.name for s in scratch_of(program)}
     named = [p.name for k in program.kernels for p in k.params if p.role == "operand"]
-    read = [text for text in (*named, *(program.engine.tensors if program.engine else ())) if text in made]
+    engine = program.engine
+    read = [x for x in (*named, *((*engine.tensors, engine.output) if engine else ())) if x in made]
     given = dict.fromkeys((*operands(attn), "o"), STRIDED[attn.layout])
     if attn.page_size:
         given |= dict.fromkeys(operands(attn)[1:], "bshd")

@@ -12,10 +12,10 @@ from attncc.ir.widths import matrix
 from attncc.passes.lower.columns import Columns
 from attncc.passes.lower.normalizers import VALUE_DTYPE
 from attncc.passes.lower.pieces import MIN_WIDTH
-from attncc.passes.lower.product import Bind, Factor, multiplied, of_matrix
+from attncc.passes.lower.product import Bind, Factor, of_matrix, summed
 from attncc.passes.lower.scores import input_param
 
-BLOCK: Final = 64
+BLOCK: Final = 32
 """Columns of the matrix that are multiplied at once."""
 
 Write = Callable[[Expr, Expr, Expr | None], None]
@@ -36,11 +36,8 @@ def absorbed(
     with b.loop("block", 0, r, width) as block:
         columns = b.let("columns", block + iota(width), f"[{width}]")
         inside = columns < r if r % width else None
-        total: Expr | None = None
-        for c, tile in tiles.items():
-            at = (*lead, column(c.at), row(columns))
-            w = b.let("w", read(input_param(x), *at, mask=lanes(c.inside, inside)), f"[{c.width}, {width}]")
-            product = multiplied(tile, of_matrix(bind, w, VALUE_DTYPE[attn.dtype]))
-            total = b.let("total", product if total is None else total + product, f"[…, {width}]")
-        assert total is not None
-        write(columns, total, inside)
+        right: list[Factor] = []
+        for c in tiles:
+            w = read(input_param(x), *lead, column(c.at), row(columns), mask=lanes(c.inside, inside))
+            right.append(of_matrix(bind, bind("w", w, f"[{c.width}, {width}]"), VALUE_DTYPE[attn.dtype]))
+        write(columns, summed(bind, list(tiles.values()), right, f"[…, {width}]"), inside)

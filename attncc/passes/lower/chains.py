@@ -103,7 +103,7 @@ def _each(holds: Callable[[Attention, Call], bool], *names: str) -> Callable[[At
 
 
 def _of_each(holds: Callable[[Chain], bool]) -> Callable[[Attention], bool]:
-    return lambda a: any(map(holds, chains(a)))
+    return lambda a: not _has_unknown_matrix(a) and any(map(holds, chains(a)))
 
 
 def turned(attn: Attention, step: Call, width: int) -> int | None:
@@ -242,8 +242,8 @@ def _runs_of_several(a: Attention) -> bool:
     return any(len({on(step) for step in run}) > 1 for run in runs)
 
 
-def _entry_is_wide(a: Attention) -> bool:
-    return max((max(c.widths) for c in chains(a)), default=0) > MAX_DIM
+def _turns_and_absorbs(c: Chain) -> bool:
+    return {"rope", "absorb"} <= {step.name for step in c.steps}
 
 
 LIMITS: Final[tuple[tuple[Callable[[Attention], bool], str], ...]] = (
@@ -261,11 +261,9 @@ LIMITS: Final[tuple[tuple[Callable[[Attention], bool], str], ...]] = (
     (_runs_of_several, "causal_conv steps that follow each other on the same operands"),
     (lambda a: pairs_tokens(a) and a.layout == "varlen", "mean_residual in the layouts bhsd and bshd"),
     (_joins_absorbed, "mean_residual or absorb"),
+    (_of_each(_absorbs_early), "absorb behind the other steps of its operand"),
+    (_of_each(_turns_and_absorbs), "rope or absorb of an operand"),
+    (_of_each(lambda c: max(c.widths) > MAX_DIM), f"operands of up to {MAX_DIM} columns"),
     (lambda a: bool(a.prologue) and bool(a.quantize), "no steps on quantised operands"),
 )
 """What is not carried yet, and what is instead."""
-SHAPES: Final[tuple[tuple[Callable[[Attention], bool], str], ...]] = (
-    (_of_each(_absorbs_early), "absorb behind the other steps of its operand"),
-    (_entry_is_wide, f"operands of up to {MAX_DIM} columns"),
-)
-"""The same, where widths are known."""

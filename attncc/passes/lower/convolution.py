@@ -5,6 +5,8 @@ Taps reach back to tokens of the tile before, so each tap takes what comes into 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from attncc.ir.attention import Call
@@ -14,7 +16,7 @@ from attncc.ir.primitives import on
 from attncc.passes.lower.chains import Chain, channels, option
 from attncc.passes.lower.columns import Columns
 from attncc.passes.lower.flow import Before, Flow, Tiles
-from attncc.passes.lower.product import multiplied, of_matrix
+from attncc.passes.lower.product import Factor, of_matrix, summed
 from attncc.passes.lower.scores import input_param
 
 AT_ONCE: Final = 128
@@ -41,12 +43,11 @@ def convolved(f: Flow, n: int, back: int, before: Before) -> Tiles:
     heads = {"q": f.attn.heads.q, "k": f.attn.heads.kv, "v": f.attn.heads.v}
     head = f.head + sum(heads[x] for x in letters[: letters.index(f.chain.operand)])
     inputs = [before(taps - 1 - t) for t in range(taps)]
-    make = _mixed if mixes(step) else _depthwise
-    made = {c: make(f, n, head, c, inputs) for c in f.parts[n + 1]}
-    return {c: f.let(f"{f.chain.operand}_convolved", x, f"[{f.rows}, {c.width}]") for c, x in made.items()}
+    make = _mixed(f, n, inputs) if mixes(step) else partial(_depthwise, f, n, inputs)
+    return {c: f.let(f"{f.chain.operand}_convolved", make(head, c), f"[{f.rows}, {c.width}]") for c in f.parts[n + 1]}
 
 
-def _depthwise(f: Flow, n: int, head: Expr, c: Columns, inputs: list[Tiles]) -> Expr:
+def _depthwise(f: Flow, n: int, inputs: list[Tiles], head: Expr, c: Columns) -> Expr:
     step, width = f.chain.steps[n], f.chain.widths[n]
     total: Expr | None = _bias(f, step, head, width, c)
     x = f.attn.input(step.words[0])
@@ -58,21 +59,26 @@ def _depthwise(f: Flow, n: int, head: Expr, c: Columns, inputs: list[Tiles]) -> 
     return total
 
 
-def _mixed(f: Flow, n: int, head: Expr, c: Columns, inputs: list[Tiles]) -> Expr:
+def _mixed(f: Flow, n: int, inputs: list[Tiles]) -> Callable[[Expr, Columns], Expr]:
+    """Products of all columns at all taps by the matrices of some."""
     step, width = f.chain.steps[n], f.chain.widths[n]
-    bias = _bias(f, step, head, width, c)
     x = f.attn.input(step.words[0])
-    total: Expr | None = None
-    for t, tiles in enumerate(inputs):
-        for source, tile in tiles.items():
-            out = _channel(x.shape[:-2], head, width, row(c.at))
-            mask = lanes(source.inside, c.inside)
-            weight = read(input_param(x), *out, column(source.at), t, mask=mask)
-            weight = of_matrix(f.once, f.once("matrix", weight, f"[{source.width}, {c.width}]"), f.dtype)
-            product = multiplied(f.factor(tile, exact=n == 0), weight)
-            total = f.let("total", product if total is None else total + product)
-    assert total is not None
-    return total if bias is None else total + bias
+    sources = [(t, source) for t, tiles in enumerate(inputs) for source in tiles]
+    left = f.multiplied([tile for tiles in inputs for tile in tiles.values()], exact=n == 0)
+
+    def make(head: Expr, c: Columns) -> Expr:
+        out = _channel(x.shape[:-2], head, width, row(c.at))
+        right: list[Factor] = []
+        for t, source in sources:
+            at = (*out, column(source.at), t)
+            matrix = read(input_param(x), *at, mask=lanes(source.inside, c.inside))
+            matrix = f.once("matrix", matrix, f"[{source.width}, {c.width}]")
+            right.append(of_matrix(f.once, matrix, f.dtype))
+        total = summed(f.let, left, right, f"[{f.rows}, {c.width}]")
+        bias = _bias(f, step, head, width, c)
+        return total if bias is None else total + bias
+
+    return make
 
 
 def _channel(shape: tuple[int | str, ...], head: Expr, width: int, columns: Expr) -> list[Value]:

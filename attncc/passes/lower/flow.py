@@ -6,12 +6,13 @@ tokens before these, as convolutions ask for, is found by taking the same steps 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from attncc.ir.attention import Attention
 from attncc.ir.build import Builder, column, fresh, lanes, read, row
-from attncc.ir.expr import Dtype, Expr, Value, cast_to
+from attncc.ir.expr import Dtype, Expr, Value, cast_to, lift
 from attncc.passes.lower.chains import Chain
 from attncc.passes.lower.columns import Columns, Parts
 from attncc.passes.lower.normalizers import VALUE_DTYPE
@@ -19,10 +20,31 @@ from attncc.passes.lower.product import Factor, of_rows
 from attncc.passes.lower.scores import Scope
 from attncc.passes.lower.tokens import Tokens
 
+LANES: Final = 4096
+"""Entries of a tile of tokens."""
+MIXED: Final = 64
+"""Tokens of a tile that is multiplied by matrices, but for wide ones, which shared memory must hold."""
+NARROW: Final = 256
+"""Up to so many columns they are not wide."""
+WARPS: Final[Mapping[bool, int]] = {True: 8, False: 4}
+"""Of a program, by whether it multiplies by matrices."""
+
 Tiles = Mapping[Columns, Expr]
 """[rows, width] for each part of the columns."""
 Before = Callable[[int], Tiles]
 """What comes into a step, so many tokens further back."""
+
+
+def tokens_of(columns: int, *, multiplied: bool) -> int:
+    """Of a tile with so many columns."""
+    if multiplied:
+        return MIXED if columns <= NARROW else MIXED // 2
+    return max(1, min(MIXED, 1 << (LANES // columns).bit_length() - 1))
+
+
+def options(multiplies: bool) -> tuple[tuple[str, int], ...]:
+    """Of the compiler, for kernels of steps: no config speaks of their tiles."""
+    return ("num_warps", WARPS[multiplies]), ("num_stages", 1), ("maxnreg", 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +66,8 @@ class Flow:
     """Names that are bound somewhere."""
     found: dict[tuple[int, int], Tiles] = field(default_factory=dict[tuple[int, int], Tiles])
     """What steps have made so far, by their number and how many tokens back."""
-    factors: dict[Expr, Factor] = field(default_factory=dict[Expr, Factor])
-    """Tiles that are multiplied by matrices."""
+    shared: dict[Expr, Expr] = field(default_factory=dict[Expr, Expr])
+    """What is bound once for all tiles."""
 
     @property
     def rows(self) -> int:
@@ -65,8 +87,11 @@ class Flow:
         return self.b.let(self.reserve(text), value, note)
 
     def once(self, text: str, value: Value, note: str = "") -> Expr:
-        """Binds before all tiles what none of them moves."""
-        return self.ahead.let(self.reserve(text), value, note)
+        """Binds before all tiles what none of them moves, a value only once."""
+        value = lift(value)
+        if value not in self.shared:
+            self.shared[value] = self.ahead.let(self.reserve(text), value, note)
+        return self.shared[value]
 
     def load(self, operand: str, columns: Columns, back: int = 0, head: Expr | None = None) -> Expr:
         """Columns of the call's own q, k or v, so many tokens back; 0 before the first."""
@@ -82,11 +107,9 @@ class Flow:
         value = cast_to(self.scope.bind(e), "f32")
         return column(value) if value.shape else value
 
-    def factor(self, x: Expr, *, exact: bool = False) -> Factor:
-        """A tile as it is multiplied by matrices; `exact`: its numbers are the operands' own."""
-        if x not in self.factors:
-            self.factors[x] = of_rows(self.let, x, self.dtype, exact=exact)
-        return self.factors[x]
+    def multiplied(self, tiles: Sequence[Expr], *, exact: bool) -> tuple[Factor, ...]:
+        """Tiles as they are multiplied by matrices; `exact`: their numbers are the operands' own."""
+        return of_rows(self.let, tiles, self.dtype, exact=exact)
 
     def reserve(self, text: str) -> str:
         """A name of its own."""

@@ -17,7 +17,7 @@ from attncc.ir.expr import FLOATS, Expr, const, eq, maximum, name, where
 from attncc.ir.rewrite import names, substitute, walk
 from attncc.ir.tile import Engine, Function, Launch, Let, Note, Param, Program, Scratch, Statement, binds, block, reads
 from attncc.passes.lower import again, classify, quantize, skew, stored
-from attncc.passes.lower.chains import source
+from attncc.passes.lower.chains import output, source
 from attncc.passes.lower.fragments import Formulas, formulas_of, may_hide_values, read_early
 from attncc.passes.lower.gap import Gap, first
 from attncc.passes.lower.grid import (
@@ -90,14 +90,14 @@ def accelerated(attn: Attention, program: Program) -> Program:
     knobs = tuple(replace(k, choices=(0,)) if k.name == "E_POLY" and is_exact(attn) else k for k in ENGINE_KNOBS)
     made = replace(engine(attn), replaces=(program.kernels[-1].name,), knobs=knobs)
     q, k, v = (source(attn, x).lower() for x in "qkv")
-    made = replace(made, tensors=(q, k, v))
+    made = replace(made, tensors=(q, k, v), output=output(attn).lower())
     if attn.quantize:
         return _over_stored(quantize.with_scales(attn), program, made)
     if not may_hide_values(attn):
         return replace(program, engine=made)
     kernel = again.kernel(attn)
     entries = Scratch(again.listed(attn).name, (made.grid * name("E_CONSUMERS") + 1,), "i32")
-    made = replace(made, after=(Launch(kernel.name),), scratch=(entries,))
+    made = replace(made, after=(Launch(kernel.name),), scratch=(entries,), lost=entries.name)
     return replace(program, engine=made, kernels=(*program.kernels, kernel))
 
 

@@ -7,15 +7,19 @@ halves each. They are divided by the greatest magnitude of their row, or of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce as fold
 from typing import Final
 
 from attncc.ir.build import column, dot, reduce, reduce_all
-from attncc.ir.expr import Dtype, Expr, cast_to, ew, where
+from attncc.ir.expr import Dtype, Expr, cast_to, ew, maximum, where
 
 HALVES: Final[Mapping[Dtype, int]] = {"bf16": 1, "f16": 2, "f32": 0}
 """Of a factor, by the dtype of operands; 0 multiplies fp32 as it is."""
+
+LEAST: Final = 2.0**-100
+"""A magnitude below which numbers count as 0: their reciprocal would leave fp32's range."""
 
 Bind = Callable[[str, Expr, str], Expr]
 
@@ -28,46 +32,50 @@ class Factor:
     scale: Expr | None = None
 
 
-def of_rows(bind: Bind, x: Expr, dtype: Dtype, *, exact: bool = False) -> Factor:
-    """A tile [rows, columns] on the left; `exact`: its numbers are the operands' own."""
+def of_rows(bind: Bind, tiles: Sequence[Expr], dtype: Dtype, *, exact: bool = False) -> tuple[Factor, ...]:
+    """Tiles [rows, columns] on the left, whose rows share a scale; `exact`: their numbers are the operands' own."""
     if exact and dtype != "bf16":
-        return Factor((cast_to(x, dtype),))
-    return _scaled(bind, x, dtype, 1, 1 if exact else HALVES[dtype])
+        return tuple(Factor((cast_to(x, dtype),)) for x in tiles)
+    peaks = [reduce("max", ew("abs", x), 1) for x in tiles]
+    return _scaled(bind, tiles, dtype, peaks, 1 if exact else HALVES[dtype])
 
 
 def of_matrix(bind: Bind, w: Expr, dtype: Dtype) -> Factor:
-    """A tile [columns, width] on the right, of fp32 or of numbers that are fewer bits."""
+    """A tile [columns, width] on the right; fp16 is taken as it is."""
     if w.dtype == "f16" and dtype != "f32":
         return Factor((w,))
-    return _scaled(bind, cast_to(w, "f32"), dtype, None, HALVES[dtype])
+    (found,) = _scaled(bind, [cast_to(w, "f32")], dtype, [reduce_all("max", ew("abs", w))], HALVES[dtype])
+    return found
 
 
-def _scaled(bind: Bind, x: Expr, dtype: Dtype, axis: int | None, halves: int) -> Factor:
-    """`axis`: along which numbers share a scale; None for all."""
+def _scaled(bind: Bind, tiles: Sequence[Expr], dtype: Dtype, peaks: Sequence[Expr], halves: int) -> tuple[Factor, ...]:
     if not halves:
-        return Factor((x,))
-    size = ew("abs", x)
-    most = bind("most", reduce_all("max", size) if axis is None else reduce("max", size, axis), "")
-    scale = bind("scale", where(most > 0.0, most, 1.0), "")
-    scale = column(scale) if scale.shape else scale
-    rest = x / scale
-    found: list[Expr] = []
-    for last in range(halves - 1, -1, -1):
-        rest = bind("rest", rest, "") if last else rest
-        half = bind("half", cast_to(rest, "f16"), "")
-        found.append(half)
-        rest = rest - cast_to(half, "f32")
-    return Factor(tuple(found), scale)
+        return tuple(Factor((x,)) for x in tiles)
+    most = bind("most", cast_to(fold(maximum, peaks), "f32"), "")
+    scale = bind("scale", where(most > LEAST, most, 1.0), "")
+    unit = bind("unit", 1.0 / scale, "")
+    scale, unit = (column(e) if e.shape else e for e in (scale, unit))
+    return tuple(Factor(_halves(bind, x * unit, halves), scale) for x in tiles)
 
 
-def multiplied(a: Factor, b: Factor) -> Expr:
-    """The product, fp32; of the halves' products the least is left out."""
+def _halves(bind: Bind, x: Expr, count: int) -> tuple[Expr, ...]:
+    """Numbers of fp16 that add up to x, the greatest first."""
+    half = bind("half", cast_to(x, "f16"), "")
+    if count == 1:
+        return (half,)
+    return (half, *_halves(bind, x - cast_to(half, "f32"), count - 1))
+
+
+def summed(bind: Bind, left: Sequence[Factor], right: Sequence[Factor], note: str) -> Expr:
+    """Binds the sum of products, fp32, less the least of those of halves; factors on the left share a scale."""
     total: Expr | None = None
-    most = max(len(a.halves), len(b.halves))
-    for n, x in enumerate(a.halves):
-        for y in b.halves[: most - n]:
-            total = dot(x, y, total)
+    for a, b in zip(left, right, strict=True):
+        most, product = max(len(a.halves), len(b.halves)), None
+        for n, x in enumerate(a.halves):
+            for y in b.halves[: most - n]:
+                product = dot(x, y, product)
+        assert product is not None
+        product = product if b.scale is None else product * b.scale
+        total = bind("total", product if total is None else total + product, note)
     assert total is not None
-    for scale in (a.scale, b.scale):
-        total = total if scale is None else total * scale
-    return total
+    return total if left[0].scale is None else bind("total", total * left[0].scale, note)

@@ -21,21 +21,15 @@ from attncc.passes.lower.absorb import absorbed
 from attncc.passes.lower.chains import Chain, chains
 from attncc.passes.lower.columns import Columns
 from attncc.passes.lower.convolution import mixes
-from attncc.passes.lower.flow import Flow
+from attncc.passes.lower.flow import Flow, options, tokens_of
 from attncc.passes.lower.grid import cdiv, is_varlen, key_head, size_parameters
 from attncc.passes.lower.normalizers import VALUE_DTYPE
 from attncc.passes.lower.scores import input_param
 from attncc.passes.lower.steps import behind, parts_of
 from attncc.passes.lower.tidy import tidy
 
-LANES: Final = 4096
-"""Entries of a tile of tokens."""
-MIXED: Final = 64
-"""Tokens of a tile that is multiplied by matrices."""
 TURNS: Final = 8
 """Tiles of a program that does so: matrices are read once for all of them."""
-WARPS: Final = 8
-"""Of a program that multiplies."""
 PLACED: Final = ("slot", "begin", "count", "h", "hk", "first")
 """Names by which a program knows where it is."""
 
@@ -45,8 +39,7 @@ def with_prologue(attn: Attention, made: Program) -> Program:
     if not attn.prologue:
         return made
     kernel = _kernel(attn)
-    options = (("num_warps", WARPS if _mixes(attn) else 4), ("num_stages", 1), ("maxnreg", 0))
-    launch = Launch(kernel.name, options=options)
+    launch = Launch(kernel.name, options=options(_mixes(attn)))
     scratch = tuple(_scratch(attn, c) for c in chains(attn))
     return replace(
         made,
@@ -68,10 +61,8 @@ def _mixes(attn: Attention) -> bool:
 
 def _rows(attn: Attention, c: Chain) -> int:
     """Tokens of a tile."""
-    if any(map(mixes, c.steps)):
-        return MIXED
-    lanes = max(sum(part.width for part in parts) for parts in parts_of(attn, c))
-    return max(1, min(MIXED, 1 << (LANES // lanes).bit_length() - 1))
+    widest = max(sum(part.width for part in parts) for parts in parts_of(attn, c)[:-1])
+    return tokens_of(widest, multiplied=any(map(mixes, c.steps)))
 
 
 def _span(attn: Attention) -> int:
@@ -152,7 +143,9 @@ def _store(f: Flow) -> None:
     if c.steps[-1].name == "absorb":
         x = behind(f, len(c.steps) - 1)
         n, r = matrix(f.attn, c.steps[-1])
-        products = {p: f.factor(tile, exact=len(c.steps) == 1) for p, tile in x.items() if p.first < n}
+        mixed = [p for p in x if p.first < n]
+        factors = f.multiplied([x[p] for p in mixed], exact=len(c.steps) == 1)
+        products = dict(zip(mixed, factors, strict=True))
         absorbed(f.b, f.let, f.attn, c.steps[-1], f.head, products, write)
         for p, tile in x.items():
             if p.first >= n:

@@ -12,7 +12,7 @@ from attncc.ir.attention import Attention, Part
 from attncc.ir.expr import INTS
 from attncc.ir.rewrite import names, walk
 from attncc.ir.tile import Program
-from attncc.passes.lower import chains, short, split
+from attncc.passes.lower import chains, epilogue, short, split
 from attncc.passes.lower.forward import dense_forward
 from attncc.passes.lower.hopper import accelerated
 from attncc.passes.lower.normalizers import NORMALIZERS
@@ -97,7 +97,7 @@ GAPS: Final = (
     Gap("dropout", _any(lambda p: p.dropout > 0), "0"),
     *(Gap("quantize", holds, supported) for holds, supported in LIMITS),
     *(Gap("prologue", holds, supported) for holds, supported in chains.LIMITS),
-    Gap("epilogue", lambda a: bool(a.epilogue), "no steps"),
+    *(Gap("epilogue", holds, supported) for holds, supported in epilogue.LIMITS),
     Gap("normalizer", _any(lambda p: p.normalizer.kind not in NORMALIZERS), ", ".join(NORMALIZERS)),
     Gap(
         "score",
@@ -135,5 +135,6 @@ def select(attn: Attention) -> Program:
     for skeleton in SKELETONS:
         if skeleton.applies(attn):
             made = accelerated(attn, replace(skeleton.build(attn), why=skeleton.why))
-            return with_prologue(attn, short.with_short(attn, made))
+            made = short.with_short(attn, made)
+            return epilogue.with_epilogue(attn, with_prologue(attn, made))
     raise Unsupported("no skeleton carries this variant", "parts", hint="attncc explain shows its IR")

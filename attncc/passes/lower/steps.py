@@ -159,19 +159,27 @@ def _other(f: Flow, word: str, c: Columns, back: int) -> Expr:
 
 def _mean_residual(f: Flow, n: int, back: int, before: Before) -> Tiles:
     """Sums of a query and its key, before all steps; a key head takes the mean over the queries that it serves."""
-    step, heads = f.chain.steps[n], f.attn.heads
-    scale, x = number(step, "scale", 0.5), before(0)
+    scale, x = number(f.chain.steps[n], "scale", 0.5), before(0)
     if f.chain.operand == "q":
         pairs_ = {c: f.load("q", c, back) + f.load("k", c, back, f.served) for c in x}
         return _bound(f, "joined", {c: t + f.let("pair", pairs_[c]) * scale for c, t in x.items()})
+    sums = _served_queries(f, x, back)
+    pair = {c: f.let("pair", f.load("k", c, back) + sums[c]) for c in x}
+    return _bound(f, "joined", {c: t + pair[c] * scale for c, t in x.items()})
+
+
+def _served_queries(f: Flow, x: Tiles, back: int) -> Tiles:
+    """The mean of the queries that a key head serves, as they came."""
+    heads = f.attn.heads
     served = heads.q // heads.kv
+    if served == 1:
+        return {c: f.load("q", c, back) for c in x}
     sums = {c: f.let("queries", full((f.rows, c.width), 0.0), f"[{f.rows}, {c.width}]") for c in x}
     with f.b.loop(f.reserve("member"), 0, served) as member:
         head = member * heads.kv + f.head if heads.map == "tile" else f.head * served + member
         for c, total in sums.items():
             f.b.let(str(total.attr), total + f.load("q", c, back, head))
-    pair = {c: f.let("pair", f.load("k", c, back) + sums[c] * (1.0 / served)) for c in x}
-    return _bound(f, "joined", {c: t + pair[c] * scale for c, t in x.items()})
+    return {c: total * (1.0 / served) for c, total in sums.items()}
 
 
 def _value_shift(f: Flow, n: int, back: int, before: Before) -> Tiles:
