@@ -137,7 +137,7 @@ def _eager(
     eager = outputs(attn, q, k, v, **arguments, dtype=None)
     if bool((eager.o.isfinite() | ~exact.isfinite()).all()):
         return eager
-    wide = outputs(attn, q, k, v, **arguments, dtype=torch.float32)
+    wide = outputs(attn, q, k, v, **arguments, dtype=torch.float32, operands=q.dtype)
     return Outputs(wide.o.to(q.dtype), wide.lse, wide.max_score)
 
 
