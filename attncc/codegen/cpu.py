@@ -18,7 +18,7 @@ def check_carried(attn: Attention) -> None:
         raise Unsupported("TVM's kernels, which CPUs have, do not quantise operands", "quantize", hint=hint)
     for key, steps in (("prologue", attn.prologue), ("epilogue", attn.epilogue)):
         if steps:
-            raise Unsupported("TVM's kernels, which CPUs have, take no steps beside attention", key, hint=hint)
+            raise Unsupported("TVM's kernels, which CPUs have, have no steps beside attention", key, hint=hint)
     if not is_carried(attn):
         raise Unsupported("TVM's kernels, which CPUs have, do not read keys from pages", "kv", hint=hint)
 

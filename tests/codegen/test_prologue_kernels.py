@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from codegen.emitted import normal, package, passes
 
+from attncc import driver, spec
 from attncc.check.cases import Case
+from attncc.errors import Unsupported
 
 GQA = "heads: {q: 4, kv: 2}\ndims: 16\ndtype: fp32\nmask: causal\n"
 ROWS = {
@@ -171,3 +175,44 @@ def test_all_operands_absorb() -> None:
         "inputs: {w: {shape: [Hk, 9, 11]}, u: {shape: [20, 24]}}"
     ).tiles(16, 16)
     passes(p, Case(2, 21, 37))
+
+
+# -- what is not carried -----------------------------------------------------------------------------
+
+REFUSED = {
+    "prologue: [smooth]": "all steps but smooth",
+    "prologue: [hadamard]": "all steps but hadamard",
+    "prologue: ['rope(positions=packed)']": "positions=logical",
+    "prologue: [rope, 'rope(dims=4, on=k)']": "ropes of one kind",
+    "prologue: ['rope(cos=c, sin=c)']\ninputs: {c: {shape: [9, n]}}": "tables of as many columns",
+    "prologue: ['rope(on=k)']\nkv: paged(16)": "queries alone",
+    "prologue: ['value_shift']\nkv: latent(rope=4)": "queries alone",
+    "prologue: ['rms_norm(weight=w)']\ninputs: {w: {shape: [4, 16]}}": "weights [D] or [H, D]",
+    "prologue: ['lerp(x, 0.5, on=q)']\ninputs: {x: {shape: [B, Hk, Sq, 16]}}": "axes those of the operand",
+    "prologue: ['causal_conv(w)']\ninputs: {w: {shape: [4, 16, 2]}}": "as many channels",
+    "prologue: ['causal_conv(w, on=q)', 'causal_conv(w, on=v)']\ninputs: {w: {shape: [2, 16, 2]}}": "as many channels",
+    "prologue: ['causal_conv(w, on=k)', 'causal_conv(w, on=v)']\n"
+    "inputs: {w: {shape: [2, 16, 2]}}": "on the same operands",
+    "prologue: [mean_residual]\nlayout: varlen": "the layouts bhsd and bshd",
+    "prologue: [mean_residual, 'absorb(w)']\ninputs: {w: {shape: [16, 16]}}": "mean_residual or absorb",
+    "prologue: ['absorb(w)', 'silu(on=q)']\ninputs: {w: {shape: [16, 16]}}": "behind the other steps",
+    "prologue: ['rope(on=q)', 'absorb(w)']\ninputs: {w: {shape: [16, 16]}}": "rope or absorb",
+    "prologue: ['absorb(w)']\ninputs: {w: {shape: [16, n]}}": "known when compiled",
+    "prologue: ['absorb(w)']\ninputs: {w: {shape: [2, 16, 16]}}": "of the operand's heads",
+    "prologue: ['absorb(w)']\ninputs: {w: {shape: [600, 8]}}": "of up to 576 columns",
+    "prologue: [silu]\nquantize: {q: int8}": "quantised",
+}
+
+
+@pytest.mark.parametrize("more", REFUSED)
+def test_what_is_not_carried(more: str) -> None:
+    with pytest.raises(Unsupported) as error:
+        driver.lower(spec.loads(f"attncc: 1\nname: odd\n{GQA}{more}\n").attention)
+    assert error.value.key == "prologue"
+    assert REFUSED[more] in str(error.value.hint)
+
+
+def test_cpus_have_no_kernels_of_steps(tmp_path: Path) -> None:
+    for key in ("prologue: [silu]", "epilogue: [skip(1)]"):
+        with pytest.raises(Unsupported, match="no steps beside attention"):
+            driver.compile(spec.loads(f"attncc: 1\nname: odd\n{GQA}{key}\n"), tmp_path, ["cpu"])
