@@ -1,7 +1,7 @@
 """The kernel of steps before attention, apart from attention, against a copy of as many bytes.
 
-`python -m benchmarks.steps emit DIR` writes the packages (any machine with attncc); `run DIR --json FILE` checks a small
-call against plain torch in float64 and measures on the GPU here. A ratio to `copy` is the share of what memory allows.
+`python -m benchmarks.steps emit DIR` writes the packages (any machine with attncc); `run DIR --json FILE` checks a
+small call against plain torch in float64 and measures on the GPU here. A ratio to `copy` is the share of what memory allows.
 """
 
 from __future__ import annotations
@@ -64,10 +64,9 @@ def measure(args: argparse.Namespace) -> int:
         tensors = _operands(heads, BATCH, TOKENS)
         kernels = tuple(k for k in package.VARIANT.kernels if k.function.__name__.endswith("_prologue"))
         runner = type(package._RUNNER)(replace(package.VARIANT, kernels=kernels), package._RUNNER.way)
-        given = [*tensors[:3], *tensors[3:]]
         source = torch.cat([x.flatten() for x in tensors[:3]])
         goal = torch.empty_like(source)
-        calls = {"attncc": lambda r=runner, g=given: r(g, None, False), "copy": lambda g=goal, s=source: g.copy_(s)}
+        calls = {"attncc": lambda r=runner, g=tensors: r(g, None, False), "copy": lambda g=goal, s=source: g.copy_(s)}
         times = interleaved(calls, args.rounds)
         case = f"prologue/{name}/B{BATCH}Hq{heads[0]}Hk{heads[1]}S{TOKENS}D{DIM}"
         rows += report.compared(case, times, 2 * source.nbytes, "tbps")
@@ -107,7 +106,7 @@ def _plainly(heads: tuple[int, int], x: list[torch.Tensor]) -> torch.Tensor:
     """Compressed convolutional attention, arXiv 2510.04476."""
     q, k, v, conv0, bias0, conv1, bias1, temperature = x
     queries, keys = heads
-    batch, _, tokens, _ = q.shape
+    tokens = q.shape[2]
     both = torch.cat([q, k], 1).transpose(2, 3).flatten(1, 2)
     mixed = conv1d(pad(both, (2, 0)), conv0.flatten(0, 1)[:, None], bias0.flatten(), groups=len(bias0.flatten()))
     mixed = conv1d(mixed, conv1.flatten(0, 1), bias1.flatten(), groups=queries + keys)
