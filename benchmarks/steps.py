@@ -1,7 +1,8 @@
 """The kernel of steps before attention, apart from attention, against a copy of as many bytes.
 
 `python -m benchmarks.steps emit DIR` writes the packages (any machine with attncc); `run DIR --json FILE` checks a
-small call against plain torch in float64 and measures on the GPU here. A ratio to `copy` is the share of what memory allows.
+small call against plain torch in float64 and measures on the GPU here. A ratio to `copy` is the share of what memory
+allows.
 """
 
 from __future__ import annotations

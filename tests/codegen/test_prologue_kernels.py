@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,13 @@ from codegen.emitted import normal, package, passes
 
 from attncc import driver, spec
 from attncc.check.cases import Case
+from attncc.codegen import modules
+from attncc.codegen.aot import Failed, build_all
+from attncc.codegen.offline import jobs
+from attncc.codegen.triton import print_kernels
+from attncc.device import find
 from attncc.errors import Unsupported
+from attncc.passes.lower.defaults import default_configs
 
 GQA = "heads: {q: 4, kv: 2}\ndims: 16\ndtype: fp32\nmask: causal\n"
 ROWS = {
@@ -216,3 +223,19 @@ def test_cpus_have_no_kernels_of_steps(tmp_path: Path) -> None:
     for key in ("prologue: [silu]", "epilogue: [skip(1)]"):
         with pytest.raises(Unsupported, match="no steps beside attention"):
             driver.compile(spec.loads(f"attncc: 1\nname: odd\n{GQA}{key}\n"), tmp_path, ["cpu"])
+
+
+@pytest.mark.parametrize("example", ["llama", "qwen3", "cca", "ccgqa", "mla_absorbed", "softpag"])
+def test_kernels_of_steps_compile_without_spills(example: str, tmp_path: Path) -> None:
+    loaded = driver.load(Path(__file__).parents[2] / "examples" / f"{example}.yaml")
+    loaded = replace(loaded, attention=replace(loaded.attention, modes=("prefill",)))
+    attn, program = driver.lower(loaded.attention)
+    kernels = tmp_path / "kernels.py"
+    kernels.write_text(modules.kernels_module(attn, print_kernels(program)[0], []))
+    config = dict(default_configs(attn, find("sm_90"), with_engine=False)[0][-1][1])
+    wanted = {n: j for n, j in jobs(program, str(kernels), find("sm_90"), config).items() if n.endswith("logue")}
+    assert wanted
+    for name, outcome in zip(wanted, build_all(list(wanted.values())), strict=True):
+        assert not isinstance(outcome, Failed), (name, outcome.reason)
+        assert outcome.shared_bytes <= find("sm_90").shared_bytes_per_block, name
+        assert outcome.spill_bytes == 0, name
