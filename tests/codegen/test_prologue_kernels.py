@@ -200,6 +200,7 @@ REFUSED = {
     "prologue: ['causal_conv(w, on=q)', 'causal_conv(w, on=v)']\ninputs: {w: {shape: [2, 16, 2]}}": "as many channels",
     "prologue: ['causal_conv(w, on=k)', 'causal_conv(w, on=v)']\n"
     "inputs: {w: {shape: [2, 16, 2]}}": "on the same operands",
+    "prologue: ['causal_conv(w, groups=heads, on=v)']\ninputs: {w: {shape: [2, 16, 16, 129]}}": "65536 bytes",
     "prologue: [mean_residual]\nlayout: varlen": "the layouts bhsd and bshd",
     "prologue: [mean_residual, 'absorb(w)']\ninputs: {w: {shape: [16, 16]}}": "mean_residual or absorb",
     "prologue: ['absorb(w)', 'silu(on=q)']\ninputs: {w: {shape: [16, 16]}}": "behind the other steps",

@@ -12,8 +12,12 @@ from attncc.ir.expr import Expr
 from attncc.ir.primitives import on, pairs_tokens
 from attncc.ir.tile import Param
 from attncc.ir.widths import axis_size, entry_width, matrix
+from attncc.passes.lower.columns import cut
 from attncc.passes.lower.pieces import MAX_DIM, MIN_WIDTH
 from attncc.passes.lower.scores import KERNEL_SIZES, own_name
+
+HELD: Final = 2**16
+"""Bytes of a head's matrices that stay in shared memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +186,18 @@ def channels(attn: Attention, step: Call, width: int) -> tuple[int, int] | None:
             return None
 
 
+def matrix_bytes(attn: Attention, step: Call, width: int) -> int:
+    """What the matrices of a head's convolution take, in 16 bits."""
+    found = channels(attn, step, width)
+    lanes = sum(c.width for c in cut(0, width))
+    return 0 if found is None else 2 * found[1] * lanes**2
+
+
+def _mixes_too_much(a: Attention, step: Call) -> bool:
+    heads = option(step, "groups") == "heads"
+    return heads and any(matrix_bytes(a, step, width) > HELD for _, _, width in _places(a, step))
+
+
 def _has_odd_weights(a: Attention, step: Call) -> bool:
     """Weights, or biases, that are not of as many channels as the step's operands have."""
     heads = {"q": a.heads.q, "k": a.heads.kv, "v": a.heads.v}
@@ -258,6 +274,7 @@ LIMITS: Final[tuple[tuple[Callable[[Attention], bool], str], ...]] = (
     (_each(_lerps_to_odd_shapes, "lerp"), "lerp to an input [B, H, S, D], its axes those of the operand or 1"),
     (_each(_absorbs_for_other_heads, "absorb"), "absorb by matrices [n, r], or [H, n, r] of the operand's heads"),
     (_each(_has_odd_weights, "causal_conv"), "causal_conv by weights of as many channels as its operands have"),
+    (_each(_mixes_too_much, "causal_conv"), f"causal_conv by matrices of a head of up to {HELD} bytes in 16 bits"),
     (_runs_of_several, "causal_conv steps that follow each other on the same operands"),
     (lambda a: pairs_tokens(a) and a.layout == "varlen", "mean_residual in the layouts bhsd and bshd"),
     (_joins_absorbed, "mean_residual or absorb"),

@@ -9,14 +9,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
-from attncc.ir.attention import Call
+from attncc.ir.attention import Attention, Call
 from attncc.ir.build import column, lanes, read, row
 from attncc.ir.expr import Expr, Value, cast_to, const
 from attncc.ir.primitives import on
-from attncc.passes.lower.chains import Chain, channels, option
+from attncc.passes.lower.chains import HELD, Chain, channels, matrix_bytes, option
 from attncc.passes.lower.columns import Columns
 from attncc.passes.lower.flow import Before, Flow, Tiles
-from attncc.passes.lower.product import Factor, of_matrix, summed
+from attncc.passes.lower.normalizers import VALUE_DTYPE
+from attncc.passes.lower.product import HALVES, Factor, of_matrix, summed
 from attncc.passes.lower.scores import input_param
 
 AT_ONCE: Final = 128
@@ -26,6 +27,11 @@ AT_ONCE: Final = 128
 def mixes(step: Call) -> bool:
     """Whether a step makes each column of all of a head's: it multiplies by matrices."""
     return step.name == "absorb" or (step.name == "causal_conv" and option(step, "groups") == "heads")
+
+
+def stays(attn: Attention, step: Call, width: int) -> bool:
+    """Whether shared memory holds all halves of a head's matrices at once, so that they are read once."""
+    return HALVES[VALUE_DTYPE[attn.dtype]] * matrix_bytes(attn, step, width) in range(1, HELD + 1)
 
 
 def runs_on(chain: Chain, n: int) -> bool:
@@ -66,14 +72,16 @@ def _mixed(f: Flow, n: int, inputs: list[Tiles]) -> Callable[[Expr, Columns], Ex
     sources = [(t, source) for t, tiles in enumerate(inputs) for source in tiles]
     left = f.multiplied([tile for tiles in inputs for tile in tiles.values()], exact=n == 0)
 
+    bind = f.once if stays(f.attn, step, width) else f.let
+
     def make(head: Expr, c: Columns) -> Expr:
         out = _channel(x.shape[:-2], head, width, row(c.at))
         right: list[Factor] = []
         for t, source in sources:
             at = (*out, column(source.at), t)
             matrix = read(input_param(x), *at, mask=lanes(source.inside, c.inside))
-            matrix = f.once("matrix", matrix, f"[{source.width}, {c.width}]")
-            right.append(of_matrix(f.once, matrix, f.dtype))
+            matrix = bind("matrix", matrix, f"[{source.width}, {c.width}]")
+            right.append(of_matrix(bind, matrix, f.dtype))
         total = summed(f.let, left, right, f"[{f.rows}, {c.width}]")
         bias = _bias(f, step, head, width, c)
         return total if bias is None else total + bias

@@ -20,7 +20,7 @@ from attncc.passes.lower import tokens
 from attncc.passes.lower.absorb import absorbed
 from attncc.passes.lower.chains import Chain, chains
 from attncc.passes.lower.columns import Columns
-from attncc.passes.lower.convolution import mixes
+from attncc.passes.lower.convolution import mixes, stays
 from attncc.passes.lower.flow import Flow, options, tokens_of
 from attncc.passes.lower.grid import cdiv, is_varlen, key_head, size_parameters
 from attncc.passes.lower.normalizers import VALUE_DTYPE
@@ -28,6 +28,8 @@ from attncc.passes.lower.scores import input_param
 from attncc.passes.lower.steps import behind, parts_of
 from attncc.passes.lower.tidy import tidy
 
+LOOSE: Final = 16
+"""Tokens of a tile whose matrices are read for each."""
 TURNS: Final = 8
 """Tiles of a program that does so: matrices are read once for all of them."""
 PLACED: Final = ("slot", "begin", "count", "h", "hk", "first")
@@ -62,7 +64,9 @@ def _mixes(attn: Attention) -> bool:
 def _rows(attn: Attention, c: Chain) -> int:
     """Tokens of a tile."""
     widest = max(sum(part.width for part in parts) for parts in parts_of(attn, c)[:-1])
-    return tokens_of(widest, multiplied=any(map(mixes, c.steps)))
+    convolved = [(step, w) for step, w in zip(c.steps, c.widths, strict=False) if step.name == "causal_conv"]
+    loose = any(mixes(step) and not stays(attn, step, w) for step, w in convolved)
+    return LOOSE if loose else tokens_of(widest, multiplied=any(map(mixes, c.steps)))
 
 
 def _span(attn: Attention) -> int:
