@@ -25,6 +25,7 @@ from attncc.check.operands import Operands, draw
 from attncc.check.run import TORCH_DTYPES, check_case, has_lse, imported
 from attncc.codegen.answer import answer
 from attncc.device import Device, parse
+from attncc.ir.widths import exit_width
 
 Config = Mapping[str, int]
 Answer = dict[str, Any]
@@ -125,7 +126,7 @@ class Bench:
 
     def _poisoned(self, x: Operands) -> Tensor:
         """The result of a call whose output lies where NaN was before."""
-        shape = (*x.q.shape[:-1], self.attn.dims.v)
+        shape = (*x.q.shape[:-1], exit_width(self.attn))
         torch.full(shape, torch.nan, dtype=x.q.dtype, device=x.q.device)
         return self._call(x)
 

@@ -8,6 +8,7 @@ from typing import Final, Literal
 
 from attncc.errors import SpecError, nearest
 from attncc.ir.attention import Attention
+from attncc.ir.primitives import pairs_tokens
 
 Trait = Literal[
     "random",
@@ -99,7 +100,7 @@ def _shape(sizes: Mapping[str, int]) -> tuple[int, int, int]:
 
 def _within(attn: Attention, shape: tuple[int, int, int]) -> tuple[int, int, int]:
     b, q, k = (_fit(attn, name, n) for name, n in zip(("B", "Sq", "Sk"), shape, strict=True))
-    return b, q, k
+    return (b, q, q) if pairs_tokens(attn) else (b, q, k)
 
 
 def _fit(attn: Attention, name: str, n: int) -> int:

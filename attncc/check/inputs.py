@@ -55,6 +55,8 @@ def expressions(attn: Attention) -> Iterator[Expr]:
         yield part.mask
         if part.normalizer.sink is not None:
             yield part.normalizer.sink
+    for step in (*attn.prologue, *attn.epilogue):
+        yield from step.args
 
 
 def own_size(attn: Attention, declared: Input, axis: int, sizes: Mapping[str, int]) -> int:
@@ -108,12 +110,23 @@ def _draw(
 ) -> Tensor:
     dtype, shape, device = DTYPES[x.dtype], shapes[x.name], generator.device
     if dtype.is_floating_point:
-        return torch.randn(shape, generator=generator, device=device).to(dtype)
+        return (torch.randn(shape, generator=generator, device=device) * _gain(attn, x.name, shape)).to(dtype)
     if dtype == torch.bool:
         return torch.rand(shape, generator=generator, device=device) < 0.7
     most = min(_bound(attn, x.name, shapes, sizes), torch.iinfo(dtype).max)
     values = torch.randint(0, max(1, most), shape, generator=generator, device=device)
     return (values.sort(-1).values if x.sorted else values).to(dtype)
+
+
+def _gain(attn: Attention, x: str, shape: tuple[int, ...]) -> float:
+    """Of matrices that steps multiply by, so that operands keep their size."""
+    for step in (*attn.prologue, *attn.epilogue):
+        if step.words[:1] == (x,) and step.name == "absorb":
+            return shape[-2] ** -0.5
+        if step.words[:1] == (x,) and step.name == "causal_conv":
+            inner = shape[-2] if dict(step.kwargs).get("groups") == "heads" else 1
+            return (inner * shape[-1]) ** -0.5
+    return 1.0
 
 
 def _bound(attn: Attention, x: str, shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]) -> int:

@@ -16,6 +16,7 @@ from attncc.check.inputs import draw_inputs
 from attncc.check.pages import lay_out, pack, poison
 from attncc.ir.attention import Attention
 from attncc.ir.cache import quantizer
+from attncc.ir.widths import entry_width
 
 LARGE_GAIN: Final = 64.0
 
@@ -69,7 +70,8 @@ def draw(attn: Attention, case: Case, dtype: torch.dtype, generator: torch.Gener
     if case.trait == "expanded":
         sequences = sequences[:1] * len(sequences)
     compared = len(sequences) - (case.trait == "nan_neighbour" and len(sequences) > 1)
-    heads = {"q": (attn.heads.q, attn.dims.qk), "k": (attn.heads.kv, attn.dims.qk), "v": (attn.heads.v, attn.dims.v)}
+    count = {"q": attn.heads.q, "k": attn.heads.kv, "v": attn.heads.v}
+    heads = {x: (n, entry_width(attn, x)) for x, n in count.items()}
     place = PLACEMENTS.get(case.trait, _as_is)
 
     def in_rows(x: str, length: int) -> Tensor:
@@ -128,17 +130,18 @@ def _starts(lengths: list[int], device: torch.device) -> Tensor:
 
 def _sequence(attn: Attention, trait: Trait, lengths: tuple[int, int], generator: torch.Generator) -> Sequence:
     queries, keys = lengths
-    heads, dims = attn.heads, attn.dims
+    heads = attn.heads
+    dims = {x: entry_width(attn, x) for x in "qkv"}
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=generator.device)
 
-    q, k, v = normal(queries, heads.q, dims.qk), normal(keys, heads.kv, dims.qk), normal(keys, heads.v, dims.v)
+    q, k, v = normal(queries, heads.q, dims["q"]), normal(keys, heads.kv, dims["k"]), normal(keys, heads.v, dims["v"])
     if trait == "large_logits":
         q = q * LARGE_GAIN
     if trait == "uniform":
         k = k[:1].expand_as(k)
-    if trait == "one_hot" and keys:
+    if trait == "one_hot" and keys and dims["q"] == dims["k"]:
         k = k.sign()
         q = 4 * k[torch.arange(queries, device=k.device) % keys][:, _serving(attn)]
     if trait == "nan_keys" and keys:

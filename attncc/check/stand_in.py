@@ -44,10 +44,19 @@ def fewer_heads(attn: Attention, captured: Collection[str] = ()) -> Heads:
     heads = attn.heads
     common = gcd(heads.q, heads.kv, heads.v)
     given = any(HEADS & set(x.shape) for x in attn.inputs if x.name in captured)
-    if given or common <= LEAST or any(_tells_apart(attn, e) for e in expressions(attn)):
+    if given or common <= LEAST or _steps_count(attn) or any(_tells_apart(attn, e) for e in expressions(attn)):
         return heads
     q, kv, v = (n // common * LEAST for n in (heads.q, heads.kv, heads.v))
     return replace(heads, q=q, kv=kv, v=v)
+
+
+def _steps_count(attn: Attention) -> bool:
+    """Whether steps read inputs that have numbers of heads, in numbers."""
+    words = (str(w) for step in (*attn.prologue, *attn.epilogue) for w in (*step.words, *dict(step.kwargs).values()))
+    read = [x for x in attn.inputs if x.name in {*words}]
+    heads = {attn.heads.q, attn.heads.kv, attn.heads.v}
+    convolved = any(step.name == "causal_conv" for step in attn.prologue)
+    return convolved or any(heads & {*x.shape[:-1]} for x in read)
 
 
 def _tells_apart(attn: Attention, e: Expr) -> bool:

@@ -93,6 +93,8 @@ def check_tensors(
             raise ValueError(f"{name}: {owner['B + 1']} must hold B + 1 offsets, got none")
         if sizes.setdefault("B", batch) != batch:
             raise ValueError(f"{name}: {owner['B']} is for {sizes['B']} sequences, {owner['B + 1']} has {batch}")
+    if "Sq" in sizes:
+        sizes.setdefault("Sk", sizes["Sq"])  # where each key is that of a query, k has it as Sq
     for axis, size in known.items():
         check_size(name, axis, size, sizes[axis])
     return sizes

@@ -226,7 +226,8 @@ def run(plan: Plan, tensors: list[Any], scale: float) -> None:
     if plan.interpreted and q.dtype == torch.bfloat16:  # the kernels' BF16 is fp32 then
         tensors = [widened(t) if t is not None and t.dtype == q.dtype else t for t in tensors]
     for shape, dtype in plan.scratch:
-        tensors.append(q.new_empty(shape, dtype=dtype))
+        wide = plan.interpreted and dtype == torch.bfloat16
+        tensors.append(q.new_empty(shape, dtype=torch.float32 if wide else dtype))
     stream = current_stream(plan.device) if q.is_cuda else 0
     for launch in plan.launches:
         launch(tensors, scale, stream)

@@ -11,7 +11,9 @@ from attncc.codegen.source import Writer
 from attncc.ir.attention import Attention
 from attncc.ir.cache import beside, cached, find
 from attncc.ir.expr import Expr
+from attncc.ir.primitives import pairs_tokens
 from attncc.ir.rewrite import names
+from attncc.ir.widths import entry_width, exit_width
 
 AXES: Final[Mapping[str, tuple[str, ...]]] = {
     "bhsd": ("B", "H", "S", "D"), "bshd": ("B", "S", "H", "D"), "varlen": ("T", "H", "D"),
@@ -33,7 +35,7 @@ PACKED: Final = "    of k and v, byte c holds column c in its low half and that 
 def width_of(attn: Attention, operand: str) -> int:
     """Entries of a row of the tensor of keys or values."""
     c = find(attn, operand)
-    return {"k": attn.dims.qk, "v": attn.dims.v}[operand] if c is None else c.width
+    return entry_width(attn, operand) if c is None else c.width
 
 
 def dtype_of(attn: Attention, operand: str) -> str:
@@ -72,7 +74,7 @@ def write_attention(w: Writer, attn: Attention) -> None:
         w.line()
         w.line("Returns:")
         with w.indented():
-            w.line(f"o: {_shown(attn, 'Hq', 'Sq', attn.dims.v)} {attn.dtype}")
+            w.line(f"o: {_shown(attn, 'Hq', 'Sq', exit_width(attn))} {attn.dtype}")
             if has_lse(attn):
                 w.line(_lse_doc(attn))
         w.line()
@@ -101,7 +103,7 @@ def bare(axes: str) -> str:
 
 def _argument_docs(attn: Attention) -> list[str]:
     out = [
-        f"q: {_shown(attn, 'Hq', 'Sq', attn.dims.qk)} {attn.dtype}",
+        f"q: {_shown(attn, 'Hq', 'Sq', entry_width(attn, 'q'))} {attn.dtype}",
         f"k: {bare(key_axes(attn, 'Hk', width_of(attn, 'k')))} {dtype_of(attn, 'k')}",
     ]
     if attn.is_latent:
@@ -152,7 +154,7 @@ def axes_text(attn: Attention, heads: str, length: str, dim: int) -> str:
 def key_axes(attn: Attention, heads: str, dim: int) -> str:
     """Axes of the keys or values as text of a tuple; pages of all sequences lie in one tensor."""
     if not attn.page_size:
-        return axes_text(attn, heads, "Sk", dim)
+        return axes_text(attn, heads, "Sq" if pairs_tokens(attn) else "Sk", dim)
     return f'("all pages", {attn.page_size}, {_count(attn, heads)}, {dim})'
 
 

@@ -8,7 +8,7 @@ from attncc.ir.attention import Attention
 
 def is_carried(attn: Attention) -> bool:
     """Whether a variant that has a skeleton has TVM's kernels too: they read dense operands as they come."""
-    return not attn.quantize and attn.part.kv.kind == "dense"
+    return not (attn.quantize or attn.prologue or attn.epilogue) and attn.part.kv.kind == "dense"
 
 
 def check_carried(attn: Attention) -> None:
@@ -16,6 +16,9 @@ def check_carried(attn: Attention) -> None:
     hint = "Triton's kernels do: choose a GPU, or --target interpreter"
     if attn.quantize:
         raise Unsupported("TVM's kernels, which CPUs have, do not quantise operands", "quantize", hint=hint)
+    for key, steps in (("prologue", attn.prologue), ("epilogue", attn.epilogue)):
+        if steps:
+            raise Unsupported("TVM's kernels, which CPUs have, have no steps beside attention", key, hint=hint)
     if not is_carried(attn):
         raise Unsupported(
             "TVM's kernels, which CPUs have, do not read keys from pages, nor values from keys", "kv", hint=hint

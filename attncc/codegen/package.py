@@ -35,6 +35,7 @@ from attncc.ir.attention import SIZE_NAMES, Attention
 from attncc.ir.cache import beside
 from attncc.ir.expr import Dtype, Expr, const, eq, name
 from attncc.ir.tile import Kernel, Launch, Program, Scratch
+from attncc.ir.widths import entry_width, exit_width
 
 SCRATCH_DTYPE: Final[Mapping[Dtype, str]] = {
     "i32": "int32", "i64": "int64", "i8": "int8", "u8": "uint8", "f16": "float16", "bf16": "bfloat16", "f32": "float32",
@@ -49,7 +50,7 @@ def without_engine(program: Program) -> Program:
     """The program of portable kernels alone."""
     if program.engine is None:
         return program
-    beside = {launch.kernel for launch in program.engine.launches}
+    beside = {x.kernel for x in program.engine.launches} - {x.kernel for x in program.launches}
     return replace(program, engine=None, kernels=tuple(k for k in program.kernels if k.name not in beside))
 
 
@@ -241,7 +242,7 @@ def _variant(
         with w.indented():
             w.block(_tensors(attn))
         w.line("),")
-        w.line(f"output={axes_text(attn, 'Hq', 'Sq', attn.dims.v)},")
+        w.line(f"output={axes_text(attn, 'Hq', 'Sq', exit_width(attn))},")
         lse = '("Hq", "Tq")' if attn.layout == "varlen" else '("B", "Hq", "Sq")'
         w.line(f"lse={_fixed(attn, lse) if has_lse(attn) else None},")
         w.line(f"sizes={{{', '.join(_sizes(attn))}}},")
@@ -301,7 +302,8 @@ def _operand_axes(attn: Attention, program: Program) -> dict[str, str]:
     """Where each operand's axes are; scratch operands have them in the kernel's order."""
     made = {s.name for s in scratch_of(program)}
     named = [p.name for k in program.kernels for p in k.params if p.role == "operand"]
-    read = [text for text in (*named, *(program.engine.tensors if program.engine else ())) if text in made]
+    engine = program.engine
+    read = [x for x in (*named, *((*engine.tensors, engine.output) if engine else ())) if x in made]
     keys = (*operands(attn)[1:], *(x.name for x in beside(attn) if x.name == "k_rope"))
     given = dict.fromkeys((*keys, "o"), strided(attn.layout))
     given = {"q": strided(attn.layout)} | given
@@ -329,7 +331,7 @@ def _sizes(attn: Attention) -> list[str]:
 def _tensors(attn: Attention) -> list[str]:
     dtype = f"torch.{TORCH_DTYPE[attn.dtype]}"
     out = [
-        f'Tensor("q", {axes_text(attn, "Hq", "Sq", attn.dims.qk)}, {dtype}, tiled=True),',
+        f'Tensor("q", {axes_text(attn, "Hq", "Sq", entry_width(attn, "q"))}, {dtype}, tiled=True),',
         _stored(attn, "k", "Hk"),
         *([] if attn.is_latent else [_stored(attn, "v", "Hv")]),
     ]

@@ -71,11 +71,12 @@ def engine_parameters(w: Writer, attn: Attention, engine: Engine) -> None:
     packed, keys = attn.layout == "varlen", '"E_KEYS"'
     q, k, v = engine.tensors
     maps = [*_maps(q, "64", engine.qk), *_maps(k, keys, engine.qk), *_maps(v, keys, engine.v, engine.turned)]
-    maps += _maps("o", "64", () if packed else engine.v)
+    maps += _maps(engine.output, "64", () if packed else engine.v)
     maps += ['("absent",)'] if engine.beside is None else [f'("tile", "{engine.beside.name}", 64, {keys})']
-    lost = engine.scratch[0].name if engine.after else "lse"  # not written where nothing can be hidden
+    lost = engine.lost or "lse"  # not written where nothing can be hidden
     absent = '("absent",)'
-    out = ['("tensor", "o")', '("stride", "o", 1)', '("stride", "o", 2)'] if packed else [absent] * 3
+    o = f'"{engine.output}"'
+    out = [f'("tensor", {o})', f'("stride", {o}, 1)', f'("stride", {o}, 2)'] if packed else [absent] * 3
     tensors = [out[0], '("tensor", "lse")', f'("tensor", "{lost}")', '("counter",)']
     numbers = [*out[1:], f'("stride", "lse", {0 if packed else 1})', '("knob", "WRITE_LSE")', '("programs",)']
     buffers = [p for p in engine.args if p.role == "buffer"]
@@ -100,7 +101,7 @@ def constants(attn: Attention, engine: Engine) -> dict[str, int]:
     at = {str(e.attr): n for n, e in enumerate(engine.tile)}
     reading = {f.name for f in engine.functions if reads_memory(f)}
     return {
-        "MARK_LOST": int(bool(engine.after)),
+        "MARK_LOST": int(bool(engine.lost)),
         "NUMBERS": len(engine.tile),
         "KNOWN": len(engine.known),
         "FLOATS": sum(e.dtype in FLOATS for e in engine.tile[len(engine.known) :]),

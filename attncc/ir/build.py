@@ -55,6 +55,13 @@ def row(x: Expr) -> Expr:
     return expand(x, 0)
 
 
+def lanes(rows: Expr | None, columns: Expr | None) -> Expr | None:
+    """The mask of a tile from those of its axes; None where all lanes count."""
+    if rows is None or columns is None:
+        return column(rows) if rows is not None else row(columns) if columns is not None else None
+    return column(rows) & row(columns)
+
+
 def reshape(x: Expr, shape: Shape) -> Expr:
     return Expr("reshape", (x,), None, x.dtype, shape)
 
@@ -144,9 +151,18 @@ class Builder:
         index = (lift(b), lift(h), lift(row0), const(column0))
         self.stack[-1].append(StoreTile(operand.name, index, value))
 
+    @property
+    def bound(self) -> set[str]:
+        """The names that are bound so far, those of inner blocks among them."""
+        return {name for level in self.stack for name in _bound(level)}
+
     def fresh(self, text: str) -> str:
         """`text`, or with a number behind it a name that is not bound yet."""
-        return fresh(text, {name for level in self.stack for name in _bound(level)})
+        return fresh(text, self.bound)
+
+    def extend(self, body: Iterable[Statement]) -> None:
+        """Statements made elsewhere."""
+        self.stack[-1].extend(body)
 
     @contextmanager
     def loop(self, text: str, lo: Value, hi: Value, step: Value = 1) -> Generator[Expr]:

@@ -89,6 +89,19 @@ def _calls(part: Part) -> Iterator[tuple[str, Call]]:
         yield from (("state.decay", state.decay), ("state.update", state.update))
 
 
+DEFAULT_ON: Final[Mapping[str, str]] = {"absorb": "q", "value_shift": "v"}
+
+
+def on(step: Call) -> str:
+    """The letters of the operands that a step of the prologue maps."""
+    return str(dict(step.kwargs).get("on", DEFAULT_ON.get(step.name, "qk")))
+
+
+def pairs_tokens(attn: Attention) -> bool:
+    """Whether each query of a call is that of a key: a step joins the two."""
+    return any(step.name == "mean_residual" for step in attn.prologue)
+
+
 # -- what a variant uses -------------------------------------------------------------------------
 
 KEYS: Final = (

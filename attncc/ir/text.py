@@ -296,11 +296,20 @@ def _engine(engine: Engine) -> Iterator[str]:
         yield f"{INDENT}{label}: {', '.join(map(_typed, vars_))}"
     yield from (f"{INDENT}{_param(p)}" for p in engine.args)
     yield from (f"{INDENT}{_knob(knob)}" for knob in engine.knobs)
+    yield from (f"{INDENT}{label}: {word}" for label, word in _ends(engine))
     for label, launches in (("before", engine.before), ("after", engine.after)):
         yield from (f"{INDENT}{label}: {_launch(launch)}" for launch in launches)
     for function in engine.functions:
         yield ""
         yield from _function(function)
+
+
+def _ends(engine: Engine) -> Iterator[tuple[str, str]]:
+    """Where operands come from and the output goes, as far as these are not the call's own."""
+    if engine.tensors != ("q", "k", "v"):
+        yield "operands", ", ".join(engine.tensors)
+    if engine.output != "o":
+        yield "output", engine.output
 
 
 def _knob(knob: Knob) -> str:

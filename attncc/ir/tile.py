@@ -264,6 +264,10 @@ class Engine:
     """Where its tiles of queries, keys and values come from."""
     turned: bool = False
     """Whether values come as [b, h, column, key]."""
+    output: str = "o"
+    """Where its tiles of outputs go to."""
+    lost: str = ""
+    """The list of query tiles into which a hidden NaN may have leaked, where it keeps one."""
 
     @property
     def launches(self) -> tuple[Launch, ...]:

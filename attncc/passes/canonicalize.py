@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from attncc.ir.attention import Attention, Part
+from attncc.ir.attention import Attention, Call, Part
 from attncc.ir.expr import Expr
 from attncc.ir.rewrite import buffers, names, substitute, transform
 from attncc.passes.casts import Casts
@@ -17,6 +17,7 @@ from attncc.passes.facts import fixed_sizes
 from attncc.passes.ieee import is_finite, simplify
 
 SHOWS_ROW_TERMS = ("lse", "max_score")
+STEPS = ("prologue", "epilogue")
 
 
 def canonicalize(attn: Attention) -> Attention:
@@ -28,7 +29,12 @@ def canonicalize(attn: Attention) -> Attention:
 
     drops = len(attn.parts) == 1 and not any(map(attn.wants, SHOWS_ROW_TERMS)) and not _compares_scores(attn.parts[0])
     parts = tuple(_canonical_part(part, canonical, drops) for part in attn.parts)
-    return replace(attn, parts=parts, scale=canonical(attn.scale))
+    steps = {key: tuple(_canonical_step(step, canonical) for step in getattr(attn, key)) for key in STEPS}
+    return replace(attn, parts=parts, scale=canonical(attn.scale), **steps)
+
+
+def _canonical_step(step: Call, canonical: Callable[[Expr], Expr]) -> Call:
+    return replace(step, args=tuple(map(canonical, step.args)))
 
 
 def _canonical_part(part: Part, canonical: Callable[[Expr], Expr], drops: bool) -> Part:

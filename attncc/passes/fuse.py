@@ -1,6 +1,6 @@
-"""The place where prologue and epilogue steps join the loads and stores of the main kernel; none can yet.
+"""The place where prologue and epilogue steps join the loads and stores of the main kernel; none does yet.
 
-Steps pass as they stand: `lower` refuses what is left of them, so the passes of any variant can be read.
+Steps pass as they stand: `lower` makes kernels of them, one before attention and one behind it.
 """
 
 from __future__ import annotations

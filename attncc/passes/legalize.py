@@ -12,7 +12,7 @@ from dataclasses import replace
 from math import inf
 from typing import Final
 
-from attncc.ir.attention import Attention, KeyRange, KeyTiles, Part
+from attncc.ir.attention import Attention, Call, KeyRange, KeyTiles, Part
 from attncc.ir.expr import Expr, cast_to, maximum, minimum, name
 from attncc.ir.rewrite import rebuild
 from attncc.passes.facts import size_ranges
@@ -30,7 +30,11 @@ def legalize(attn: Attention) -> Attention:
     def safe(e: Expr) -> Expr:
         return _Prover(ranges).visit(e)[0]
 
-    return replace(attn, parts=tuple(_part(p, safe) for p in attn.parts))
+    def steps(found: tuple[Call, ...]) -> tuple[Call, ...]:
+        return tuple(replace(step, args=tuple(map(safe, step.args))) for step in found)
+
+    parts = tuple(_part(p, safe) for p in attn.parts)
+    return replace(attn, parts=parts, prologue=steps(attn.prologue), epilogue=steps(attn.epilogue))
 
 
 def _part(part: Part, safe: Callable[[Expr], Expr]) -> Part:

@@ -85,20 +85,22 @@ def outputs(
     seqused_k: Tensor | None = None,
     seed: int = 0,
     before: tuple[Selections, ...] = (),
+    operands: torch.dtype | None = None,
 ) -> Outputs:
     """All outputs of a variant on these operands.
 
     q, k, v have the spec's layout; keys and values in pages are [pages, page_size, H, D]; latent ones leave
     v out. `dtype` is that of the matrix products; the elementwise work between them is done in it too, but
     in float32 at least. None takes q's dtype: the same computation in eager torch. `before` are the selections
-    of an earlier call, one entry a sequence, for parts that use them again.
+    of an earlier call, one entry a sequence, for parts that use them again. `operands` is what steps round q, k and v
+    to, where products are of another dtype.
     """
     if not _combines(attn):
         raise Unsupported("the oracle does not combine these parts", key="combine")
     call = prepare(attn, q, k, v, inputs, Indexing(cu_seqlens_q, cu_seqlens_k, block_table, seqused_k))
     matmul = dtype or q.dtype
     elementwise = torch.promote_types(matmul, torch.float32)
-    numbers = Numbers(matmul, elementwise, scale, seed, call.sizes, inputs)
+    numbers = Numbers(matmul, elementwise, scale, seed, call.sizes, inputs, operands)
     if before and len(before) != len(call.sequences):
         raise ValueError(f"before: expected {len(call.sequences)} entries, one a sequence, got {len(before)}")
     earlier = before or ((),) * len(call.sequences)

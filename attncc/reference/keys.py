@@ -11,8 +11,8 @@ from torch.nn.functional import pad
 
 from attncc.errors import Unsupported
 from attncc.ir.attention import Attention, Part
+from attncc.ir.primitives import on
 from attncc.reference.pairs import LOG_MEMBERS, seen_keys
-from attncc.reference.prologue import on
 from attncc.reference.rotary import rotate
 from attncc.reference.rows import Rows, served_by
 from attncc.reference.select import Selection, select

@@ -14,6 +14,7 @@ from torch.nn.functional import pad, silu
 from attncc.errors import Unsupported
 from attncc.ir.attention import Attention, Call
 from attncc.ir.expr import Expr
+from attncc.ir.primitives import on
 from attncc.reference import operands
 from attncc.reference.convolution import convolved
 from attncc.reference.evaluate import Scope, evaluate
@@ -68,14 +69,6 @@ def prologue(attn: Attention, sequence: operands.Sequence, scope: Scope) -> oper
                 x = _behind(mine, getattr(sequence, operand), operand, setting)
                 sequence = replace(sequence, **{operand: x})
     return sequence
-
-
-def on(step: Call) -> str:
-    """The letters of the operands that a step maps."""
-    return str(dict(step.kwargs).get("on", DEFAULT_ON.get(step.name, "qk")))
-
-
-DEFAULT_ON: Final = {"absorb": "q", "value_shift": "v"}
 
 
 def _behind(run: Sequence[Call], x: Tensor, operand: str, setting: Setting) -> Tensor:

@@ -27,6 +27,8 @@ class Numbers:
     seed: int
     sizes: Mapping[str, int]
     inputs: Mapping[str, Tensor]
+    operands: torch.dtype | None = None
+    """What q, k and v are rounded to behind the prologue; None leaves that to the products."""
 
 
 @dataclass(frozen=True, slots=True)

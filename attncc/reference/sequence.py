@@ -46,7 +46,7 @@ class Attended:
 def attend(attn: Attention, sequence: Sequence, numbers: Numbers, before: Selections = ()) -> Attended:
     """One sequence whole; `before` are the selections of an earlier call, for parts that reuse them."""
     scope = scope_of(attn, sequence, numbers)
-    entered = prologue(attn, sequence, scope)
+    entered = _rounded(attn, prologue(attn, sequence, scope), numbers.operands)
     stored = quantized(attn, entered)
     whole = rows_of(attn, stored.sequence, scope, numbers)
     whole = replace(whole, row_term=stored.row_term, key_term=stored.key_term)
@@ -78,6 +78,14 @@ def attend(attn: Attention, sequence: Sequence, numbers: Numbers, before: Select
         tuple(s.final for s in states if s is not None),
         tuple(v.selection for v in views),
     )
+
+
+def _rounded(attn: Attention, entered: Sequence, dtype: torch.dtype | None) -> Sequence:
+    """The sequence behind a prologue as kernels store it."""
+    if dtype is None or not attn.prologue:
+        return entered
+    q, k, v = (x.to(dtype).to(x.dtype) for x in (entered.q, entered.k, entered.v))
+    return replace(entered, q=q, k=k, v=v)
 
 
 def _partial(

@@ -75,10 +75,10 @@ def test_the_latent_is_loaded_once() -> None:
     assert loads("values of other pieces") == ["K['BN', 64]", "K['BN', 16]", "K['BN', 32]", "K['BN', 16]"]
 
 
-ABSORB = 'prologue: ["absorb(w, on=q)"]\ninputs: {w: {shape: [Hq, 8, 32]}}'
+TURNED = 'prologue: ["rope(on=k)"]'
 
 
-@pytest.mark.parametrize(("more", "key"), [("quantize: {k: int8}", "quantize"), (ABSORB, "prologue")])
+@pytest.mark.parametrize(("more", "key"), [("quantize: {k: int8}", "quantize"), (TURNED, "prologue")])
 def test_what_is_not_carried(more: str, key: str) -> None:
     with pytest.raises(Unsupported) as error:
         driver.lower(spec.loads(f"attncc: 1\nname: odd\n{MLA}\n{more}\n").attention)

@@ -257,16 +257,16 @@ def test_one_stage() -> None:
         assert driver.explain(loaded, name) == (whole[name],)
 
 
-UNSUPPORTED = "dropout: 0.1\nepilogue: [lerp_v(0.5)]\nprologue: [silu]\n"
+UNSUPPORTED = "dropout: 0.1\nepilogue: [lerp_v(0.5)]\nprologue: [smooth]\n"
 
 
 def test_all_stages_can_be_seen_of_what_cannot_be_lowered() -> None:
     stages = driver.explain(spec.loads(SPEC + UNSUPPORTED))
     assert tuple(s.name for s in stages) == driver.STAGES
     assert "key_tiles" in stages[-2].text
-    assert stages[-1].missing == ("dropout", "prologue", "epilogue")
+    assert stages[-1].missing == ("dropout", "prologue")
     assert stages[-1].text.startswith("# no skeleton carries this variant yet\n# 'dropout'")
-    assert "supported: no steps" in stages[-1].text
+    assert "supported: all steps but smooth" in stages[-1].text
 
 
 def test_the_last_stage_alone_says_what_is_missing() -> None:
@@ -296,8 +296,8 @@ def test_systems_tell_what_they_use_and_what_carries_them(tmp_path: Path) -> Non
         (),
     )
     assert plain.primitives == first.primitives
-    assert second.primitives == used | {"dropout": ("philox",), "prologue": ("silu",), "epilogue": ("lerp_v",)}
-    assert (second.lowerings, second.missing) == ((), ("dropout", "prologue", "epilogue"))
+    assert second.primitives == used | {"dropout": ("philox",), "prologue": ("smooth",), "epilogue": ("lerp_v",)}
+    assert (second.lowerings, second.missing) == ((), ("dropout", "prologue"))
     assert "did you mean 'causal'?" in broken.error
     assert not broken.lowerings
 

@@ -11,8 +11,9 @@ from masks import attention, causal, i, j, masks, window
 
 from attncc import passes
 from attncc.errors import CompilerBug, Unsupported
-from attncc.ir.attention import Attention, Call
-from attncc.ir.expr import Expr, const, eq, ew, maximum, minimum, where
+from attncc.ir.attention import Attention, Call, Input
+from attncc.ir.expr import Expr, const, eq, ew, maximum, minimum, name, where
+from attncc.ir.rewrite import names, walk
 from attncc.ir.text import text
 from attncc.passes.lower.select import gaps, select
 
@@ -70,15 +71,27 @@ def test_nesting_does_not_multiply(mask: Expr) -> None:
     assert all(len(text(e)) < 2_000 for r in part.key_tiles.ranges for e in (r.lo, r.hi, r.full_lo, r.full_hi))
 
 
-@pytest.mark.parametrize(("key", "step"), [("prologue", Call("silu")), ("epilogue", Call("lerp_v", (const(0.5),)))])
-def test_steps_pass_and_are_refused_by_the_lowering(key: str, step: Call) -> None:
-    attn = replace(attention(causal), **{key: (step,)})
+@pytest.mark.parametrize(
+    ("key", "steps"),
+    [("prologue", (Call("smooth"),)), ("epilogue", (Call("absorb", words=("w",)), Call("skip", (const(1),))))],
+)
+def test_steps_pass_and_are_refused_by_the_lowering(key: str, steps: tuple[Call, ...]) -> None:
+    attn = replace(attention(causal), inputs=(Input("w", ("Dv", 8)),), **{key: steps})
     rewritten = passes.run(attn)
-    assert getattr(rewritten, key) == getattr(attn, key)
+    assert getattr(rewritten, key) == steps
     assert [gap.key for gap in gaps(rewritten)] == [key]
     with pytest.raises(Unsupported, match=key) as caught:
         select(rewritten)
     assert caught.value.key == key
+
+
+def test_expressions_of_steps_take_the_form_of_others() -> None:
+    """Sizes known when compiled are numbers, and products of positions have room."""
+    gate = Call("gate", (ew("exp", i * i * (name("Dv") - 30)),))
+    attn = replace(attention(causal), epilogue=(gate,), prologue=(Call("temperature", (name("Hq") * 1.0,)),))
+    rewritten = passes.run(attn)
+    assert not names(rewritten.prologue[0].args[0])
+    assert {node.dtype for node in walk(rewritten.epilogue[0].args[0]) if node.op == "mul"} == {"i64"}
 
 
 def test_a_bug_names_its_pass(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from attncc.ir.build import Builder, column, iota, program, reduce, row
 from attncc.ir.expr import Expr, cast_to, name
 from attncc.ir.tile import Function, Kernel, Knob, Launch, Param, Program, Scratch
 from attncc.passes.lower import cache, care, classify, quantize, skew, storage, stored
+from attncc.passes.lower.chains import output
 from attncc.passes.lower.fragments import (
     FOR_EACH_ROW,
     begin,
@@ -91,7 +92,8 @@ def parameters(attn: Attention) -> dict[str, Param]:
 
     def operand(text: str, knob: str, rows: Expr, dim: int, read: tuple[Piece, ...], doc: str) -> Param:
         shapes = tuple(dict.fromkeys((knob, p.width) for p in read))
-        given = Param(text, "operand", dtype, tiles=shapes, extent=(rows, dim), doc=doc)
+        name_ = output(attn) if text == "O" else text
+        given = Param(name_, "operand", dtype, tiles=shapes, extent=(rows, dim), doc=doc)
         return cache.operand(attn, text.lower(), quantize.operand(attn, text.lower(), given))
 
     out = [
@@ -166,8 +168,8 @@ def _finish(b: Builder, attn: Attention, t: QueryTile, rule: Rule) -> None:
     for p, o in zip(values, map(end.of, accumulators), strict=True):
         o = cast_to(quantize.rescale(b, attn, o, t.batch, value_head(attn, t), p), VALUE_DTYPE[attn.dtype])
         if not is_varlen(attn):
-            b.store_tile(b.params["O"], t.batch, t.h, t.row0, p.column, o)
+            b.store_tile(b.params[output(attn)], t.batch, t.h, t.row0, p.column, o)
             continue
         at = (t.batch, t.h, column(t.first_query + rows), row(p.column + iota(p.width)))
         inside = column(rows < t.queries) & row(p.column + iota(p.width) < attn.dims.v)
-        b.store(b.params["O"], at, o, inside)
+        b.store(b.params[output(attn)], at, o, inside)

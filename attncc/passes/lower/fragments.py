@@ -19,6 +19,7 @@ from attncc.ir.factors import fold_constants, split_multiplier
 from attncc.ir.rewrite import names, transform, walk
 from attncc.ir.tile import Function, Param
 from attncc.passes.lower import cache, classify, quantize, skew, storage
+from attncc.passes.lower.chains import source
 from attncc.passes.lower.grid import QueryTile, is_varlen
 from attncc.passes.lower.normalizers import LOG2E, VALUE_DTYPE, Rule, Tile
 from attncc.passes.lower.pieces import Piece
@@ -184,7 +185,7 @@ def _read_rows(b: Builder, attn: Attention, which: str, t: QueryTile, head: Expr
     if find(attn, which) is not None:
         return cache.read_tile(b, attn, which, t, head, p, stored)
     if attn.page_size:
-        return stored(b.params[which.upper()], p, attn.dims.qk if which == "k" else attn.dims.v)
+        return stored(b.params[source(attn, which)], p, attn.dims.qk if which == "k" else attn.dims.v)
     return quantize.read_tile(b, attn, which, (t.batch, head, t.first_key + name("n")), "BN", p)
 
 

@@ -31,6 +31,7 @@ from attncc.ir.tile import (
     reads_memory,
 )
 from attncc.passes.lower import again, classify, quantize, skew, stored
+from attncc.passes.lower.chains import output, source
 from attncc.passes.lower.ends import with_end
 from attncc.passes.lower.fragments import Formulas, formulas_of, may_hide_values, read_early
 from attncc.passes.lower.gap import Gap, first
@@ -103,13 +104,15 @@ def accelerated(attn: Attention, program: Program) -> Program:
         return replace(program, engine_gap=why)
     knobs = tuple(replace(k, choices=(0,)) if k.name == "E_POLY" and is_exact(attn) else k for k in ENGINE_KNOBS)
     made = replace(engine(attn), replaces=(program.kernels[-1].name,), knobs=knobs)
+    q, k, v = (source(attn, x).lower() for x in "qkv")
+    made = replace(made, tensors=(q, k, v), output=output(attn).lower())
     if attn.quantize:
         return _over_stored(quantize.with_scales(attn), program, made)
     if not may_hide_values(attn):
         return replace(program, engine=made)
     kernel = again.kernel(attn)
     entries = Scratch(again.listed(attn).name, (made.grid * name("E_CONSUMERS") + 1,), "i32")
-    made = replace(made, after=(Launch(kernel.name),), scratch=(entries,))
+    made = replace(made, after=(Launch(kernel.name),), scratch=(entries,), lost=entries.name)
     return replace(program, engine=made, kernels=(*program.kernels, kernel))
 
 

@@ -16,6 +16,7 @@ from attncc.ir.build import Builder, column, full, iota, program, quotient, read
 from attncc.ir.expr import Expr, Value, cast_to, const, maximum, minimum, name, where
 from attncc.ir.tile import Function, Param, Scratch
 from attncc.passes.lower import cache, care, storage
+from attncc.passes.lower.chains import output, source
 from attncc.passes.lower.forward import parameters
 from attncc.passes.lower.fragments import (
     CUT_TILES,
@@ -69,7 +70,7 @@ def share_parameters(attn: Attention, *knobs: str, more: tuple[Param, ...] = ())
     """Of kernels for few queries. Rows of a group lie apart: queries are read, and outputs written, by pointers."""
     known = parameters(attn)
     params = {text: p for text, p in known.items() if p.role != "constexpr" or text in knobs}
-    params |= {text: replace(known[text], tiles=(), extent=None) for text in "QO"}
+    params |= {text: replace(known[text], tiles=(), extent=None) for text in (source(attn, "q"), output(attn))}
     made = [*more, *states(attn).values(), *([care.marks(LOST, attn)] if may_hide_values(attn) else [])]
     params |= {p.name: p for p in made}
     used = [k for k in (SPLIT, FILL) if k.name in knobs]
@@ -144,7 +145,7 @@ def load_queries(b: Builder, attn: Attention, t: QueryTile) -> None:
     for p in columns:
         at = p.column + iota(p.width)
         inside = _kept(p, attn.dims.qk)
-        q = read(b.params["Q"], t.batch, h, query, row(at), mask=None if inside is None else row(inside))
+        q = read(b.params[source(attn, "q")], t.batch, h, query, row(at), mask=None if inside is None else row(inside))
         b.let("q" + p.suffix(columns), q, f"[BM, {p.width}]")
 
 
@@ -228,7 +229,7 @@ def _store_end(b: Builder, attn: Attention, end: End, at: tuple[Expr, Expr, Expr
         columns = p.column + iota(p.width)
         o = cast_to(end.of(name(text, "f32", (*several, p.width))), VALUE_DTYPE[attn.dtype])
         within = row(columns) if several else columns
-        b.store(b.params["O"], (*places, within), o, _kept(p, attn.dims.v, rows))
+        b.store(b.params[output(attn)], (*places, within), o, _kept(p, attn.dims.v, rows))
 
 
 def _kept(p: Piece, dim: int, rows: Expr | None = None) -> Expr | None:

@@ -18,6 +18,7 @@ from attncc.ir.build import Builder, iota, quotient, read, row, tile
 from attncc.ir.expr import Dim, Dtype, Expr, cast_to, const, eq, load, minimum, name, where
 from attncc.ir.rewrite import substitute
 from attncc.ir.tile import Param
+from attncc.passes.lower.chains import prepared, source
 from attncc.passes.lower.normalizers import TOTAL, VALUE_DTYPE
 from attncc.passes.lower.pieces import MIN_WIDTH, Piece
 from attncc.passes.lower.scores import input_param, own_name, regroup
@@ -169,10 +170,10 @@ def all_held(attn: Attention) -> tuple[Held, ...]:
 
 
 def operand(attn: Attention, which: str, given: Param) -> Param:
-    """The parameter by which q, k or v comes: `given`, the call's own, or the stored one in its place."""
+    """The parameter by which q, k or v comes: `given`, the call's own, or a prepared or stored one in its place."""
     h = held(attn, which)
     if h is None:
-        return given
+        return prepared(attn, given)
     extent = (h.tokens, h.width)
     return replace(given, name=h.tensor, dtype=h.format.dtype, extent=extent, doc=f"{given.doc}, {h.format.dtype}")
 
@@ -180,7 +181,7 @@ def operand(attn: Attention, which: str, given: Param) -> Param:
 def read_tile(b: Builder, attn: Attention, which: str, at: tuple[Expr, Expr, Expr], rows: Dim, piece: Piece) -> Expr:
     """Rows of q, k or v from (batch, head, row) on, in the dtype that is multiplied."""
     h = held(attn, which)
-    p = b.params[which.upper() if h is None else h.tensor]
+    p = b.params[source(attn, which) if h is None else h.tensor]
     return cast_to(tile(p, *at, piece.column, (rows, piece.width)), VALUE_DTYPE[attn.dtype])
 
 

@@ -12,11 +12,12 @@ from attncc.ir.attention import Attention, Part
 from attncc.ir.expr import INTS
 from attncc.ir.rewrite import names, walk
 from attncc.ir.tile import Program
-from attncc.passes.lower import append, cache, short
+from attncc.passes.lower import append, cache, chains, epilogue, short
 from attncc.passes.lower.forward import dense_forward
 from attncc.passes.lower.hopper import accelerated
 from attncc.passes.lower.normalizers import NORMALIZERS
 from attncc.passes.lower.pieces import MAX_DIM
+from attncc.passes.lower.prologue import with_prologue
 from attncc.passes.lower.quantize import LIMITS
 
 
@@ -68,6 +69,7 @@ def _scales_by_own_length(a: Attention) -> bool:
 def _raises_integers(a: Attention) -> bool:
     """To powers that are not small constants; those are products by now."""
     formulas = [e for p in a.parts for e in (p.score, p.mask, p.normalizer.sink) if e is not None]
+    formulas += [e for step in (*a.prologue, *a.epilogue) for e in step.args]
     return any(node.op == "pow" and node.dtype in INTS for e in formulas for node in walk(e))
 
 
@@ -94,8 +96,8 @@ GAPS: Final = (
     Gap("kv", _any(lambda p: p.kv.kind not in ("dense", "paged", "latent")), "dense, paged, latent"),
     Gap("dropout", _any(lambda p: p.dropout > 0), "0"),
     *(Gap("quantize", holds, supported) for holds, supported in (*cache.LIMITS, *LIMITS)),
-    Gap("prologue", lambda a: bool(a.prologue), "no steps"),
-    Gap("epilogue", lambda a: bool(a.epilogue), "no steps"),
+    *(Gap("prologue", holds, supported) for holds, supported in chains.LIMITS),
+    *(Gap("epilogue", holds, supported) for holds, supported in epilogue.LIMITS),
     Gap("normalizer", _any(lambda p: p.normalizer.kind not in NORMALIZERS), ", ".join(NORMALIZERS)),
     Gap(
         "score",
@@ -132,6 +134,7 @@ def select(attn: Attention) -> Program:
         raise Unsupported(gap.message, gap.key, hint=f"supported: {gap.supported}")
     for skeleton in SKELETONS:
         if skeleton.applies(attn):
-            made = short.with_short(attn, accelerated(attn, replace(skeleton.build(attn), why=skeleton.why)))
+            made = accelerated(attn, replace(skeleton.build(attn), why=skeleton.why))
+            made = epilogue.with_epilogue(attn, with_prologue(attn, short.with_short(attn, made)))
             return replace(made, append=append.program_of(attn))
     raise Unsupported("no skeleton carries this variant", "parts", hint="attncc explain shows its IR")

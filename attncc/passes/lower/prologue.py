@@ -1,0 +1,163 @@
+"""The kernel before attention: q, k and v go through their steps, and into scratch memory that attention then reads.
+
+A program has some tokens of one head of one operand. Those of the same tokens stand side by side in the launch, so
+that what several of them read is still in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Final
+
+from attncc.ir.attention import Attention
+from attncc.ir.build import Builder, column, full, lanes, program, quotient, remainder, row
+from attncc.ir.expr import Expr, cast_to, const, maximum, minimum, name
+from attncc.ir.tile import Kernel, Launch, Param, Program, Scratch
+from attncc.ir.widths import matrix
+from attncc.passes.lower import tokens
+from attncc.passes.lower.absorb import absorbed
+from attncc.passes.lower.chains import Chain, chains
+from attncc.passes.lower.columns import Columns
+from attncc.passes.lower.convolution import mixes, stays
+from attncc.passes.lower.flow import Flow, options, tokens_of
+from attncc.passes.lower.grid import cdiv, is_varlen, key_head, size_parameters
+from attncc.passes.lower.normalizers import VALUE_DTYPE
+from attncc.passes.lower.scores import input_param
+from attncc.passes.lower.steps import behind, parts_of
+from attncc.passes.lower.tidy import tidy
+
+LOOSE: Final = 16
+"""Tokens of a tile whose matrices are read for each."""
+TURNS: Final = 8
+"""Tiles of a program that does so: matrices are read once for all of them."""
+PLACED: Final = ("slot", "begin", "count", "h", "hk", "first")
+"""Names by which a program knows where it is."""
+
+
+def with_prologue(attn: Attention, made: Program) -> Program:
+    """The program with the kernel that makes what attention reads."""
+    if not attn.prologue:
+        return made
+    kernel = _kernel(attn)
+    launch = Launch(kernel.name, options=options(_mixes(attn)))
+    scratch = tuple(_scratch(attn, c) for c in chains(attn))
+    return replace(
+        made,
+        kernels=(kernel, *made.kernels),
+        launches=(launch, *made.launches),
+        scratch=(*scratch, *made.scratch),
+    )
+
+
+def _scratch(attn: Attention, c: Chain) -> Scratch:
+    rows = tokens.rows_of(attn, c.operand)
+    batch = const(1) if is_varlen(attn) else name("B")
+    return Scratch(c.tensor, (batch, const(c.heads), rows, const(c.stored)), VALUE_DTYPE[attn.dtype])
+
+
+def _mixes(attn: Attention) -> bool:
+    return any(mixes(step) for step in attn.prologue)
+
+
+def _rows(attn: Attention, c: Chain) -> int:
+    """Tokens of a tile."""
+    widest = max(sum(part.width for part in parts) for parts in parts_of(attn, c)[:-1])
+    convolved = [(step, w) for step, w in zip(c.steps, c.widths, strict=False) if step.name == "causal_conv"]
+    loose = any(mixes(step) and not stays(attn, step, w) for step, w in convolved)
+    return LOOSE if loose else tokens_of(widest, multiplied=any(map(mixes, c.steps)))
+
+
+def _span(attn: Attention) -> int:
+    """Tokens of a program."""
+    most = max(_rows(attn, c) for c in chains(attn))
+    return most * TURNS if _mixes(attn) else most
+
+
+def _tiles(attn: Attention) -> Expr:
+    """Programs of a head: of the operand that has most tokens."""
+    most = [tokens.count(attn, c.operand) for c in chains(attn)]
+    longest = most[0]
+    for n in most[1:]:
+        longest = longest if n == longest else maximum(longest, n)
+    return cdiv(longest, _span(attn))
+
+
+def _kernel(attn: Attention) -> Kernel:
+    found = chains(attn)
+    slots = sum(c.heads for c in found)
+    b = Builder(_parameters(attn, found))
+    slot = b.let("slot", remainder(program(), slots))
+    begin = b.let("begin", quotient(program(), slots) * _span(attn))
+    before = 0
+    for c in found:
+        if len(found) > 1:
+            b.note(f"{c.operand}: {', '.join(step.name for step in c.steps)}")
+        mine = slot < c.heads if before == 0 else (slot >= before) & (slot < before + c.heads)
+        with b.when(mine) if len(found) > 1 else nullcontext():
+            _of_operand(b, attn, c, slot - before if before else slot, begin)
+        before += c.heads
+    through = ", ".join(c.operand for c in found)
+    doc = f"Takes {through} through the steps before attention: one program per head and tokens."
+    grid = _tiles(attn) * slots
+    return Kernel(f"{attn.name}_prologue", *tidy(b.params.values(), b.body), (), grid, doc)
+
+
+def _parameters(attn: Attention, found: Sequence[Chain]) -> Mapping[str, Param]:
+    dtype = VALUE_DTYPE[attn.dtype]
+    given = [Param(x.upper(), "operand", dtype, doc="the operand as it came") for x in "qkv"]
+    made = [Param(c.tensor, "operand", dtype, doc="the operand behind its steps") for c in found]
+    params = [*given, *made, *tokens.index_params(attn), *map(input_param, attn.inputs), *size_parameters(attn)]
+    return {p.name: p for p in params}
+
+
+def _of_operand(b: Builder, attn: Attention, c: Chain, head: Expr, begin: Expr) -> None:
+    """What a program does that has one of its heads."""
+    count = b.let("count", tokens.bound(attn, c.operand))
+    with b.when(begin < count):
+        head = head if head.op == "name" else b.let("h", head)
+        served = head
+        if c.operand == "q" and attn.heads.kv != attn.heads.q:
+            served = key_head(head, attn, attn.heads.kv)
+            served = served if served.op == "const" else b.let("hk", served)
+        rows = _rows(attn, c)
+        turns = _span(attn) > rows
+        ahead, inner = Builder(b.params), Builder(b.params)
+        at = tokens.place(inner, attn, c.operand, name("first") if turns else begin, rows)
+        taken = {*PLACED, *inner.bound}
+        _store(Flow(attn, c, ahead, inner, at, head, served, parts_of(attn, c), taken))
+        b.extend(ahead.body)
+        if not turns:
+            b.extend(inner.body)
+            return
+        with b.loop("first", begin, minimum(begin + _span(attn), count), rows):
+            b.extend(inner.body)
+
+
+def _store(f: Flow) -> None:
+    """Writes what becomes of the tile."""
+    c, t = f.chain, f.tokens
+    into, width = f.b.params[c.tensor], c.widths[-1]
+    places = [column(e) if e.shape else e for e in (t.batch, f.head, t.row)]
+
+    def write(columns: Expr, value: Expr, inside: Expr | None) -> None:
+        f.b.store(into, (*places, row(columns)), cast_to(value, f.dtype), lanes(t.inside, inside))
+
+    if c.steps[-1].name == "absorb":
+        x = behind(f, len(c.steps) - 1)
+        n, r = matrix(f.attn, c.steps[-1])
+        mixed = [p for p in x if p.first < n]
+        factors = f.multiplied([x[p] for p in mixed], exact=len(c.steps) == 1)
+        products = dict(zip(mixed, factors, strict=True))
+        absorbed(f.b, f.let, f.attn, c.steps[-1], f.head, products, write)
+        for p, tile in x.items():
+            if p.first >= n:
+                write(p.at + (r - n), tile, p.inside)
+    else:
+        for p, tile in behind(f, len(c.steps)).items():
+            write(p.at, tile, p.inside)
+    if c.stored > width:
+        f.b.note("columns behind the head dim are 0")
+        p = Columns(width, c.stored - width)
+        write(p.at, full((f.rows, p.width), 0.0), p.inside)

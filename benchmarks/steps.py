@@ -1,0 +1,136 @@
+"""The kernel of steps before attention, apart from attention, against a copy of as many bytes.
+
+`python -m benchmarks.steps emit DIR` writes the packages (any machine with attncc); `run DIR --json FILE` checks a
+small call against plain torch in float64 and measures on the GPU here. A ratio to `copy` is the share of what memory
+allows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+import torch
+from torch.nn.functional import conv1d, normalize, pad, scaled_dot_product_attention
+
+from benchmarks import report
+from benchmarks.timing import interleaved
+
+EXAMPLES: Final = Path(__file__).parents[1] / "examples"
+HEADS: Final[Mapping[str, tuple[int, int]]] = {"cca": (8, 8), "ccgqa": (8, 2)}
+DIM: Final = 128
+BATCH: Final = 4
+TOKENS: Final = 16384
+
+
+def main() -> int:
+    top = argparse.ArgumentParser(prog="python -m benchmarks.steps", description=__doc__)
+    steps = top.add_subparsers(required=True)
+    emit = steps.add_parser("emit")
+    emit.add_argument("dir", type=Path)
+    emit.add_argument("--target", default="sm_90")
+    emit.set_defaults(step=emit_packages)
+    run = steps.add_parser("run")
+    run.add_argument("dir", type=Path)
+    run.add_argument("--json", type=Path, metavar="FILE")
+    run.add_argument("--rounds", type=int, default=11)
+    run.set_defaults(step=measure)
+    args = top.parse_args()
+    return args.step(args)
+
+
+def emit_packages(args: argparse.Namespace) -> int:
+    """The examples as they are for prefill."""
+    driver: Any = import_module("attncc.driver")
+    for name in HEADS:
+        loaded = driver.load(EXAMPLES / f"{name}.yaml")
+        driver.compile(
+            replace(loaded, attention=replace(loaded.attention, modes=("prefill",))), args.dir, [args.target]
+        )
+    return 0
+
+
+def measure(args: argparse.Namespace) -> int:
+    sys.path.insert(0, str(args.dir))
+    rows: list[dict[str, Any]] = []
+    for name, heads in HEADS.items():
+        package = import_module(name)
+        _check(package, heads)
+        tensors = _operands(heads, BATCH, TOKENS)
+        kernels = tuple(k for k in package.VARIANT.kernels if k.function.__name__.endswith("_prologue"))
+        runner = type(package._RUNNER)(replace(package.VARIANT, kernels=kernels), package._RUNNER.way)
+        source = torch.cat([x.flatten() for x in tensors[:3]])
+        goal = torch.empty_like(source)
+        calls = {"attncc": lambda r=runner, g=tensors: r(g, None, False), "copy": lambda g=goal, s=source: g.copy_(s)}
+        times = interleaved(calls, args.rounds)
+        case = f"prologue/{name}/B{BATCH}Hq{heads[0]}Hk{heads[1]}S{TOKENS}D{DIM}"
+        rows += report.compared(case, times, 2 * source.nbytes, "tbps")
+        print(report.line(rows[-2:]), flush=True)
+    print(report.table(rows))
+    if args.json:
+        report.save(args.json, report.gpu_meta(), rows, [])
+    return 0
+
+
+def _operands(heads: tuple[int, int], batch: int, tokens: int) -> list[torch.Tensor]:
+    """In the order of the package's signature."""
+    queries, keys = heads
+    both = queries + keys
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int, gain: float = 1.0) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device="cuda") * gain
+
+    q, k, v = (normal(batch, n, tokens, DIM).bfloat16() for n in (queries, keys, keys))
+    conv0, bias0 = normal(both, DIM, 2, gain=0.7), normal(both, DIM)
+    conv1, bias1 = normal(both, DIM, DIM, 2, gain=0.06), normal(both, DIM)
+    return [q, k, v, conv0, bias0, conv1, bias1, normal(keys)]
+
+
+def _check(package: ModuleType, heads: tuple[int, int]) -> None:
+    """A small call, beside the same in float64."""
+    x = _operands(heads, 2, 300)
+    names = ("conv0", "bias0", "conv1", "bias1", "temp")
+    o = package.attention(*x[:3], **dict(zip(names, x[3:], strict=True)))
+    error = float((o.double() - _plainly(heads, [t.double() for t in x])).abs().max())
+    assert error < 3e-2, f"{package.__name__}: {error} from float64"
+    print(f"{package.__name__}: {error:.1e} from float64", flush=True)
+
+
+def _plainly(heads: tuple[int, int], x: list[torch.Tensor]) -> torch.Tensor:
+    """Compressed convolutional attention, arXiv 2510.04476."""
+    q, k, v, conv0, bias0, conv1, bias1, temperature = x
+    queries, keys = heads
+    tokens = q.shape[2]
+    both = torch.cat([q, k], 1).transpose(2, 3).flatten(1, 2)
+    mixed = conv1d(pad(both, (2, 0)), conv0.flatten(0, 1)[:, None], bias0.flatten(), groups=len(bias0.flatten()))
+    mixed = conv1d(mixed, conv1.flatten(0, 1), bias1.flatten(), groups=queries + keys)
+    mixed = mixed.unflatten(1, (-1, DIM)).transpose(2, 3)
+    pair = 0.5 * (q + k.repeat_interleave(queries // keys, 1))
+    q = mixed[:, :queries] + pair
+    k = mixed[:, queries:] + pair.unflatten(1, (keys, -1)).mean(2)
+    q, k = (normalize(t, dim=-1) * DIM**0.5 for t in (q, k))
+    flat = v.transpose(1, 2).flatten(2)
+    half = flat.shape[-1] // 2
+    shifted = pad(flat[..., half:], (0, 0, 1, 0))[:, :tokens]
+    v = torch.cat([flat[..., :half], shifted], -1).unflatten(-1, (keys, DIM)).transpose(1, 2)
+    q, k = _turned(q), _turned(k * temperature[:, None, None])
+    return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def _turned(x: torch.Tensor) -> torch.Tensor:
+    at = torch.arange(x.shape[2], device=x.device, dtype=x.dtype)[:, None]
+    angle = at * 5e6 ** (-torch.arange(32, device=x.device, dtype=x.dtype) / 32)
+    first, second, rest = x.split([32, 32, DIM - 64], -1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
