@@ -14,7 +14,7 @@ from attncc.passes.lower.defaults import Config, beside_engine, default_configs,
 from attncc.passes.lower.knobs import FILL, SPLIT
 
 WARPS: Final = (4, 8)
-FEW_WARPS: Final = (2, 4, 8)
+FEW_WARPS: Final = (1, 2, 4, 8)
 """Of query tiles of few rows."""
 STAGES: Final = (1, 2, 3)
 REGISTERS: Final = (0, 128, 160, 168)

@@ -37,9 +37,9 @@ class Places:
             return self.pages.fill(rows, heads, dtype)
         return pack(rows, self.attn.layout, self.length, heads, self.device, dtype)
 
-    def heads_first(self, sequences: list[Tensor], heads: int) -> Tensor:
+    def heads_first(self, sequences: list[Tensor], heads: int, groups: int) -> Tensor:
         """Scales [H, S, groups] of each sequence in one tensor, in which heads stand before tokens."""
-        wide = self.of(sequences, (heads, sequences[0].shape[-1] if sequences else 1), torch.float32)
+        wide = self.of(sequences, (heads, groups), torch.float32)
         if self.pages is not None or self.attn.layout == "bshd":
             return wide.transpose(1, 2)
         return wide.transpose(0, 1) if self.attn.layout == "varlen" else wide
@@ -71,9 +71,9 @@ def _bytes(dtype: torch.dtype) -> torch.dtype:
 
 def _scales(attn: Attention, c: Cached, held: list[Tensor], places: Places) -> Tensor:
     if c.per == "token":
-        return places.heads_first([x[..., None] for x in held], c.heads)[..., 0]
+        return places.heads_first([x[..., None] for x in held], c.heads, 1)[..., 0]
     if c.per in BY_TOKEN:
-        return places.heads_first(held, c.heads)
+        return places.heads_first(held, c.heads, c.groups)
     if held:
         return torch.stack(held)
     axes = (0 if a == "B" else int(a) for a in scale_axes(attn, c))

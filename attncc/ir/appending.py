@@ -45,7 +45,7 @@ def places(attn: Attention) -> tuple[Given, ...]:
     """Where it goes."""
     packed, paged = is_packed(attn), attn.page_size > 0
     inside = "row of k" if packed and not paged else "position in its sequence"
-    doc = f"the {inside} where a token goes; those below 0 or without room go nowhere"
+    doc = f"the {inside} where a token goes; nowhere below 0 or without room"
     out = [Given("positions", ("Tn",) if packed else ("B", "Sn"), "int32", doc)]
     if finds_sequences(attn):
         out.append(Given("cu_seqlens_new", ("B + 1",), "int32", "where the new tokens of each sequence begin"))
