@@ -95,7 +95,7 @@ def test_values_that_are_a_part_of_the_keys() -> None:
     """Their codes, scales and rope columns lie one behind the other in rows, as FlashMLA has them."""
     head = "heads: {q: 4, kv: 1}\ndims: {qk: 80, v: 64}\ndtype: fp16\nmask: causal\n"
     p = package(f"{head}kv: latent(rope=16)\nquantize: {{cache: fp8_e4m3(per=group(16))}}").tiles(16, 16)
-    passes(p, Case(2, 20, 41), Case(2, 3, 41, "nan_keys"))
+    passes(p, Case(2, 20, 41), Case(2, 3, 41, "nan_keys"), Case(0, 16, 16))
     passes(p.tiles(16, 16, split=1), Case(3, 1, 70, "nan_around"))
     x = draw(p.attn, Case(2, 1, 41), torch.float16, torch.Generator().manual_seed(0))
     rows = torch.zeros(2, 1, 41, 64 + 16 + 32, dtype=torch.uint8)

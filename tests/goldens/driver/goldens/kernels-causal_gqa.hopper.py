@@ -104,9 +104,10 @@ def score(qk, beside, j, r, s, args):
 
 @gluon.jit
 def keep(j, r, s, args):
-    """Which pairs count; keys behind the last aside."""
+    """Which pairs count."""
+    B, Sq, Sk, scale = args
     i, = r
-    keep = j[None, :] <= i[:, None]
+    keep = j[None, :] <= gl.minimum(i[:, None], Sk - 1)
     return keep
 
 

@@ -94,8 +94,9 @@ def score(qk, beside, j, r, s, args):
 
 @gluon.jit
 def keep(j, r, s, args):
-    """Which pairs count; keys behind the last aside."""
-    keep = True
+    """Which pairs count."""
+    B, Sq, Sk, scale = args
+    keep = j[None, :] < Sk
     return keep
 
 

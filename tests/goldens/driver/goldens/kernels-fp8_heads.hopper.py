@@ -119,9 +119,13 @@ def score(qk, beside, j, r, s, args):
 
 @gluon.jit
 def keep(j, r, s, args):
-    """Which pairs count; keys behind the last aside."""
+    """Which pairs count."""
+    (
+        q_scales_ptr, q_scales_s0, q_scales_s1, q_scales_s2, k_scales_ptr, k_scales_s0, k_scales_s1, k_scales_s2,
+        v_scales_ptr, v_scales_s0, v_scales_s1, v_scales_s2, B, Sq, Sk, scale,
+    ) = args
     i, = r
-    keep = j[None, :] <= i[:, None]
+    keep = j[None, :] <= gl.minimum(i[:, None], Sk - 1)
     return keep
 
 

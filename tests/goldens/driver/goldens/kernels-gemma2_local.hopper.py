@@ -122,9 +122,10 @@ def score(qk, beside, j, r, s, args):
 
 @gluon.jit
 def keep(j, r, s, args):
-    """Which pairs count; keys behind the last aside."""
+    """Which pairs count."""
+    B, Sq, Sk, scale = args
     i, mask = r
-    keep = (j[None, :] <= i[:, None]) & ((j[None, :] >= mask[:, None]) & (j[None, :] <= i[:, None]))
+    keep = (j[None, :] <= gl.minimum(i[:, None], Sk - 1)) & (j[None, :] >= mask[:, None])
     return keep
 
 

@@ -444,3 +444,48 @@ def paged_decode_merge(
                 tl.where(empty, float("-inf"), (m + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453),
             )
         tl.store(O + b * o_b + h * o_h + row * o_s + tl.arange(0, 128), (acc / divisor).to(BF16))
+
+
+@triton.jit(do_not_specialize=["B", "Sn", "Sk"])
+def paged_decode_append(
+    K_NEW, V_NEW, K, V, positions, block_table,
+    k_new_b: tl.int64, k_new_h: tl.int64, k_new_s: tl.int64, v_new_b: tl.int64, v_new_h: tl.int64,
+    v_new_s: tl.int64, k_b: tl.int64, k_h: tl.int64, k_s: tl.int64, v_b: tl.int64, v_h: tl.int64, v_s: tl.int64,
+    positions_s0: tl.int64, positions_s1: tl.int64, block_table_s0: tl.int64, block_table_s1: tl.int64,
+    B, Sn, Sk,
+):
+    """Writes new keys and values into the cache, some tokens of a head a program."""
+    spans = (Sn + 15) // 16
+    rest = tl.program_id(0) // B
+    b = tl.program_id(0) % B
+    begin = rest % spans * 16
+    number = rest // spans
+    at = begin + tl.arange(0, 16)  # [16] tokens
+    there = at < Sn
+    position = tl.where(
+        there, tl.load(positions + b * positions_s0 + at * positions_s1, mask=there, other=0), -1,
+    )  # [16]
+    kept = (position >= 0) & (position < Sk)  # tokens without a place are left out
+    position = tl.maximum(position, 0)
+    page = tl.load(block_table + b * block_table_s0 + position // 64 * block_table_s1, mask=kept, other=0)  # [16]
+    slot = position % 64  # [16]
+    if number < 8:
+        h = number
+        tl.store(
+            K + page[:, None] * k_b + h * k_h + slot[:, None] * k_s + tl.arange(0, 128)[None, :],
+            tl.load(
+                K_NEW + b * k_new_b + h * k_new_h + at[:, None] * k_new_s + tl.arange(0, 128)[None, :],
+                mask=kept[:, None] & (tl.arange(0, 128) < 128)[None, :], other=0,
+            ),
+            mask=kept[:, None] & (tl.arange(0, 128) < 128)[None, :],
+        )
+    if number >= 8:
+        h = number - 8
+        tl.store(
+            V + page[:, None] * v_b + h * v_h + slot[:, None] * v_s + tl.arange(0, 128)[None, :],
+            tl.load(
+                V_NEW + b * v_new_b + h * v_new_h + at[:, None] * v_new_s + tl.arange(0, 128)[None, :],
+                mask=kept[:, None] & (tl.arange(0, 128) < 128)[None, :], other=0,
+            ),
+            mask=kept[:, None] & (tl.arange(0, 128) < 128)[None, :],
+        )

@@ -98,8 +98,9 @@ def score(qk, beside, j, r, s, args):
 
 @gluon.jit
 def keep(j, r, s, args):
-    """Which pairs count; keys behind the last aside."""
-    keep = True
+    """Which pairs count."""
+    bias_ptr, bias_s0, bias_s1, B, Sq, Sk, len_W, scale = args
+    keep = j[None, :] < Sk
     return keep
 
 

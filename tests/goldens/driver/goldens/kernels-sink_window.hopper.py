@@ -124,9 +124,12 @@ def score(qk, beside, j, r, s, args):
 
 @gluon.jit
 def keep(j, r, s, args):
-    """Which pairs count; keys behind the last aside."""
+    """Which pairs count."""
+    B, Sq, Sk, scale = args
     i, mask = r
-    keep = (j[None, :] <= i[:, None]) & ((j[None, :] <= 3) | (j[None, :] >= mask[:, None]) & (j[None, :] <= i[:, None]))
+    keep = (j[None, :] <= gl.minimum(i[:, None], Sk - 1)) & (
+        (j[None, :] <= 3) | (j[None, :] >= mask[:, None]) & (j[None, :] <= i[:, None])
+    )
     return keep
 
 

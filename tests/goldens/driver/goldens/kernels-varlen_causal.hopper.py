@@ -112,9 +112,10 @@ def score(qk, beside, j, r, s, args):
 
 @gluon.jit
 def keep(j, r, s, args):
-    """Which pairs count; keys behind the last aside."""
+    """Which pairs count."""
+    c, Sq, Sk, last_row, offset, full_end = s
     i, = r
-    keep = j[None, :] <= i[:, None]
+    keep = j[None, :] <= gl.minimum(i[:, None], Sk - 1)
     return keep
 
 
