@@ -7,12 +7,12 @@ what a product becomes, and how a row ends. Everything here is about keeping the
   TMA;
 * two or three warpgroups, the consumers, own 64 query rows each. Scores and output are accumulators of `wgmma`; the
   weights P stay in registers, where the second product takes them from;
-* in the main loop a consumer issues Q K(n)^T and P(n-1) V(n-1) together, and then does the softmax of tile n, while
-  another consumer has the tensor cores. Key tiles that the mask cuts come first, each by itself, but for the last of
-  them, which fills the pipeline;
+* in its loops a consumer issues Q K(n)^T and P(n-1) V(n-1) together, and then does the softmax of tile n, while
+  another consumer has the tensor cores. Key tiles that the mask cuts come first, the first of all fills the pipeline.
+  Whole tiles have a loop of their own: a branch in it would have ptxas wait for the values before the softmax begins;
 * blocks live as long as the kernel. Each draws its next query tile from a counter, the longest first, so that nobody
-  waits for the slowest. Consumers hear of it by mail: the producer puts all that is known of a query tile into shared
-  memory, while they are still busy with the one before.
+  waits for the slowest; or they are dealt out, where all take equally long (`DRAWN`). Consumers hear of a tile by mail:
+  the producer puts all that is known of it into shared memory, while they are still busy with the one before.
 
 A head dim is one piece, a power of two wide, or two: 80 is 64 + 16, and 192 is 128 + 64. Operands are tuples of their
 pieces, and so are their places in shared memory.
@@ -136,7 +136,10 @@ def produce(maps, counter, lost, places, mail, bars, tiles, args, CONFIG):
     number = gl.program_id(0)
     at, where, cuts, wholes, s = find(number, tiles, args, CONFIG)
     while number < tiles:
-        following = gl.atomic_add(counter, 1) + gl.num_programs(0)
+        if CONFIG[18]:
+            following = gl.atomic_add(counter, 1) + gl.num_programs(0)
+        else:
+            following = number + gl.num_programs(0)
         b, h, _, _, first_query, _, row0, again = where
         mbarrier.wait(mail_empty.index(done & 1), ((done >> 1) & 1) ^ 1)
         post(
@@ -214,7 +217,7 @@ def forward(
     out_h, out_s, lse_h, write_lse,
     tiles, args,
     BN: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, GROUP: gl.constexpr,
-    TURNS: gl.constexpr, REGISTERS: gl.constexpr, POLY: gl.constexpr, AGAIN: gl.constexpr,
+    TURNS: gl.constexpr, REGISTERS: gl.constexpr, POLY: gl.constexpr, DRAWN: gl.constexpr, AGAIN: gl.constexpr,
     MARK_LOST: gl.constexpr, NUMBERS: gl.constexpr, KNOWN: gl.constexpr, FLOATS: gl.constexpr,
     FACTOR: gl.constexpr, QUERIES: gl.constexpr, KEYS: gl.constexpr, READS_ROWS: gl.constexpr,
     READS_KEYS: gl.constexpr, OWN_ROOM: gl.constexpr, HEADS: gl.constexpr, COLUMNS: gl.constexpr,
@@ -229,6 +232,7 @@ def forward(
         lost: int32: how many query tiles hold NaN in the output, and the programs that would do them again, of AGAIN
             rows each; where MARK_LOST.
         write_lse: whether LSE, [b * HEADS + h, row], is to be written.
+        DRAWN: whether blocks draw query tiles from a counter, and are not dealt them beforehand.
         counter: three zeros, and zeros again when the kernel ends.
         tiles: query tiles of all heads.
         args: what the variant's functions take.
@@ -267,27 +271,27 @@ def forward(
         gl.warp_specialize([
             (consume, (0, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
                        (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS, READS_KEYS, HEADS, COLUMNS, POLY))),
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN))),
             (consume, (1, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
                        (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS, READS_KEYS, HEADS, COLUMNS, POLY))),
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN))),
             (produce, (maps, counter, lost, places, mail, bars, tiles, args,
                        (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS, READS_KEYS, HEADS, COLUMNS, POLY))),
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN))),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.static_assert(CONSUMERS == 3)
         gl.warp_specialize([
             (consume, (0, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
                        (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS, READS_KEYS, HEADS, COLUMNS, POLY))),
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN))),
             (consume, (1, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
                        (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS, READS_KEYS, HEADS, COLUMNS, POLY))),
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN))),
             (consume, (2, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
                        (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS, READS_KEYS, HEADS, COLUMNS, POLY))),
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN))),
             (produce, (maps, counter, lost, places, mail, bars, tiles, args,
                        (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS, READS_KEYS, HEADS, COLUMNS, POLY))),
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN))),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip

@@ -49,7 +49,7 @@ def _engine(
 ) -> Config:
     return {
         "E_KEYS": keys, "E_CONSUMERS": consumers, "E_STAGES": stages, "E_Q_STAGES": q_stages, "E_GROUP": 8,
-        "E_TURNS": turns, "E_REGISTERS": registers, "E_POLY": 0,
+        "E_TURNS": turns, "E_REGISTERS": registers, "E_POLY": 0, "E_DRAWN": 1,
     }  # fmt: skip
 
 

@@ -36,6 +36,7 @@ ENGINE_KNOBS: Final = (
     Knob("E_TURNS", (0, 1), "1: consumers issue their products in turn"),
     Knob("E_REGISTERS", (240, 160), "of a consumer's thread"),
     Knob("E_POLY", (0, 1, 2, 3), "of eight exponentials, how many are polynomials"),
+    Knob("E_DRAWN", (1, 0), "1: blocks draw query tiles from a counter; 0: they are dealt out beforehand"),
 )
 
 
