@@ -73,6 +73,7 @@ def test_the_output_has_the_columns_of_the_matrix() -> None:
         ("epilogue: ['absorb(w)']\ninputs: {w: {shape: [3, 16, 16]}}", "[Hq, Dv, n]"),
         ("epilogue: ['skip(1)']\nkv: paged(16)", "in pages"),
         ("epilogue: ['skip(1)']\nquantize: {v: int8}", "quantised"),
+        ("epilogue: ['lerp_v(0.5)']\nquantize: {cache: int8(per=token)}", "quantised"),
     ],
 )
 def test_what_is_not_carried(more: str, supported: str) -> None:

@@ -209,6 +209,7 @@ REFUSED = {
     "prologue: ['absorb(w)']\ninputs: {w: {shape: [2, 16, 16]}}": "of the operand's heads",
     "prologue: ['absorb(w)']\ninputs: {w: {shape: [600, 8]}}": "of up to 576 columns",
     "prologue: [silu]\nquantize: {q: int8}": "quantised",
+    "prologue: [silu]\nquantize: {cache: int8(per=token)}": "keys and values are codes",
 }
 
 

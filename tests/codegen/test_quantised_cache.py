@@ -91,6 +91,16 @@ def test_shapes(shape: tuple[int, int, int], split: int) -> None:
     passes(cache("int4(per=token, symmetric=false)").tiles(16, 16, split=split), Case(*shape))
 
 
+def test_absorbed_projections_over_latents() -> None:
+    """Steps of queries and of the output go with any cache: DeepSeek's latents in fp8."""
+    head = "heads: {q: 4, kv: 1}\ndims: {qk: 80, v: 64}\ndtype: fp16\nmask: causal\nkv: latent(rope=16)\n"
+    head += "inputs: {up: {shape: [Hq, 32, 64]}, down: {shape: [Hq, 64, 32]}}\n"
+    steps = "prologue: ['absorb(up, on=q)']\nepilogue: [absorb(down)]\n"
+    p = package(f"{head}{steps}quantize: {{cache: fp8_e4m3(per=group(16))}}")
+    passes(p.tiles(16, 16), Case(2, 20, 41))
+    passes(p.tiles(16, 16, split=1), Case(3, 1, 70))
+
+
 def test_values_that_are_a_part_of_the_keys() -> None:
     """Their codes, scales and rope columns lie one behind the other in rows, as FlashMLA has them."""
     head = "heads: {q: 4, kv: 1}\ndims: {qk: 80, v: 64}\ndtype: fp16\nmask: causal\n"

@@ -12,7 +12,7 @@ from attncc.errors import Unsupported
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 
 
-LONG = {"natten_2d", "mla_absorbed", "mla_paged"}
+LONG = {"natten_2d", "mla_absorbed", "mla_fp8_cache", "mla_paged"}
 """Of a fixed length, or of many wide heads, that take the interpreter many minutes; a GPU checks them."""
 
 

@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Final
 
 from attncc.ir.attention import Attention, Call
+from attncc.ir.cache import cached
 from attncc.ir.expr import Expr
 from attncc.ir.primitives import on, pairs_tokens
 from attncc.ir.tile import Param
@@ -262,6 +263,10 @@ def _turns_and_absorbs(c: Chain) -> bool:
     return {"rope", "absorb"} <= {step.name for step in c.steps}
 
 
+def _steps_on_codes(attn: Attention) -> bool:
+    return bool(cached(attn)) and any(not {"k", "v"}.isdisjoint(on(step)) for step in attn.prologue)
+
+
 LIMITS: Final[tuple[tuple[Callable[[Attention], bool], str], ...]] = (
     (_has_unknown_matrix, "absorb by matrices whose sizes are known when compiled"),
     (_uses("smooth"), "all steps but smooth"),
@@ -281,6 +286,10 @@ LIMITS: Final[tuple[tuple[Callable[[Attention], bool], str], ...]] = (
     (_of_each(_absorbs_early), "absorb behind the other steps of its operand"),
     (_of_each(_turns_and_absorbs), "rope or absorb of an operand"),
     (_of_each(lambda c: max(c.widths) > MAX_DIM), f"operands of up to {MAX_DIM} columns"),
-    (lambda a: bool(a.prologue) and bool(a.quantize), "no steps on quantised operands"),
+    (
+        lambda a: bool(a.prologue) and any(z.operand != "cache" for z in a.quantize),
+        "no steps on operands that are quantised then",
+    ),
+    (_steps_on_codes, "steps on queries alone, where keys and values are codes"),
 )
 """What is not carried yet, and what is instead."""

@@ -11,6 +11,7 @@ from typing import Final
 
 from attncc.ir.attention import Attention, Call
 from attncc.ir.build import Builder, column, fresh, lanes, program, quotient, read, remainder, row
+from attncc.ir.cache import cached
 from attncc.ir.expr import Expr, Value, cast_to, const, name
 from attncc.ir.tile import Kernel, Launch, Param, Program, Scratch
 from attncc.ir.widths import axis_size
@@ -72,7 +73,10 @@ LIMITS: Final[tuple[tuple[Callable[[Attention], bool], str], ...]] = (
     (lambda a: any(step.name == "absorb" for step in a.epilogue[:-1]), "absorb behind the other steps"),
     (_absorbs_oddly, "absorb by matrices [Dv, n], or [Hq, Dv, n]"),
     (lambda a: _reads_values(a) and a.page_size > 0, "steps that read no values, where these are in pages"),
-    (lambda a: _reads_values(a) and held(a, "v") is not None, "steps that read no values, where these are quantised"),
+    (
+        lambda a: _reads_values(a) and (held(a, "v") is not None or bool(cached(a))),
+        "steps that read no values, where these are quantised",
+    ),
 )
 """What is not carried yet, and what is instead."""
 
