@@ -29,8 +29,8 @@ class Counts:
     """Inside the innermost loops that multiply matrices."""
     turn: Mapping[str, int]
     """On the shortest way round those loops."""
-    reloads: float
-    """The greatest share that reloads of spilled registers have in the shortest way round one of them."""
+    reloads: tuple[tuple[int, int], ...]
+    """The instructions of the shortest way round each of them, and how many reload spilled registers."""
 
 
 SASS: Final = Dialect(
@@ -105,7 +105,7 @@ def read(text: str, dialect: Dialect) -> Counts:
     loops = _innermost(set(edges), edges, hot)
     main = set[int]().union(*loops)
     turns = [[kinds[i] for i in _shortest_turn(loop, edges)] for loop in loops]
-    reloads = max((turn.count("spill_load") / len(turn) for turn in turns), default=0.0)
+    reloads = tuple((len(turn), turn.count("spill_load")) for turn in turns)
     return Counts(_count(kinds), _count(kinds[i] for i in main), _count(k for turn in turns for k in turn), reloads)
 
 

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -24,7 +25,11 @@ from attncc.device import ARCHITECTURES
 PATIENCE: Final = 120
 """Seconds, for all its configs."""
 FEW: Final = 0.015
-"""The share of a loop's instructions that may reload spilled registers: six words in a turn over a whole tile."""
+"""The share of the main loops' instructions that may reload spilled registers: six words in a turn."""
+SOME: Final = 0.05
+"""The same of the loops over cut tiles, of which a query tile has one or two; they are longer, by the mask."""
+LONGER: Final = 1.15
+"""How much longer than the shortest a loop over whole tiles may be: consumers' copies differ by a few instructions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +90,14 @@ def judge(made: Any) -> Findings:
     reasons = [f"ptxas serialises its products ({note})" for note in re.findall(r"C75\d\d", said.stdout + said.stderr)]
     reasons += [f"ptxas reads UR{u.register} before it is written: {u.instruction}" for u in undefined(text)[:1]]
     reasons += [f"ptxas reads R{u.register} before it is written: {u.instruction}" for u in unwritten(text)[:1]]
-    reasons += ["registers of its loops spill"] * (counts.reloads > FEW)
+    reasons += ["registers of its loops spill"] * spills(counts.reloads)
     return Findings(tuple(dict.fromkeys(reasons)), dict(counts.total), dict(counts.turn), made.metadata.shared)
+
+
+def spills(turns: Sequence[tuple[int, int]]) -> bool:
+    """Whether loops, each of so many instructions and reloads a turn, reload more than is of no account."""
+    shortest = min((count for count, _ in turns), default=0)
+    return any(reloads > count * (FEW if count <= LONGER * shortest else SOME) for count, reloads in turns)
 
 
 def _judge_beside(made: Any) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from attncc import driver, spec
 from attncc.check.run import imported
 from attncc.codegen.engine import as_gluon, print_engine
-from attncc.codegen.gate import Findings, examine
+from attncc.codegen.gate import Findings, examine, spills
 from attncc.codegen.parameters import constants
 from attncc.device import find
 from attncc.errors import CompilerBug
@@ -362,3 +362,17 @@ def test_another_triton_runs_portable_kernels(tmp_path: Path) -> None:
         runner.variant = replace(runner.variant, on_miss="error")
         with pytest.raises(RuntimeError, match="on_miss is 'error'"):
             runner.is_examined()
+
+
+@pytest.mark.parametrize(
+    ("turns", "expected"),
+    [
+        ((), False),
+        (((820, 0), (450, 6), (815, 0), (455, 6)), False),
+        (((820, 0), (450, 7), (815, 0), (455, 0)), True),
+        (((820, 40), (450, 0), (815, 0), (455, 0)), False),
+        (((820, 42), (450, 0), (815, 0), (455, 0)), True),
+    ],
+)
+def test_loops_over_cut_tiles_may_reload_more(turns: tuple[tuple[int, int], ...], expected: bool) -> None:
+    assert spills(turns) == expected
