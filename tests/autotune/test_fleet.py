@@ -168,4 +168,4 @@ def test_wrong_work_is_refused(tmp_path: Path, card: str, trials: int, shape: di
 def test_a_variant_without_a_lowering_is_refused(tmp_path: Path) -> None:
     storage = open_storage(f"journal:{tmp_path / 'trials'}")
     with pytest.raises(Unsupported):
-        submit(storage, ROOT / "examples" / "llama.yaml", [find("nvidia_h200")], 5, [SHAPE])
+        submit(storage, ROOT / "examples" / "nsa.yaml", [find("nvidia_h200")], 5, [SHAPE])

@@ -209,16 +209,12 @@ def test_checked_mode_looks_at_contents(tmp_path: Path) -> None:
     assert said == [wanted for *_, wanted in CONTENTS]
 
 
-ABSORB = 'prologue: ["absorb(w, on=q)"]\ninputs: {w: {shape: [Hq, 8, 48]}}'
-
-
 @pytest.mark.parametrize(
     ("more", "key"),
     [
         ("quantize: {k: int8}", "quantize"),
-        ("quantize: {cache: fp8_e4m3(per=group(16))}", "quantize"),
         ("scale: rsqrt(Sk)", "scale"),
-        (ABSORB, "prologue"),
+        ("prologue: [l2_norm]", "prologue"),
     ],
 )
 def test_what_is_not_carried(more: str, key: str) -> None:

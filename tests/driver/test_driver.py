@@ -160,7 +160,7 @@ def test_what_is_unsupported_has_its_line(line: str, key: str, tmp_path: Path) -
 
 
 QUANTISED = [
-    ("cache: int8", "q, k, v and p, each with a quantizer of its own"),
+    ("cache: int8(smooth=mean)", "caches whose keys have no mean taken off"),
     ("k: nvfp4", "fp8_e4m3, fp8_e5m2, int8"),
     ("p: int4", "fp8_e4m3, fp8_e5m2, int8"),
     ("k: int8(symmetric=false)", "symmetric formats"),

@@ -245,7 +245,9 @@ def _by_groups(b: Builder, attn: Attention, c: Cached, t: QueryTile, head: Expr,
     several = p.width % c.group == 0 and p.column % c.group == 0
     if several and last > first:
         count = p.width // c.group
-        parts = [expand(_at_tokens(y, attn, t, head, first + iota(count)), 2) for y in tensors]
+        read_ = [_at_tokens(y, attn, t, head, first + iota(count)) for y in tensors]
+        texts = [f"{text}{p.suffix(_coded(c))}" for text in _texts(c)]
+        parts = [expand(b.let(text, y, f"[BN, {count}] of groups"), 2) for text, y in zip(texts, read_, strict=True)]
         x = reshape(x, ("BN", count, c.group)) * parts[0]
         x = x + parts[1] if len(parts) > 1 else x
         return reshape(x, ("BN", p.width))
