@@ -78,7 +78,7 @@ def _folded(e: Expr) -> Expr:
     return ew(e.op, *map(_folded, e.args)) if e.op in OPS else e
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.one_of(numbers, conditions))
 def test_folding_keeps_value_and_dtype(e: Expr) -> None:
     names = {
