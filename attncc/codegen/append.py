@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from attncc.codegen.call import bare, dtype_of, opening, operands, tuple_text, width_of
+from attncc.codegen.call import bare, cache_rows, dtype_of, opening, operands, tuple_text, width_of
 from attncc.codegen.host import host_function
 from attncc.codegen.parameters import parameters_name
 from attncc.codegen.source import Writer
 from attncc.codegen.tensors import TORCH_DTYPE, axes_of, size_bounds, strided
-from attncc.ir.appending import is_packed, places, tokens
+from attncc.ir.appending import count, places, room, tokens
 from attncc.ir.attention import Attention, Size
 from attncc.ir.cache import BY_TOKEN, Given, beside, cached, row_axes
 from attncc.ir.tile import Program
@@ -95,13 +95,10 @@ def _axes(attn: Attention) -> dict[str, str]:
     """Where the axes of the tensors of rows are."""
     rows = strided(attn.layout)
     cache = "bshd" if attn.page_size else rows
-    kept = [*operands(attn)[1:], *(x.name for x in beside(attn) if x.name == "k_rope")]
-    return dict.fromkeys((x.name for x in tokens(attn)), rows) | dict.fromkeys(kept, cache)
+    return dict.fromkeys((x.name for x in tokens(attn)), rows) | dict.fromkeys(cache_rows(attn), cache)
 
 
 def _sizes(attn: Attention) -> list[str]:
-    packed = is_packed(attn)
-    room = "Tk" if packed and not attn.page_size else "Sk"
     batch = {"B", "B + 1"} & {axis for x in _tensors(attn) for axis in x.axes}
-    known = [*([attn.size("B")] if batch else []), Size("Tn" if packed else "Sn"), attn.size(room)]
+    known = [*([attn.size("B")] if batch else []), Size(count(attn)), attn.size(room(attn))]
     return [f'"{s.name}": {size_bounds(s)}' for s in known]

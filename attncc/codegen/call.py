@@ -38,6 +38,11 @@ def width_of(attn: Attention, operand: str) -> int:
     return entry_width(attn, operand) if c is None else c.width
 
 
+def cache_rows(attn: Attention) -> tuple[str, ...]:
+    """Names of the tensors whose rows are those of keys."""
+    return (*operands(attn)[1:], *(x.name for x in beside(attn) if x.name == "k_rope"))
+
+
 def dtype_of(attn: Attention, operand: str) -> str:
     """What they are, as the spec names dtypes."""
     c = find(attn, operand)

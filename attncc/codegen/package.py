@@ -10,12 +10,12 @@ from typing import Final
 from attncc.codegen import append as append_module
 from attncc.codegen.call import (
     axes_text,
+    cache_rows,
     dtype_of,
     has_lse,
     indices,
     key_axes,
     opening,
-    operands,
     sentence,
     tuple_text,
     width_of,
@@ -304,11 +304,9 @@ def _operand_axes(attn: Attention, program: Program) -> dict[str, str]:
     named = [p.name for k in program.kernels for p in k.params if p.role == "operand"]
     engine = program.engine
     read = [x for x in (*named, *((*engine.tensors, engine.output) if engine else ())) if x in made]
-    keys = (*operands(attn)[1:], *(x.name for x in beside(attn) if x.name == "k_rope"))
-    given = dict.fromkeys((*keys, "o"), strided(attn.layout))
-    given = {"q": strided(attn.layout)} | given
+    given = dict.fromkeys(("q", *cache_rows(attn), "o"), strided(attn.layout))
     if attn.page_size:
-        given |= dict.fromkeys(keys, "bshd")
+        given |= dict.fromkeys(cache_rows(attn), "bshd")
     return given | dict.fromkeys(read, "bhsd")
 
 

@@ -20,6 +20,16 @@ def is_packed(attn: Attention) -> bool:
     return attn.layout == "varlen"
 
 
+def count(attn: Attention) -> str:
+    """The size that says how many new tokens a call has, of a sequence or of all where they are packed."""
+    return "Tn" if is_packed(attn) else "Sn"
+
+
+def room(attn: Attention) -> str:
+    """The size that says how many tokens there is room for."""
+    return "Tk" if is_packed(attn) and not attn.page_size else "Sk"
+
+
 def finds_sequences(attn: Attention) -> bool:
     """Whether a packed token has to find its sequence: for the pages of that, or for its scales."""
     return is_packed(attn) and (attn.page_size > 0 or any(c.per in ("tensor", "head", "channel") for c in cached(attn)))

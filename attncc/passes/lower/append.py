@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from functools import reduce as fold
 from typing import Final
 
-from attncc.ir.appending import appends, finds_sequences, is_packed, tokens
+from attncc.ir.appending import appends, count, finds_sequences, is_packed, room, tokens
 from attncc.ir.attention import Attention
 from attncc.ir.build import Builder, column, full, iota, program, quotient, read, reduce, remainder, row
 from attncc.ir.cache import Cached, beside, find
 from attncc.ir.expr import Expr, cast_to, const, divide_exactly, eq, ew, maximum, minimum, name, where
 from attncc.ir.tile import Kernel, Launch, Param, Program
 from attncc.passes.lower import storage
-from attncc.passes.lower.cache import CODES, NIBBLES, ROPE
+from attncc.passes.lower.cache import CODES, NIBBLES, ROPE, buffer
 from attncc.passes.lower.grid import cdiv
 from attncc.passes.lower.normalizers import VALUE_DTYPE
 from attncc.passes.lower.quantize import FORMATS, WHOLE_BEYOND
@@ -61,14 +61,13 @@ def program_of(attn: Attention) -> Program | None:
 def _kernel(attn: Attention) -> Kernel:
     rows = _rows(attn)
     b = Builder(_parameters(attn))
-    count = name("Tn" if is_packed(attn) else "Sn")
-    spans, heads = b.let("spans", cdiv(count, rows)), _heads(attn)
+    spans, heads = b.let("spans", _spans(attn)), _heads(attn)
     rest, batch = program(), const(0)
     if not is_packed(attn):
         rest, batch = b.let("rest", quotient(program(), name("B"))), b.let("b", remainder(program(), name("B")))
     begin, number = b.let("begin", remainder(rest, spans) * rows), b.let("number", quotient(rest, spans))
     at = b.let("at", begin + iota(rows), f"[{rows}] tokens")
-    place = _place(b, attn, batch, at, count, rows)
+    place = _place(b, attn, batch, at, rows)
     for text, first, h in zip("kv", (0, heads[0]), heads, strict=False):
         inside = number < first + h if first == 0 else number >= first
         with b.when(inside):
@@ -77,13 +76,13 @@ def _kernel(attn: Attention) -> Kernel:
     sequences = const(1) if is_packed(attn) else name("B")
     doc = "Writes new keys and values into the cache, some tokens of a head a program."
     return Kernel(
-        f"{attn.name}_append", *tidy(b.params.values(), b.body), (), sequences * sum(heads) * spans_of(attn), doc
+        f"{attn.name}_append", *tidy(b.params.values(), b.body), (), sequences * sum(heads) * _spans(attn), doc
     )
 
 
-def spans_of(attn: Attention) -> Expr:
+def _spans(attn: Attention) -> Expr:
     """Programs of a head of a sequence."""
-    return cdiv(name("Tn" if is_packed(attn) else "Sn"), _rows(attn))
+    return cdiv(name(count(attn)), _rows(attn))
 
 
 def _heads(attn: Attention) -> tuple[int, ...]:
@@ -104,27 +103,20 @@ def _parameters(attn: Attention) -> dict[str, Param]:
         out.append(Param(text.upper(), "operand", dtype if c is None else CODES[c.codes], doc="the cache"))
     for x in beside(attn):
         rope = Param(ROPE, "operand", dtype, doc=x.doc)
-        out.append(rope if x.name == ROPE.lower() else Param(f"{x.name}_ptr", "buffer", "f32", len(x.axes), doc=x.doc))
-    packed = is_packed(attn)
-    out.append(Param(POSITIONS, "buffer", "i32", rank=1 if packed else 2, doc="where each token goes"))
+        out.append(rope if x.name == ROPE.lower() else buffer(x))
+    out.append(Param(POSITIONS, "buffer", "i32", rank=1 if is_packed(attn) else 2, doc="where each token goes"))
     out += [SEQUENCES] if finds_sequences(attn) else []
     out += [storage.TABLE] if attn.page_size else []
-    sizes = ("B", "Tn" if packed else "Sn", _room(attn))
-    out += [Param(text, "scalar", "i32") for text in sizes]
+    out += [Param(text, "scalar", "i32") for text in ("B", count(attn), room(attn))]
     return {p.name: p for p in out}
-
-
-def _room(attn: Attention) -> str:
-    """The size that says how many tokens there is room for."""
-    return "Tk" if is_packed(attn) and not attn.page_size else "Sk"
 
 
 # -- where tokens go -----------------------------------------------------------------------------
 
 
-def _place(b: Builder, attn: Attention, batch: Expr, at: Expr, count: Expr, rows: int) -> Place:
+def _place(b: Builder, attn: Attention, batch: Expr, at: Expr, rows: int) -> Place:
     """Binds the sequence of each token, its position, and whether it is stored at all."""
-    packed, there, sequence = is_packed(attn), at < count, batch
+    packed, there, sequence = is_packed(attn), at < name(count(attn)), batch
     if finds_sequences(attn):
         begun = Expr("bucket", (at, name("B") + 1), SEQUENCES.name, "i32", (rows,))
         sequence = b.let("seq", begun - 1, f"[{rows}] the last that begins at a token or before it")
@@ -133,7 +125,7 @@ def _place(b: Builder, attn: Attention, batch: Expr, at: Expr, count: Expr, rows
     positions = b.params[POSITIONS]
     given = read(positions, at, mask=there) if packed else read(positions, batch, at, mask=there)
     position = b.let("position", where(there, given, -1), f"[{rows}]")
-    b.let("kept", (position >= 0) & (position < name(_room(attn))), "tokens without a place are left out")
+    b.let("kept", (position >= 0) & (position < name(room(attn))), "tokens without a place are left out")
     position = b.let("position", maximum(position, 0))
     zero = const(0)
     if not attn.page_size:

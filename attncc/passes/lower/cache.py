@@ -108,10 +108,11 @@ def operand(attn: Attention, which: str, given: Param) -> Param:
 
 def parameters(attn: Attention, rows: Expr) -> tuple[Param, ...]:
     """What is read beside the codes; `rows`: of the keys."""
-    return tuple(_rope(attn, x, rows) if x.name == ROPE.lower() else _buffer(x) for x in beside(attn))
+    return tuple(_rope(attn, x, rows) if x.name == ROPE.lower() else buffer(x) for x in beside(attn))
 
 
-def _buffer(x: Given) -> Param:
+def buffer(x: Given) -> Param:
+    """The parameter of scales or zero points."""
     return Param(f"{x.name}_ptr", "buffer", "f32", rank=len(x.axes), doc=x.doc)
 
 
