@@ -110,6 +110,7 @@ def compile(
     backend: str | None = None,
     tuned: Tuned | None = None,
     aot: Sequence[str | Device] | None = None,
+    cache: Path | None = None,
 ) -> Path:
     """Writes the package of a spec into the directory `out`, and returns its path, out/<name>.
 
@@ -117,7 +118,7 @@ def compile(
     kernels for GPUs: `triton` where none is named, or `tvm`, whose packages need no Triton. CPUs always have TVM's.
     A device of which `tuned` knows nothing gets the default rule. `aot`: NVIDIA GPUs that are targets too, and whose
     cubins of Triton's kernels are put beside them: where these run, a first call compiles nothing, and needs neither
-    Triton nor a compiler.
+    Triton nor a compiler. `cache`: a folder of Triton's, which keeps the engines that are compiled to be examined.
     """
     report = progress or _silent
     loaded = load(source)
@@ -140,7 +141,7 @@ def compile(
 
         known = [tuned(attn, device, name) if tuned else None for device in shares.kernels]
         report("examining engines", 2, 5)
-        files = _allowed(attn, shares.kernels, known, files_of)
+        files = _allowed(attn, shares.kernels, known, files_of, cache)
         if prebuilt:
             report("compiling ahead", 3, 5)
             files = {**files, **_cubins_ahead(files, loaded.attention.name, shares.kernels, prebuilt)}
@@ -155,15 +156,16 @@ def _allowed(
     devices: Sequence[Device],
     known: Sequence[TargetConfigs | None],
     files_of: Callable[[Sequence[TargetConfigs]], Files],
+    cache: Path | None,
 ) -> Files:
     """The files with configs whose engine may run: tuned ones, else those of the default rule, else without it."""
     configs = [k or default_config(attn, device) for k, device in zip(known, devices, strict=True)]
     files = files_of(configs)
-    faults = _faults(files, attn.name, configs)
+    faults = _faults(files, attn.name, configs, cache)
     if faults and any(c.is_tuned and uses_engine(c) for c in configs):
         configs = [_untuned(attn, d, c, faults[0]) for d, c in zip(devices, configs, strict=True)]
         files = files_of(configs)
-        faults = _faults(files, attn.name, configs)
+        faults = _faults(files, attn.name, configs, cache)
     if faults:
         engines = zip(devices, configs, strict=True)
         files = files_of([default_config(attn, d, faults[0]) if uses_engine(c) else c for d, c in engines])
@@ -203,14 +205,14 @@ def _cubins_ahead(
     return made
 
 
-def _faults(files: Files, name: str, configs: Sequence[TargetConfigs]) -> tuple[str, ...]:
+def _faults(files: Files, name: str, configs: Sequence[TargetConfigs], cache: Path | None) -> tuple[str, ...]:
     """Why the engine of a package must not run, by its machine code."""
     if not any(map(uses_engine, configs)):
         return ()
     with tempfile.TemporaryDirectory(prefix="attncc-") as folder:
         package = Path(folder) / name
         _replace_tree(package, files)
-        return examine(package).reasons
+        return examine(package, cache).reasons
 
 
 def lower(attn: Attention) -> tuple[Attention, Program]:

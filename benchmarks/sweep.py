@@ -155,11 +155,11 @@ def measure(
 def trials_of(what: Task, options: Options) -> Iterator[tuple[Path, Trials]]:
     """The package of a task, and the trials of its configs."""
     with tempfile.TemporaryDirectory(prefix="attncc-bench-") as folder:
-        package = driver.compile(replace(what.spec, attention=what.attn), folder, [what.device])
-        cache = Path(folder, "cache")
+        package, cache = Path(folder, what.attn.name), Path(folder, "cache")
         with opened(
             package, what.device, cache, options.compilers, options.seed, options.seconds, options.cold
         ) as trials:
+            driver.compile(replace(what.spec, attention=what.attn), folder, [what.device], cache=cache)
             yield package, trials
 
 

@@ -31,7 +31,7 @@ class ChildDied(AttnccError):
 class Child:
     """Runs `python -m MODULE ARGUMENTS`, which answers each line of JSON on standard input by one on standard output.
 
-    It is started by the first question. Not for several threads at once.
+    It is started by the first question, if not before. Not for several threads at once.
     """
 
     def __init__(self, module: str, arguments: Sequence[str], environment: Mapping[str, str] = {}) -> None:
@@ -46,7 +46,7 @@ class Child:
         Raises:
             ChildDied: if it takes more than `patience` seconds, or the process ends.
         """
-        process = self._started()
+        process = self.start()
         assert process.stdin is not None
         assert process.stdout is not None
         late = threading.Event()
@@ -74,7 +74,8 @@ class Child:
             raise ChildDied("hung", f"no answer within {patience:.0f} s")
         raise ChildDied("crashed", f"the process ended with {_end(code)}{words}")
 
-    def _started(self) -> subprocess.Popen[str]:
+    def start(self) -> subprocess.Popen[str]:
+        """Lets it begin with what it does before any question."""
         if self.process is None:
             self.process = subprocess.Popen(
                 self.command,

@@ -21,6 +21,9 @@ FLOPS_PER_EXP: Final = 256
 """Of the matrix unit, in the time of one exponential: 4096 and 16 a clock on a Hopper multiprocessor."""
 L2_RATE: Final = 2.5
 """Of the cache over the memory."""
+UNSPECIALISED: Final = 0.7
+"""Of the rate of asynchronous products, what kernels reach whose warps all load, multiply and weigh: the best of 36
+configs takes 1.4 times as long as the engine (`benchmarks/results/tuning-compare-nvidia_h200.json`)."""
 LAUNCH_MS: Final = 0.004
 REGISTERS_BESIDE: Final = 56
 """Of a thread, beside accumulators and scores."""
@@ -47,7 +50,8 @@ def predict(attn: Attention, device: Device, shape: Mapping[str, int], config: M
     cut = (tile.rows + tile.keys) / 2 / max(keys, 1) if kept < 1 else 0.0  # masks cut tiles, which are computed whole
     share = min(1.0, kept + cut)
     pairs = tiles * tile.rows * ceil(keys * share / tile.keys) * tile.keys
-    peak = device.bf16_tflops * 1e9  # a millisecond's flops
+    reached = UNSPECIALISED if device.has_wgmma and not config.get("ENGINE") else 1.0
+    peak = device.bf16_tflops * 1e9 * reached  # a millisecond's flops
     products = 2 * pairs * (attn.dims.qk + attn.dims.v) / peak
     exponentials = pairs * FLOPS_PER_EXP / peak
     overlap = 1 - 1 / tile.groups

@@ -1,4 +1,4 @@
-"""How long a call takes: on a GPU by events around single calls, its cache cold or warm; elsewhere by the clock."""
+"""How long a call takes: on a GPU by events around its replays, the cache cold or warm; elsewhere by the clock."""
 
 from __future__ import annotations
 
@@ -30,25 +30,41 @@ def summary(found: Sequence[float]) -> dict[str, Any]:
 
 
 def _by_events(call: Callable[[], Any], device: Device, seconds: float, cold: bool) -> list[float]:
-    """Calls are queued behind a write that takes longer than the host needs for them, so that its time is hidden."""
+    """Calls are replayed from a graph, and queued behind a write: what the host does for them takes no part.
+
+    Compilers of the next configs keep it busy, and short calls would be timed by that.
+    """
     flush = torch.empty(OVER_CACHE * device.l2_bytes, dtype=torch.int8, device="cuda")
-    for _ in range(WARM_UP):
-        call()
+    replay = _captured(call).replay
+    replay()
     torch.cuda.synchronize()
     begin = time.perf_counter()
-    call()
+    replay()
     torch.cuda.synchronize()
     count = _count(seconds, time.perf_counter() - begin)
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
     for start, end in events:
         flush.zero_()
         if not cold:
-            call()
+            replay()
         start.record()
-        call()
+        replay()
         end.record()
     torch.cuda.synchronize()
     return [start.elapsed_time(end) for start, end in events]
+
+
+def _captured(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+    """One call as a graph, after some on the stream that it is captured on."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            call()
+    stream.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        call()
+    return graph
 
 
 def _by_clock(call: Callable[[], Any], device: Device, seconds: float, cold: bool) -> list[float]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -145,17 +147,21 @@ def _difference(got: Tensor, trusted: Tensor) -> str:
 
 
 def _main(folder: Path, device: Device, seed: int) -> None:
-    with imported(folder) as module, torch.no_grad():
-        bench = Bench(folder, module, device, seed)
+    if device.is_gpu:
+        torch.cuda.init()
+    with torch.no_grad(), ExitStack() as stack:
 
-        questions = {
-            f.__name__: f for f in (bench.describe, bench.measure, bench.certify, bench.compare, bench.choices)
-        }
+        @cache
+        def bench() -> Bench:
+            return Bench(folder, stack.enter_context(imported(folder)), device, seed)
+
+        asked = (Bench.describe, Bench.measure, Bench.certify, Bench.compare, Bench.choices)
+        questions = {f.__name__: f for f in asked}
 
         def handle(question: dict[str, Any]) -> Answer:
             ask = questions[question.pop("do")]
             try:
-                found = ask(**question)
+                found = ask(bench(), **question)
                 if device.is_gpu:
                     torch.cuda.synchronize()
             except Exception as error:  # whatever the package or its GPU raises is this trial's outcome

@@ -129,7 +129,10 @@ class Trials:
 def opened(
     package: Path, device: Device, cache: Path, compilers: int, seed: int, seconds: float, cold: bool
 ) -> Iterator[Trials]:
-    """Trials of a package on a device of this machine; `cache` is where compilers and runner meet."""
+    """Trials of a package on a device of this machine; `cache` is where compilers and runner meet.
+
+    The package is read when the first trial asks for it: it may be written while processes start.
+    """
     environment = {"TRITON_CACHE_DIR": str(cache)} | ({} if device.is_gpu else {"TRITON_INTERPRET": "1"})
     arguments = [str(package), device.text]
     runner = Child("attncc.autotune.trial", [*arguments, str(seed)], environment)
@@ -138,6 +141,7 @@ def opened(
     with ExitStack() as stack:
         for child in (runner, *others):
             stack.enter_context(child)
+            child.start()
         trials = Trials(runner, others, seconds, cold)
         try:
             yield trials

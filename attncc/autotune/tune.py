@@ -50,11 +50,11 @@ def tune(
     what = task(source, shapes, device)
     with tempfile.TemporaryDirectory(prefix="attncc-tune-") as folder:
         as_run = replace(what.spec, attention=what.attn, text=document(what.attn))
-        package = driver.compile(as_run, folder, [what.device])
-        cache = Path(folder, "cache")
+        package, cache = Path(folder, what.attn.name), Path(folder, "cache")
         with opened(
             package, what.device, cache, options.compilers, options.seed, options.seconds, options.cold
         ) as trials:
+            driver.compile(as_run, folder, [what.device], cache=cache)  # while the processes of the trials start
             has_engine = (package / "_engine.py").exists()  # it is left out where its machine code is wrong
             run = Run(what, options, store or Store(default_root()), trials, watch, has_engine, begun)
             return run.tune(storage)

@@ -44,13 +44,13 @@ class Findings:
     shared_bytes: int = 0
 
 
-def examine(package: Path) -> Findings:
-    """Compiles the engine of a package on disk, and judges it."""
+def examine(package: Path, cache: Path | None = None) -> Findings:
+    """Compiles the engine of a package on disk, and judges it; `cache` keeps what is compiled, for Triton."""
     try:
         with tempfile.TemporaryDirectory(prefix="attncc-gate-") as scratch:
             child = subprocess.run(
                 [sys.executable, "-m", __spec__.name, str(package)],
-                env=environment(scratch),
+                env=environment(str(cache or scratch)),
                 capture_output=True,
                 text=True,
                 check=False,

@@ -9,6 +9,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
@@ -88,8 +90,10 @@ def _faults(made: Any, few: int | None) -> list[str]:
 
 
 def _main(folder: Path, device: Device) -> None:
-    package = opened(folder, device)
-    answer(lambda question: asdict(judged(package, question["config"], device)))
+    for module in ("torch", "triton"):  # seconds, in which the package may still be on its way
+        import_module(module)
+    package = cache(lambda: opened(folder, device))
+    answer(lambda question: asdict(judged(package(), question["config"], device)))
 
 
 if __name__ == "__main__":

@@ -340,7 +340,7 @@ def test_compile_says_that_nothing_wins(store: list[Record], path: Path, tmp_pat
 
 def test_a_tuned_engine_that_must_not_run_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = iter([Findings(("it spills",)), Findings(())])
-    monkeypatch.setattr("attncc.driver.examine", lambda package: next(found))
+    monkeypatch.setattr("attncc.driver.examine", lambda *where: next(found))
     out = driver.compile(
         spec.loads(SPEC), tmp_path, [H200], tuned=lambda attn, device, program: tuned_configs(attn, tried(), device)
     )

@@ -25,6 +25,7 @@ FILL: Final = Knob(
     "FILL", (528, 264, 1056), "programs that fill the GPU: where shares would be more in all, they are larger"
 )
 
+E_POLY: Final = Knob("E_POLY", (0, 1, 2, 3), "of eight exponentials, how many are polynomials")
 E_GROUP: Final = Knob("E_GROUP", (8, 1, 4, 16), "heads whose keys and values share the L2 cache")
 
 ENGINE_KNOBS: Final = (
@@ -35,7 +36,7 @@ ENGINE_KNOBS: Final = (
     E_GROUP,
     Knob("E_TURNS", (0, 1), "1: consumers issue their products in turn"),
     Knob("E_REGISTERS", (240, 160), "of a consumer's thread"),
-    Knob("E_POLY", (0, 1, 2, 3), "of eight exponentials, how many are polynomials"),
+    E_POLY,
     Knob("E_DRAWN", (1, 0), "1: blocks draw query tiles from a counter; 0: they are dealt out beforehand"),
 )
 
