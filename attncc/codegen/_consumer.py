@@ -176,6 +176,7 @@ def consume(NUMBER: gl.constexpr, O, sinks, places, o_s, mail, bars, args, OWN_R
         s = known + fetch_own(mail, letter + LETTER, CONFIG[9])
         c = s[CONFIG[10]]
         r = variant.rows(row0 + NUMBER * ROWS + gl.arange(0, ROWS, ROW), s, args)
+        r = r + variant.ramp(gl.arange(0, BN, gl.SliceLayout(0, S_LAYOUT)), s, args)
         q_at = (done % Q_STAGES) * CONSUMERS + NUMBER
         q = tiles_of(q_s, q_at)
         mbarrier.wait(q_full.index(q_at), (done // Q_STAGES) & 1)

@@ -219,7 +219,7 @@ def forward(
     BN: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, GROUP: gl.constexpr,
     TURNS: gl.constexpr, REGISTERS: gl.constexpr, POLY: gl.constexpr, DRAWN: gl.constexpr, AGAIN: gl.constexpr,
     MARK_LOST: gl.constexpr, NUMBERS: gl.constexpr, KNOWN: gl.constexpr, FLOATS: gl.constexpr,
-    FACTOR: gl.constexpr, QUERIES: gl.constexpr, KEYS: gl.constexpr, READS_ROWS: gl.constexpr,
+    FACTOR: gl.constexpr, QUERIES: gl.constexpr, KEYS: gl.constexpr, KEEP_ROWS: gl.constexpr,
     READS_KEYS: gl.constexpr, OWN_ROOM: gl.constexpr, HEADS: gl.constexpr, COLUMNS: gl.constexpr,
 ):  # fmt: skip
     """The forward pass.
@@ -239,7 +239,7 @@ def forward(
         NUMBERS, KNOWN, FLOATS: how many numbers the variant knows of a query tile, how many of them it knows before
             there is one, and how many of the others are floats, which stand before integers.
         FACTOR, QUERIES, KEYS: which of them are the factor from scores to units of log 2, and the lengths.
-        READS_ROWS: whether what the variant knows of rows comes from memory, and so is better kept than found again.
+        KEEP_ROWS: whether what the variant knows of rows comes from memory, and so is better kept than found again.
         READS_KEYS: whether score or mask read memory at the keys; if not, the mask ends where they do.
         HEADS: query heads. COLUMNS: of the output.
         OWN_ROOM: whether the output does not leave by way of Q's shared memory, because its pieces or dtype are others.
@@ -271,27 +271,27 @@ def forward(
         gl.warp_specialize([
             (consume, (0, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
                        (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN))),
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN))),
             (consume, (1, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
                        (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN))),
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN))),
             (produce, (maps, counter, lost, places, mail, bars, tiles, args,
                        (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN))),
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN))),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.static_assert(CONSUMERS == 3)
         gl.warp_specialize([
             (consume, (0, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
                        (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN))),
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN))),
             (consume, (1, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
                        (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN))),
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN))),
             (consume, (2, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
                        (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN))),
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN))),
             (produce, (maps, counter, lost, places, mail, bars, tiles, args,
                        (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, READS_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN))),
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN))),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip

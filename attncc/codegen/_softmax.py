@@ -76,11 +76,19 @@ def less_log2_most(m):
 
 
 @gluon.jit
-def softmax(x, m, c, FEW_BITS: gl.constexpr, POLY: gl.constexpr):
-    """Weights of a tile of scores x * c in units of log 2, the new maximum, and what older weights shrink by."""
-    m_new = gl.maximum(m, gl.max(x, 1) * c)
+def softmax(x, shift, m, c, FEW_BITS: gl.constexpr, POLY: gl.constexpr):
+    """Weights of a tile of scores (x + shift) * c in units of log 2, the new maximum, and what older weights shrink by.
+
+    `shift`: nothing, or a number a row.
+    """
+    top = gl.max(x, 1)
+    if len(shift) > 0:
+        top += shift[0]
+    m_new = gl.maximum(m, top * c)
+    base = m_new
+    if len(shift) > 0:
+        base = m_new - shift[0] * c
     if FEW_BITS:
-        p = weights(x * c - less_log2_most(m_new)[:, None], POLY)
-    else:
-        p = weights(x * c - m_new[:, None], POLY)
+        base = less_log2_most(base)
+    p = weights(x * c - base[:, None], POLY)
     return p, exp2(m - m_new), m_new

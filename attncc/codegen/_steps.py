@@ -224,7 +224,7 @@ def shrunk(acc, alpha, FEW_BITS: gl.constexpr):
 
 @gluon.jit
 def masked_scores(qk, n, beside, r, s, args, LAYOUT: gl.constexpr, CONFIG):
-    """Scores of the tile of keys from n on, -inf for pairs that the mask hides, or the sequence's end."""
+    """Scores of the tile of keys from n on, -inf for pairs that the mask hides, or the sequence's end; their shift."""
     BN: gl.constexpr = CONFIG[0]
     j = n + gl.arange(0, BN, gl.SliceLayout(0, LAYOUT))
     if CONFIG[14]:  # reads stay inside, even of no keys at all; `keep` knows of no end then
@@ -233,7 +233,7 @@ def masked_scores(qk, n, beside, r, s, args, LAYOUT: gl.constexpr, CONFIG):
         kept = inside[None, :] & variant.keep(j, r, s, args)
     else:
         kept = variant.keep(j, r, s, args)
-    return gl.where(kept, variant.score(qk, beside, j, r, s, args), float("-inf"))
+    return gl.where(kept, variant.score(qk, beside, j, r, s, args), float("-inf")), variant.shift(n, r, s, args)
 
 
 @gluon.jit
@@ -249,8 +249,9 @@ def cut_scores(qk, t, beside, mail, letter, known, r, args, NUMBER: gl.constexpr
 @gluon.jit
 def whole_scores(qk, t, beside, r, s, args, LAYOUT: gl.constexpr, CONFIG):
     """Scores of whole tile t, which neither mask nor end is asked about."""
-    columns = gl.arange(0, CONFIG[0], gl.SliceLayout(0, LAYOUT))
-    return variant.score(qk, beside, variant.whole(t, s, args, CONFIG[0]) + columns, r, s, args)
+    n = variant.whole(t, s, args, CONFIG[0])
+    j = n + gl.arange(0, CONFIG[0], gl.SliceLayout(0, LAYOUT))
+    return variant.score(qk, beside, j, r, s, args), variant.shift(n, r, s, args)
 
 
 @gluon.jit
@@ -272,12 +273,12 @@ def fill(q, cuts, read, places, bars, c, r, s, args, NUMBER: gl.constexpr, S_LAY
     mbarrier.arrive(k_empty.index(slot), count=1)
     beside = read_beside(places, bars, read, NUMBER, S_LAYOUT)
     if cuts > 0:  # a branch keeps ptxas from asking the mask before the product is there, and packing the answers
-        x = masked_scores(qk, variant.cut(0, s, args, CONFIG[0]), beside, r, s, args, S_LAYOUT, CONFIG)
+        x, shift = masked_scores(qk, variant.cut(0, s, args, CONFIG[0]), beside, r, s, args, S_LAYOUT, CONFIG)
     else:
-        x = whole_scores(qk, 0, beside, r, s, args, S_LAYOUT, CONFIG)
+        x, shift = whole_scores(qk, 0, beside, r, s, args, S_LAYOUT, CONFIG)
     FEW_BITS: gl.constexpr = few_bits(k_s[0].dtype)
     m = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, S_LAYOUT))
-    p, alpha, m = softmax(x, m, c, FEW_BITS, CONFIG[17])
+    p, alpha, m = softmax(x, shift, m, c, FEW_BITS, CONFIG[17])
     late = ()
     if FEW_BITS:
         late = (alpha,)
@@ -311,10 +312,10 @@ def overlap(
     mbarrier.arrive(k_empty.index(slot), count=1)
     beside = read_beside(places, bars, read, NUMBER, S_LAYOUT)
     if IS_CUT:
-        x = cut_scores(qk, t, beside, mail, letter, known, r, args, NUMBER, S_LAYOUT, CONFIG)
+        x, shift = cut_scores(qk, t, beside, mail, letter, known, r, args, NUMBER, S_LAYOUT, CONFIG)
     else:
-        x = whole_scores(qk, t, beside, r, s, args, S_LAYOUT, CONFIG)
-    new, alpha, m = softmax(x, m, c, FEW_BITS, CONFIG[17])
+        x, shift = whole_scores(qk, t, beside, r, s, args, S_LAYOUT, CONFIG)
+    new, alpha, m = softmax(x, shift, m, c, FEW_BITS, CONFIG[17])
     l = l * per_lane(alpha, l) + lane_sum(new)
     got = arrived(acc_sent)
     # not before: what the next product reads must not be written while this one runs

@@ -19,11 +19,14 @@ ROLES: Final[Mapping[str, tuple[str, ...]]] = {
     "whole": ("t", "s", "args", "BN"),
     "beside": ("n", "row0", "at", "args"),
     "rows": ("rows", "s", "args"),
+    "ramp": ("u", "s", "args"),
+    "shift": ("n", "r", "s", "args"),
     "score": ("qk", "beside", "j", "r", "s", "args"),
     "keep": ("j", "r", "s", "args"),
     "finish": ("m", "total", "r", "s", "args"),
 }
-"""What each function is given: `at` tells where a query tile is, `s` is the tile's tuple, `r` that of its rows."""
+"""What each function is given: `at` tells where a query tile is, `s` is the tile's tuple, `r` that of its rows and of
+the ramp along key tiles; `u` counts the keys of one."""
 APPROXIMATE: Final = {"tanh": "tanh_approx"}
 """Helpers by which a GPU computes faster than to the last bit; it makes 0.015 of a logit where a softcap is 30."""
 CONSTANTS: Final = frozenset({"BM", "BN", "GROUP", "AGAIN"})
@@ -106,7 +109,7 @@ def _results(engine: Engine, f: Function) -> str:
         case "walk":
             own = len(texts) - len(engine.tile)
             return f"{', '.join(texts[:own])}, ({', '.join(texts[own:])})"
-        case "rows" | "known":
+        case "rows" | "known" | "ramp" | "shift":
             return f"({', '.join(texts)}{',' * (len(texts) == 1)})"
         case _:
             return ", ".join(texts)

@@ -108,7 +108,7 @@ def constants(attn: Attention, engine: Engine) -> dict[str, int]:
         "FACTOR": at["c"],
         "QUERIES": at["Sq"],
         "KEYS": at["Sk"],
-        "READS_ROWS": int("rows" in reading),
+        "KEEP_ROWS": int("rows" in reading or any(f.results for f in engine.functions if f.name == "ramp")),
         "READS_KEYS": int(bool({"score", "keep"} & reading)),
         "OWN_ROOM": int(engine.turned or engine.v != engine.qk[: len(engine.v)]),
         "HEADS": attn.heads.q,

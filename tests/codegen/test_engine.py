@@ -75,7 +75,7 @@ def functions(body: str) -> Any:
     made = engine(attn)
     numpy = SimpleNamespace(
         constexpr=int, minimum=np.minimum, maximum=np.maximum, where=np.where, log2=np.log2, exp2=np.exp2, load=load,
-        int64=np.int64,
+        int64=np.int64, float32=np.float32, cast=lambda x, dtype: dtype(x),
     )  # fmt: skip
     scope: dict[str, Any] = {"gl": numpy, "gluon": SimpleNamespace(jit=lambda f: f)}
     exec("\n".join(print_engine(made)), scope)
@@ -228,6 +228,31 @@ def test_scores() -> None:
     np.testing.assert_allclose(v.score(qk, 0, j, r, s, args) * s[v.factor], want, rtol=1e-6)
 
 
+@pytest.mark.parametrize("more", ["", " + where(j < i - 40, 2.0, 1.0)", " + 0.5 * i"])
+def test_a_line_along_the_keys_is_a_ramp_and_a_shift(more: str) -> None:
+    """ALiBi's penalty costs an addition a pair; what a row adds, and where a tile begins, is left to the maximum."""
+    v = functions(f"{PLAIN}score: qk * scale - exp2(-8 * (h + 1) / Hq) * (i - j){more}\nmask: causal")
+    args = (2, 300, 400, 0.25)
+    _, _, s = v.walk((1, 3, 1, 128), args, 128, 128)
+    n, u = 130, np.arange(128).view(Float)
+    rows = (128 + np.arange(128)).view(Float)
+    r = (*v.rows(rows, s, args), *v.ramp(u, s, args))
+    (shift,) = v.shift(n, r, s, args)
+    qk = np.random.default_rng(0).standard_normal((128, 128))
+    i, j = 128 + np.arange(128)[:, None] + 100, n + np.arange(128)
+    want = qk * 0.25 - 2.0 ** -(8 * 4 / 6) * (i - j)
+    want += np.where(j < i - 40, 2.0, 1.0) if "where" in more else 0.5 * i if more else 0.0
+    got = (v.score(qk, 0, np.asarray(j), r, s, args) + np.asarray(shift)[:, None]) * s[v.factor]
+    np.testing.assert_allclose(got, want * np.log2(np.e), rtol=1e-5, atol=1e-4)
+
+
+def test_scores_without_a_line_have_no_shift() -> None:
+    v = functions(f"{PLAIN}mask: causal")
+    _, _, s = v.walk((1, 3, 1, 128), (2, 300, 400, 0.25), 128, 128)
+    assert v.ramp(np.arange(128), s, (2, 300, 400, 0.25)) == ()
+    assert v.shift(0, (), s, (2, 300, 400, 0.25)) == ()
+
+
 def test_scores_that_read_the_row_itself(tmp_path: Path) -> None:
     body = f"{PLAIN}inputs: {{w: {{shape: [Hq, Sq, Sk], dtype: fp16}}}}\nscore: qk * scale + w[h, row, j]\nmask: causal"
     out = driver.compile(spec.loads(f"attncc: 1\nname: by_row\n{body}\n"), tmp_path, ["sm_90"])
@@ -323,7 +348,7 @@ def test_only_elementwise_code_becomes_gluon() -> None:
 def test_engines_pass_the_gate(body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No product is serialised, nothing is read undefined, and the main loop keeps to its registers."""
     seen: list[Findings] = []
-    monkeypatch.setattr("attncc.driver.examine", lambda package: seen.append(examine(package)) or seen[-1])
+    monkeypatch.setattr("attncc.driver.examine", lambda *where: seen.append(examine(*where)) or seen[-1])
     out = driver.compile(spec.loads(f"attncc: 1\nname: gated\n{body}\n"), tmp_path, ["sm_90"])
     assert (out / "_hopper.py").exists()
     (found,) = seen
@@ -334,7 +359,7 @@ def test_engines_pass_the_gate(body: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_an_engine_that_fails_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attncc.driver.examine", lambda package: Findings(("it reads what nothing wrote",)))
+    monkeypatch.setattr("attncc.driver.examine", lambda *where: Findings(("it reads what nothing wrote",)))
     out = driver.compile(spec.loads(f"attncc: 1\nname: left_out\n{PLAIN}\n"), tmp_path, ["sm_90"])
     assert not (out / "_hopper.py").exists()
     config = (out / "configs" / "sm_90.py").read_text()

@@ -139,7 +139,7 @@ def turned(out: Path, v: torch.Tensor) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(("dim", "keys"), [(128, 300), (40, 128), (64, 1)])
 def test_values_are_turned(dim: int, keys: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = spec.loads(f"attncc: 1\nname: turned_{dim}\n{HEADS}dims: {dim}\ndtype: fp16\n{FP8}\n")
-    monkeypatch.setattr("attncc.driver.examine", lambda package: Findings(()))
+    monkeypatch.setattr("attncc.driver.examine", lambda *where: Findings(()))
     out = driver.compile(loaded, tmp_path, ["sm_90", "interpreter"])
     v = normal(2, 2, keys, dim, dtype=torch.float16)
     made = turned(out, v)

@@ -18,13 +18,14 @@ from attncc.ir.expr import TRUE, Expr, Value, broadcast, cast_to, const, eq, ew,
 from attncc.ir.factors import fold_constants, split_multiplier
 from attncc.ir.rewrite import names, transform, walk
 from attncc.ir.tile import Function, Param
-from attncc.passes.lower import cache, classify, quantize, skew, storage
+from attncc.passes.lower import cache, classify, quantize, skew, slope, storage
 from attncc.passes.lower.chains import source
 from attncc.passes.lower.grid import QueryTile, is_varlen
 from attncc.passes.lower.normalizers import LOG2E, VALUE_DTYPE, Rule, Tile
 from attncc.passes.lower.pieces import Piece
-from attncc.passes.lower.scores import Scope, hoist, regroup
+from attncc.passes.lower.scores import Scope, hoist, regroup, share_reads
 from attncc.passes.lower.skew import Diagonal
+from attncc.passes.lower.slope import Sloped
 from attncc.passes.lower.walk import Runs, for_each_tile, key_tiles_of
 
 MASKED: Final = name("MASKED", "bool")
@@ -49,6 +50,8 @@ class Formulas:
     """Reads of skewed copies, by their names."""
     scope: Scope
     """Rows as columns: what is bound in it broadcasts to [BM, BN]."""
+    sloped: Sloped | None = None
+    """Terms of the score that are linear in the key, where they are told apart; `score` then lacks them."""
 
 
 def writes_lse(attn: Attention) -> bool:
@@ -63,8 +66,10 @@ def begin(b: Builder, attn: Attention, rule: Rule) -> None:
         b.let("acc" + p.suffix(values), full(("BM", p.width), 0.0), f"[BM, {p.width}]")
 
 
-def formulas_of(b: Builder, attn: Attention, t: QueryTile, rule: Rule, skewed: bool = True) -> Formulas:
-    """Binds what no key moves. `skewed`: reads along diagonals are of skewed copies."""
+def formulas_of(
+    b: Builder, attn: Attention, t: QueryTile, rule: Rule, skewed: bool = True, sloped: bool = False
+) -> Formulas:
+    """Binds what no key moves. `skewed`: reads along diagonals are of skewed copies; `sloped`: lines are told apart."""
     part = attn.part
     cache.bind(b, attn, t, {"k": t.scope.values["hk"], "v": value_head(attn, t)})
     moving = {text: t.scope.values[text] for text in ("i", "row", "h")}
@@ -74,9 +79,14 @@ def formulas_of(b: Builder, attn: Attention, t: QueryTile, rule: Rule, skewed: b
     c = t.scope.bind(fold_constants(multiplier * LOG2E) if rule.exponential else multiplier)
     if c.value is None:
         c = b.let("c", c, "to units of log 2" if rule.exponential else "")
-    score = hoist(b, score, t.scope, "score")
+    found = slope.split(score) if sloped else None
+    if found is not None:
+        line = hoist(b, found.line, t.scope, "line")
+        slope_ = b.let(b.fresh("slope"), share_reads(b, fold_constants(found.slope), t.scope))
+        found = Sloped(hoist(b, found.rest, t.scope, "score"), line, slope_)
+    score = hoist(b, score, t.scope, "score") if found is None else found.rest
     mask = hoist(b, part.mask, t.scope, "mask")
-    return Formulas(score, c, mask, {d.name: d for d in diagonals}, columns)
+    return Formulas(score, c, mask, {d.name: d for d in diagonals}, columns, found)
 
 
 Visit = Callable[[Expr], None]

@@ -13,8 +13,8 @@ from typing import Final
 
 from attncc.ir.attention import Attention
 from attncc.ir.build import Builder, function, quotient, read, row
-from attncc.ir.expr import FLOATS, Expr, const, eq, maximum, name, where
-from attncc.ir.rewrite import names, substitute, walk
+from attncc.ir.expr import FLOATS, Expr, cast_to, const, eq, maximum, name, where
+from attncc.ir.rewrite import names, substitute, transform, walk
 from attncc.ir.tile import (
     Engine,
     Function,
@@ -51,7 +51,7 @@ from attncc.passes.lower.grid import (
     size_parameters,
     split_head,
 )
-from attncc.passes.lower.knobs import ENGINE_KNOBS
+from attncc.passes.lower.knobs import E_POLY, ENGINE_KNOBS
 from attncc.passes.lower.normalizers import TOTAL, M, Rule, rule_of
 from attncc.passes.lower.pieces import pieces
 from attncc.passes.lower.scores import input_param, share_reads
@@ -69,6 +69,7 @@ WIDEST_QUANTISED: Final = 128
 """Their values take accumulators twice: wgmma's own keep some 14 bits, sums of them are ours."""
 FIXED: Final = (name("c", "f32"), name("Sq"), name("Sk"))
 """What the engine itself reads of a tile: the factor from scores to units of log 2, how many queries, how many keys."""
+RAMP: Final = name("ramp", "f32", ("BN",))
 DENSE_AT: Final = ("b", "h", "number", "row0")
 """What tells where a query tile is."""
 
@@ -102,7 +103,8 @@ def accelerated(attn: Attention, program: Program) -> Program:
     """The program with the engine beside its kernels, where it carries the variant."""
     if why := gap(attn):
         return replace(program, engine_gap=why)
-    knobs = tuple(replace(k, choices=(0,)) if k.name == "E_POLY" and is_exact(attn) else k for k in ENGINE_KNOBS)
+    plain = not has_polynomials(attn)
+    knobs = tuple(replace(k, choices=(0,)) if k == E_POLY and plain else k for k in ENGINE_KNOBS)
     made = replace(engine(attn), replaces=(program.kernels[-1].name,), knobs=knobs)
     q, k, v = (source(attn, x).lower() for x in "qkv")
     made = replace(made, tensors=(q, k, v), output=output(attn).lower())
@@ -143,23 +145,26 @@ def engine(attn: Attention) -> Engine:
     t = at_packed_row(b, attn) if is_varlen(attn) else at_row(b, attn, *map(name, DENSE_AT))
     quantize.bind_unit(b, attn, t.batch, {"q": t.h, "k": t.scope.values["hk"]})
     quantize.bind_ends(b, attn, t.batch, t.key_head(attn, attn.heads.v))
-    formulas = formulas_of(b, attn, t, rule)
+    formulas = formulas_of(b, attn, t, rule, sloped=True)
     if formulas.c != FIXED[0]:
         b.let("c", formulas.c, "to units of log 2")
     cut, whole = _walk(b, attn, t)
 
     score, keep, finish = _score(b, formulas), _keep(b, formulas), _finish(b, attn, t, rule)
+    ramp, shift = _ramp(b, formulas), _shift(b, formulas)
     if not (reads_memory(score) or reads_memory(keep)):
         keep = _keep(b, replace(formulas, mask=with_end(formulas.mask)), "")
     of_tile, of_rows = _parted(b.body)
-    wanted = {*_parameters((score, keep, finish))}
+    wanted = {*_parameters((score, keep, finish, shift))}
     given = name("rows", "i32", ("BM",))
     shaped = [e for e in (given, *_bound(of_rows)) if str(e.attr) in wanted] or [given]
     rows = _function("rows", b, of_rows, shaped, "What the formulas know of rows, [rows] or [rows, 1] each.")
     place = _place(attn)
     at = place.results[: len(PACKED_AT if is_varlen(attn) else DENSE_AT)]
     numbers = {str(e.attr): e for e in (*at, *_bound(of_tile), *FIXED)}
-    used = dict.fromkeys((*(str(e.attr) for e in FIXED), *_parameters((rows, score, keep, finish, cut, whole))))
+    used = dict.fromkeys(
+        (*(str(e.attr) for e in FIXED), *_parameters((rows, score, keep, finish, cut, whole, ramp, shift)))
+    )
     own = [numbers[text] for text in used if text in numbers]
     known = _known(of_tile, own, {p.name for p in params})
     tile = (*known, *(e for e in own if e not in known and e.dtype in FLOATS))
@@ -167,7 +172,7 @@ def engine(attn: Attention) -> Engine:
     assert all(e.dtype in ("i32", "f32") for e in tile), tile
     walk_ = _function("walk", b, of_tile, [name("cuts"), name("wholes"), *tile], WALK)
     known_ = _function("known", b, of_tile, known, "What is known before any query tile is.")
-    functions = (known_, place, walk_, cut, whole, _beside(attn, diagonals), rows, score, keep, finish)
+    functions = (known_, place, walk_, cut, whole, _beside(attn, diagonals), rows, ramp, shift, score, keep, finish)
     return Engine(
         NAME,
         (),
@@ -176,7 +181,7 @@ def engine(attn: Attention) -> Engine:
         known,
         at,
         tile,
-        tuple(shaped),
+        (*shaped, *ramp.results),
         tuple(p.width for p in pieces(attn.dims.qk, PIECES)),
         tuple(p.width for p in pieces(attn.dims.v, PIECES)),
         substitute(programs(attn), {"BM": name("E_CONSUMERS") * ROWS}),
@@ -207,6 +212,14 @@ def _bounds(attn: Attention) -> Iterator[Expr]:
 def is_exact(attn: Attention) -> bool:
     """Whether exponentials are the GPU's own, and tanh is made of them."""
     return attn.numerics.exp == "exact"
+
+
+def has_polynomials(attn: Attention) -> bool:
+    """Whether exponentials may be polynomials: they pay where products are of few bits, and so twice as fast.
+
+    Of 16 bits they cost 3 to 7 % for each eighth (`benchmarks/results/polynomial-nvidia_h200.json`).
+    """
+    return bool(attn.quantize) and not is_exact(attn)
 
 
 def _formats(attn: Attention) -> dict[str, str]:
@@ -307,8 +320,31 @@ def _score(b: Builder, formulas: Formulas) -> Function:
     qk = name("qk", "f32", ("BM", "BN"))
     scope = formulas.scope.with_(j=row(name("j", "i32", ("BN",))))
     score = read_early(inner, formulas, scope, lambda d: name("beside", d.dtype, ("BM", "BN")))
-    inner.let("x", scope.with_(qk=qk).bind(score), "[rows, BN]")
+    score = scope.with_(qk=qk).bind(score)
+    inner.let("x", score if formulas.sloped is None else score + row(RAMP), "[rows, BN]")
     return function("score", inner, [name("x", "f32", ("BM", "BN"))], (), "Scores of products, but for the factor c.")
+
+
+def _ramp(b: Builder, formulas: Formulas) -> Function:
+    inner = Builder(b.params)
+    found: list[Expr] = []
+    if formulas.sloped is not None:
+        found = [inner.let("ramp", formulas.sloped.slope * cast_to(name("u", "i32", ("BN",)), "f32"), "[BN]")]
+    return function("ramp", inner, found, (), "What scores grow by along a key tile, if they do so alike for all.")
+
+
+def _shift(b: Builder, formulas: Formulas) -> Function:
+    """A line's own height where a tile begins: it moves a row's maximum, and no weight."""
+
+    def without_columns(e: Expr) -> Expr | None:
+        return e.args[0] if e.op == "expand" else None
+
+    inner = Builder(b.params)
+    found: list[Expr] = []
+    if formulas.sloped is not None:
+        line = transform(formulas.scope.with_(j=name("n")).bind(formulas.sloped.line), without_columns)
+        found = [inner.let("shift", line)]
+    return function("shift", inner, found, (), "What scores of the key tile from n on have beside in a row.")
 
 
 def _keep(b: Builder, formulas: Formulas, but: str = "; keys behind the last aside") -> Function:
