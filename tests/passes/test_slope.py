@@ -1,4 +1,4 @@
-"""What of a score is linear in the key, told apart: the parts make the score again, and the slope is what it moves by."""
+"""What of a score is linear in the key, told apart: the parts make the score, and the slope is what it moves by."""
 
 from __future__ import annotations
 
