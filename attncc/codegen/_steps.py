@@ -243,7 +243,11 @@ def cut_scores(qk, t, beside, mail, letter, known, r, args, NUMBER: gl.constexpr
     if not CONFIG[13]:
         rows = fetch(mail, letter + 2) + NUMBER * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
         r = variant.rows(rows, s, args)
-    return masked_scores(qk, variant.cut(t, s, args, CONFIG[0]), beside, r, s, args, LAYOUT, CONFIG)
+    if s[CONFIG[12]] > 0:  # a branch, which keeps ptxas from asking the mask before the product is there
+        x, shift = masked_scores(qk, variant.cut(t, s, args, CONFIG[0]), beside, r, s, args, LAYOUT, CONFIG)
+    else:
+        x, shift = qk + float("-inf"), variant.shift(0, r, s, args)
+    return x, shift
 
 
 @gluon.jit

@@ -30,7 +30,7 @@ class Counts:
     turn: Mapping[str, int]
     """On the shortest way round those loops."""
     reloads: tuple[tuple[int, int], ...]
-    """The instructions of the shortest way round each of them, and how many reload spilled registers."""
+    """The instructions of each of them, on all ways, and how many reload spilled registers."""
 
 
 SASS: Final = Dialect(
@@ -105,7 +105,7 @@ def read(text: str, dialect: Dialect) -> Counts:
     loops = _innermost(set(edges), edges, hot)
     main = set[int]().union(*loops)
     turns = [[kinds[i] for i in _shortest_turn(loop, edges)] for loop in loops]
-    reloads = tuple((len(turn), turn.count("spill_load")) for turn in turns)
+    reloads = tuple((len(loop), sum(kinds[i] == "spill_load" for i in loop)) for loop in loops)
     return Counts(_count(kinds), _count(kinds[i] for i in main), _count(k for turn in turns for k in turn), reloads)
 
 
