@@ -73,11 +73,14 @@ def _know_blocks() -> None:
 
 
 def _know_dtypes(interpreter: Any) -> None:
-    """What NumPy calls a dtype, and in which dtype two of them meet."""
+    """What NumPy calls a dtype, in which dtype two of them meet, and that values of one type need no such talk."""
+    from triton.language import core
     from triton.language.semantic import TritonSemantic
 
     named: Any = interpreter._get_np_dtype
     met: Any = TritonSemantic.computation_type_impl
+    checked: Any = TritonSemantic.binary_op_type_checking_impl
+    equal: Any = core.dtype.__eq__
     names: dict[str, Any] = {}
     meetings: dict[tuple[Any, ...], Any] = {}
 
@@ -93,5 +96,13 @@ def _know_dtypes(interpreter: Any) -> None:
             meetings[key] = met(self, a, a_is_scalar, b, b_is_scalar, div_or_mod)
         return meetings[key]
 
+    def check(self: Any, a: Any, b: Any, *flags: bool, **more: bool) -> Any:
+        if type(a) is type(b) is core.tensor and a.dtype is b.dtype and a.shape is b.shape:
+            if not (more or flags[3:]) and not a.dtype.is_ptr():  # a quotient may be of another type
+                return a, b
+        return checked(self, a, b, *flags, **more)
+
     interpreter._get_np_dtype = name
     TritonSemantic.computation_type_impl = meet
+    TritonSemantic.binary_op_type_checking_impl = check
+    core.dtype.__eq__ = lambda self, other: self is other or equal(self, other)
