@@ -97,9 +97,9 @@ def _know_dtypes(interpreter: Any) -> None:
         return meetings[key]
 
     def check(self: Any, a: Any, b: Any, *flags: bool, **more: bool) -> Any:
-        if type(a) is type(b) is core.tensor and a.dtype is b.dtype and a.shape is b.shape:
-            if not (more or flags[3:]) and not a.dtype.is_ptr():  # a quotient may be of another type
-                return a, b
+        alike = type(a) is type(b) is core.tensor and a.dtype is b.dtype and a.shape is b.shape
+        if alike and not (more or flags[3:] or a.dtype.is_ptr()):  # a quotient may be of another type
+            return a, b
         return checked(self, a, b, *flags, **more)
 
     interpreter._get_np_dtype = name
