@@ -11,6 +11,7 @@ import pytest
 import torch
 from codegen.emitted import normal, package
 
+pytestmark = pytest.mark.newest
 PLAIN = """
 import sys
 import torch
