@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 from autotune.postgres import pg_ctl
@@ -12,7 +13,7 @@ from golden import TESTS, Golden
 from hypothesis import HealthCheck, settings
 from interpreter import hurry
 
-from attncc.codegen.gate import Findings
+from attncc.codegen.gate import Findings, examine
 
 PATIENT = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}  # of machines that others use, too
 settings.register_profile("here", **PATIENT)
@@ -50,11 +51,19 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-@pytest.fixture(autouse=True)
-def engines_pass(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def engines_pass() -> Iterator[None]:
     """Compiling every engine takes seconds each: tests that are about that say so by the mark `gate`."""
-    if not request.node.get_closest_marker("gate"):
-        monkeypatch.setattr("attncc.driver.examine", lambda *where: Findings(()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("attncc.driver.examine", lambda *where: Findings(()))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def engines_are_examined(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a test is marked so."""
+    if request.node.get_closest_marker("gate"):
+        monkeypatch.setattr("attncc.driver.examine", examine)
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ It runs in a process of its own, for it takes the place of Triton's driver.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -75,23 +77,29 @@ def environment(scratch: str) -> dict[str, str]:
 # -- inside the child ----------------------------------------------------------------------------
 
 
-def judge(made: Any) -> Findings:
-    """What is to be said of a compiled engine."""
-    ptxas = import_module("triton.backends.nvidia.compiler").get_ptxas(90).path
-    with tempfile.TemporaryDirectory(prefix="attncc-gate-") as folder:
-        ptx = Path(folder, "engine.ptx")
-        ptx.write_text(made.asm["ptx"])
-        command = [ptxas, "-v", "-arch=sm_90a", str(ptx), "-o", os.devnull]
-        said = subprocess.run(command, capture_output=True, text=True, check=False)
-        if said.returncode:
-            raise RuntimeError(said.stderr)
+def judge(made: Any, said: str = "") -> Findings:
+    """What is to be said of a compiled engine; `said` is what ptxas did, who is asked again where nobody listened."""
     text = disassembled(made)
     counts = assembly.read(text, assembly.SASS)
-    reasons = [f"ptxas serialises its products ({note})" for note in re.findall(r"C75\d\d", said.stdout + said.stderr)]
+    notes = re.findall(r"C75\d\d", said or _asked_again(made.asm["ptx"]))
+    reasons = [f"ptxas serialises its products ({note})" for note in notes]
     reasons += [f"ptxas reads UR{u.register} before it is written: {u.instruction}" for u in undefined(text)[:1]]
     reasons += [f"ptxas reads R{u.register} before it is written: {u.instruction}" for u in unwritten(text)[:1]]
     reasons += ["registers of its loops spill"] * spills(counts.reloads)
     return Findings(tuple(dict.fromkeys(reasons)), dict(counts.total), dict(counts.turn), made.metadata.shared)
+
+
+def _asked_again(ptx: str) -> str:
+    """What ptxas says of an engine."""
+    ptxas = import_module("triton.backends.nvidia.compiler").get_ptxas(90).path
+    with tempfile.TemporaryDirectory(prefix="attncc-gate-") as folder:
+        file = Path(folder, "engine.ptx")
+        file.write_text(ptx)
+        command = [ptxas, "-v", "-arch=sm_90a", str(file), "-o", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, check=False)
+    if said.returncode:
+        raise RuntimeError(said.stderr)
+    return said.stdout + said.stderr
 
 
 def spills(turns: Sequence[tuple[int, int]]) -> bool:
@@ -108,10 +116,15 @@ def _judge_beside(made: Any) -> tuple[str, ...]:
 
 def _main(folder: Path) -> None:
     package = opened(folder, ARCHITECTURES["sm_90"])
+    import_module("triton").knobs.nvidia.dump_ptxas_log = True
     found: list[Findings] = []
     for config in _engine_configs(package):
-        engine, *others = compiled(package, config)
-        judged = judge(engine)
+        kernels = compiled(package, config)
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            engine = next(kernels)
+            log = said.getvalue()
+            others = [*kernels]
+        judged = judge(engine, log)
         beside = tuple(reason for x in others for reason in _judge_beside(x))
         found.append(replace(judged, reasons=(*judged.reasons, *beside)))
     reasons = tuple(dict.fromkeys(reason for f in found for reason in f.reasons))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from carried import carried
 
 from attncc import driver
 from attncc.autotune.model import predict, tile_of
@@ -12,7 +13,7 @@ from attncc.device import A100, B200, H100, H200, INTERPRETER, MI300X, Device
 from attncc.ir.attention import Attention
 from attncc.passes.lower.defaults import default_configs
 
-CARRIED = [s.file for s in driver.systems() if "triton: forward" in s.lowerings]
+CARRIED = [path.name for path in carried("triton: forward")]
 SOME = CARRIED[::4]
 LONG = {"B": 1, "Sq": 16384, "Sk": 16384}
 FEW = {"B": 1, "Sq": 1, "Sk": 65536}

@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
 from attncc import driver, spec
+from attncc.autotune import trials as trials_module
+from attncc.autotune.child import Child
 from attncc.autotune.trials import Trials, opened
 from attncc.autotune.verify import verify
 from attncc.device import INTERPRETER
 from attncc.errors import SpecError, TuneError
 
 BODY = "attncc: 1\nname: tried\nheads: 1\ndims: 16\ndtype: fp16\nmask: causal\n"
+HURRIED = Path(__file__).with_name("hurried.py")
 SHAPE = {"B": 1, "Sq": 48, "Sk": 48}
 CONFIG = {
     "BM": 64, "BN": 64, "GROUP": 8, "ONE_PASS": 0, "TMA": 0, "SPLIT": 0, "FILL": 4, "num_warps": 4, "num_stages": 1,
     "maxnreg": 0,
 }  # fmt: skip
+
+
+@contextmanager
+def hurried() -> Iterator[None]:
+    """Children made meanwhile interpret as this process does, without what costs most of the time."""
+
+    def child(module: str, arguments: Sequence[str], environment: Mapping[str, str]) -> Child:
+        made = Child(module, arguments, environment)
+        made.command[1:2] = [str(HURRIED)]
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trials_module, "Child", child)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +46,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trials(folder: Path) -> Iterator[Trials]:
-    with opened(folder, INTERPRETER, folder.parent / "cache", 2, seed=0, seconds=0.01, cold=True) as made:
-        yield made
+    with ExitStack() as stack:
+        with hurried():
+            made = opened(folder, INTERPRETER, folder.parent / "cache", 2, seed=0, seconds=0.01, cold=True)
+            found = stack.enter_context(made)
+        yield found
 
 
 def test_a_causal_mask_keeps_half(trials: Trials) -> None:
@@ -78,12 +99,14 @@ def spoil(folder: Path, old: str, new: str) -> None:
 
 def test_a_package_is_verified_and_a_spoilt_one_is_not(tmp_path: Path) -> None:
     folder = driver.compile(spec.loads(BODY.replace("tried", "spoilt")), tmp_path, ["interpreter"])
-    good = verify(folder, INTERPRETER)
+    with hurried():
+        good = verify(folder, INTERPRETER)
     assert good.passed
     assert {tried.certificate.cases for _, tried in good.outcomes if tried.certificate} == {17}
     assert len(good.outcomes) == len({tuple(c.items()) for c, _ in good.outcomes}) >= 3
     spoil(folder, "tl.exp2(", "1.01 * tl.exp2(")
-    bad = verify(folder, INTERPRETER)
+    with hurried():
+        bad = verify(folder, INTERPRETER)
     assert not bad.passed
     assert all(tried.status == "wrong" and ">" in tried.why for _, tried in bad.outcomes)
 

@@ -12,6 +12,7 @@ import pytest
 from attncc.codegen.aot import Failed, Job, Resources, build, build_all
 from attncc.errors import CompilerBug, SpecError, Unsupported
 
+pytestmark = pytest.mark.newest
 SOURCE = Path(__file__).with_name("attention_kernel.py")
 TILE = "tensordesc<bf16[1, 1, 64, 128]>"
 ATTENTION = Job(

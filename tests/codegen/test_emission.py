@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from carried import carried
 from codegen.emitted import normal, package
 
 from attncc import driver, spec
 
-ROOT = Path(__file__).parents[2]
-EXAMPLES = [ROOT / "examples" / s.file for s in driver.systems(ROOT / "examples") if s.lowerings]
+EXAMPLES = carried()
 BODY = "heads: {q: 4, kv: 2}\ndims: 64\n"
 CLOSED = {
     "causal": "mask: causal",

@@ -85,6 +85,7 @@ def test_what_is_not_carried(more: str, key: str) -> None:
     assert error.value.key == key
 
 
+@pytest.mark.newest
 def test_the_widths_of_deepseek_compile(tmp_path: Path) -> None:
     text = "attncc: 1\nname: mla\nheads: {q: 128, kv: 1}\ndims: {qk: 576, v: 512}\nkv: latent(rope=64)\nmask: causal\n"
     loaded = spec.loads(text)

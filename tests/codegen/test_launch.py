@@ -13,6 +13,7 @@ from triton.backends.nvidia import driver
 
 from attncc.codegen import _launch
 
+pytestmark = pytest.mark.newest
 GIVEN = ["pointer", SimpleNamespace(name="Q"), 64, SimpleNamespace(name="K"), (1, 2)]
 
 

@@ -220,6 +220,7 @@ def test_what_is_not_carried(more: str, key: str) -> None:
     assert error.value.key == key
 
 
+@pytest.mark.newest
 def test_kernels_compile_for_gpus() -> None:
     """Loads of a page's rows are vectors of 16 bytes, and no turn of the main loop reloads what it had no room for."""
     example = driver.load(Path(__file__).parents[2] / "examples" / "paged_decode.yaml")

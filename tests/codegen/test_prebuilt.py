@@ -123,6 +123,7 @@ def parameters(cubin: bytes, kernel: str) -> list[tuple[int, int]]:
     return [found[n] for n in range(len(found))]
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("arch", CONFIGS)
 def test_parameters_lie_as_the_cubin_has_them(package: ModuleType, arch: str) -> None:
     folder = Path(package.__file__ or "").parent / "aot" / arch
@@ -218,6 +219,7 @@ def test_a_launch_is_what_triton_would_launch(
     assert cuda.shared == [(8, ours.cubin.shared_bytes)]
 
 
+@pytest.mark.newest
 def test_the_most_special_cubin_is_taken(package: ModuleType, cuda: Driver) -> None:
     """By the pointers and strides of q, k and v."""
     assumed: dict[str, set[int]] = {}
@@ -352,6 +354,7 @@ print(sorted(m for m in sys.modules if m.startswith("triton.")))
 """
 
 
+@pytest.mark.newest
 def test_a_package_is_imported_without_triton(package: ModuleType) -> None:
     where = Path(package.__file__ or "").parents[1]
     done = subprocess.run([sys.executable, "-c", ALONE], cwd=where, capture_output=True, text=True, check=False)

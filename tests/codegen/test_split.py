@@ -218,6 +218,7 @@ def test_what_is_reproducible_by_batch_has_no_rows_of_the_batch() -> None:
     assert {size for bounds, _ in table for size in bounds} == {"Sq"}
 
 
+@pytest.mark.newest
 def test_kernels_compile_for_gpus() -> None:
     """Through pointers and tensor maps, one query tile of many heads too; nothing spills."""
     wanted = {}

@@ -185,6 +185,7 @@ def test_schedules_that_nothing_carries(more: str) -> None:
 # -- what is compiled ------------------------------------------------------------------------------
 
 
+@pytest.mark.newest
 def test_kernels_compile_for_gpus() -> None:
     attn, program = driver.lower(driver.load(EXAMPLES / "lean_attention.yaml").attention)
     body = (EXAMPLES / "lean_attention.yaml").read_text().split("name: lean_attention\n")[1]

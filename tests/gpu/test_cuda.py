@@ -14,18 +14,18 @@ from typing import Any
 
 import pytest
 import torch
+from carried import LOWERINGS
 
 from attncc import driver, spec
 from attncc.codegen.backends import BACKENDS
 
 pytestmark = pytest.mark.gpu
 
-FOLDER = Path(__file__).parents[2] / "examples"
 EXAMPLES = [
-    pytest.param(FOLDER / system.file, backend, id=f"{backend}-{system.name}")
-    for system in driver.systems(FOLDER)
+    pytest.param(path, backend, id=f"{backend}-{path.stem}")
+    for path, lowerings in LOWERINGS.items()
     for backend in BACKENDS
-    if f"{backend}: forward" in system.lowerings
+    if f"{backend}: forward" in lowerings
 ]
 CUDA = "cuda"
 

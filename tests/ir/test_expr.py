@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import product
 
 import numpy as np
@@ -45,42 +46,43 @@ def _node(ops: str, *args: st.SearchStrategy[Expr]) -> st.SearchStrategy[Expr]:
     return st.builds(_raw, st.sampled_from(ops.split()), *args)
 
 
-integers = st.deferred(
-    lambda: st.one_of(
-        st.sampled_from([i, j]),
-        st.integers(-3, 3).map(const),
-        _node("add sub mul min max", integers, integers),
-        _node("floordiv mod", integers, st.sampled_from([const(1), const(3), const(-2)])),
-        _node("neg abs", integers),
-        _node("where", conditions, integers, integers),
-    )
-)
-numbers = st.deferred(
-    lambda: st.one_of(
-        st.sampled_from([x, const(0.0), const(1.0)]),
+@cache
+def formulas(depth: int) -> tuple[st.SearchStrategy[Expr], ...]:
+    """Integers, numbers and conditions, so many operators deep: without a bound most of what is drawn is too deep."""
+    integers = st.one_of(st.sampled_from([i, j]), st.integers(-3, 3).map(const))
+    numbers = st.one_of(st.sampled_from([x, const(0.0), const(1.0)]), integers)
+    conditions = st.sampled_from([j <= i, TRUE, FALSE])
+    if not depth:
+        return integers, numbers, conditions
+    smaller_integers, smaller_numbers, smaller_conditions = formulas(depth - 1)
+    integers = st.one_of(
         integers,
-        _node("add sub mul min max", numbers, numbers),
-        _node("where", conditions, numbers, numbers),
+        _node("add sub mul min max", smaller_integers, smaller_integers),
+        _node("floordiv mod", smaller_integers, st.sampled_from([const(1), const(3), const(-2)])),
+        _node("neg abs", smaller_integers),
+        _node("where", smaller_conditions, smaller_integers, smaller_integers),
     )
-)
-conditions = st.deferred(
-    lambda: st.one_of(
-        st.sampled_from([j <= i, TRUE, FALSE]),
-        _node("lt le gt ge eq ne", numbers, numbers),
-        _node("and or", conditions, conditions),
-        _node("not", conditions),
-        _node("where", conditions, conditions, conditions),
+    numbers = st.one_of(
+        numbers,
+        integers,
+        _node("add sub mul min max", smaller_numbers, smaller_numbers),
+        _node("where", smaller_conditions, smaller_numbers, smaller_numbers),
     )
-)
+    conditions = st.one_of(
+        conditions,
+        _node("lt le gt ge eq ne", smaller_numbers, smaller_numbers),
+        _node("and or", smaller_conditions, smaller_conditions),
+        _node("not", smaller_conditions),
+        _node("where", smaller_conditions, smaller_conditions, smaller_conditions),
+    )
+    return integers, numbers, conditions
 
 
 def _folded(e: Expr) -> Expr:
     return ew(e.op, *map(_folded, e.args)) if e.op in OPS else e
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.one_of(numbers, conditions))
-def test_folding_keeps_value_and_dtype(e: Expr) -> None:
+def _keeps_value_and_dtype(e: Expr) -> None:
     names = {
         "i": np.arange(-3, 4)[:, None, None],
         "j": np.arange(-2, 3)[:, None],
@@ -91,6 +93,34 @@ def test_folding_keeps_value_and_dtype(e: Expr) -> None:
     old, new = np.broadcast_arrays(evaluate(e, Scope(names, {})), evaluate(folded, Scope(names, {})))
     np.testing.assert_array_equal(old, new)
     np.testing.assert_array_equal(np.signbit(old.astype(float)), np.signbit(new.astype(float)))
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.one_of(*formulas(4)[1:]))
+def test_folding_keeps_value_and_dtype(e: Expr) -> None:
+    _keeps_value_and_dtype(e)
+
+
+INTEGERS = (i, j, *map(const, (-1, 0, 1, 2)))
+NUMBERS = (*INTEGERS, x, const(0.0), const(1.0))
+CONDITIONS = (j <= i, TRUE, FALSE)
+
+
+@pytest.mark.parametrize(
+    ("ops", "operands"),
+    [
+        ("add sub mul min max lt le gt ge eq ne", (NUMBERS, NUMBERS)),
+        ("floordiv mod", (INTEGERS, (const(1), const(3), const(-2)))),
+        ("neg abs", (INTEGERS,)),
+        ("and or", (CONDITIONS, CONDITIONS)),
+        ("not", (CONDITIONS,)),
+        ("where", (CONDITIONS, NUMBERS, NUMBERS)),
+        ("where", (CONDITIONS, CONDITIONS, CONDITIONS)),
+    ],
+)
+def test_every_operator_of_leaves_keeps_value_and_dtype(ops: str, operands: tuple[tuple[Expr, ...], ...]) -> None:
+    for op, args in product(ops.split(), product(*operands)):
+        _keeps_value_and_dtype(_raw(op, *args))
 
 
 @pytest.mark.parametrize(

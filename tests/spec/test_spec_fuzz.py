@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from attncc.spec.yaml_text import mapping
 
 EXAMPLES = [p.read_text() for p in sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))]
 TEXTS = st.sampled_from([EVERY_KEY, *EXAMPLES])
+DOCUMENT = read(EVERY_KEY).data()
 TOKENS = (
     st.sampled_from(
         [
@@ -76,16 +78,16 @@ def inside(value: Any, path: tuple[Any, ...]) -> Any:
     return value
 
 
-@given(st.from_regex(r"[a-z]{3,12}zz", fullmatch=True), st.data())
-@settings(max_examples=200, deadline=None)
-def test_unknown_keys_anywhere(word: str, data: st.DataObject) -> None:
-    document = read(EVERY_KEY).data()
-    path = data.draw(st.sampled_from(paths(document)))
-    inside(document, path)[word] = 1
-    error = refusal(mapping(document))
-    assert f"unknown key '{word}'" in error.message
-    assert underlined(error) in (word, "1")
-    assert error.hint
+@given(st.from_regex(r"[a-z]{3,12}zz", fullmatch=True))
+@settings(max_examples=3, deadline=None)
+def test_unknown_keys_anywhere(word: str) -> None:
+    for path in paths(DOCUMENT):
+        document = deepcopy(DOCUMENT)
+        inside(document, path)[word] = 1
+        error = refusal(mapping(document))
+        assert f"unknown key '{word}'" in error.message
+        assert underlined(error) in (word, "1")
+        assert error.hint
 
 
 WRONG = st.sampled_from([{"zz": 1}, [[]], "zz zz", -1, 1e30, "", True, {"q": {"q": 1}}, ["(", ")"]])
@@ -95,7 +97,7 @@ WRONG = st.sampled_from([{"zz": 1}, [[]], "zz zz", -1, 1e30, "", True, {"q": {"q
 @settings(max_examples=300, deadline=None)
 def test_wrong_values_anywhere(value: Any, data: st.DataObject) -> None:
     """Whatever stands in the place of a value, the reader answers with an attention or a placed refusal."""
-    document = read(EVERY_KEY).data()
+    document = deepcopy(DOCUMENT)
     path = data.draw(st.sampled_from([p for p in paths(document) if p != ("parts", 0)]))
     owner = inside(document, path)
     owner[data.draw(st.sampled_from(sorted(owner)))] = value

@@ -148,7 +148,7 @@ def read_back(key: str, e: Expr) -> Attention:
 
 
 @given(formulas("float", [*FLOATS, *SCORES]))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_scores_round_trip(e: Expr) -> None:
     found = read_back("score", e)
     assert found.part.score == e
@@ -156,7 +156,7 @@ def test_scores_round_trip(e: Expr) -> None:
 
 
 @given(formulas("bool", FLOATS))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_masks_round_trip(e: Expr) -> None:
     found = read_back("mask", e)
     assert found.part.mask == e
@@ -186,7 +186,7 @@ FRAGMENTS: list[list[str]] = [
 
 
 @given(st.tuples(*(st.sampled_from(["", *options]) for options in FRAGMENTS)))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_specs_round_trip(chosen: tuple[str, ...]) -> None:
     text = HEAD + INPUTS + "".join(f"{line}\n" for line in chosen if line)
     attn = loads(text).attention

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import triton
+from carried import ROOT, carried
 
 from attncc import driver, passes, spec
 from attncc.codegen import assembly
@@ -21,8 +22,7 @@ from attncc.device import DEVICES, find
 from attncc.errors import AttnccError, SpecError, Unsupported
 from attncc.ir.attention import Attention, Dims
 
-FOLDER = Path(__file__).parents[2] / "examples"
-EXAMPLES = [FOLDER / system.file for system in driver.systems(FOLDER) if "tvm: forward" in system.lowerings]
+EXAMPLES = carried("tvm: forward")
 HEADS = "heads: {q: 4, kv: 2}\n"
 CAUSAL = f"{HEADS}dims: 64\nmask: causal"
 
@@ -228,4 +228,4 @@ def test_source_that_does_not_compile_is_our_fault() -> None:
 
 def test_errors_are_ours(tmp_path: Path) -> None:
     with pytest.raises(AttnccError):
-        driver.check(FOLDER / "dense.yaml", target="sm_90", backend="tvm")
+        driver.check(ROOT / "examples" / "dense.yaml", target="sm_90", backend="tvm")
