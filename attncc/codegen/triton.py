@@ -9,7 +9,7 @@ from typing import Final
 
 from attncc.codegen.source import Writer, definitions, filled, function_names
 from attncc.errors import CompilerBug
-from attncc.ir.expr import FLOATS, INTS, STORED, WORD, Dim, Dtype, Expr, const
+from attncc.ir.expr import FLOATS, INTS, STORED, TRUE, WORD, Dim, Dtype, Expr, const
 from attncc.ir.tile import CallFn, For, Function, If, Let, Note, Param, Program, Statement, Store, StoreTile
 
 INFIX: Final[dict[str, tuple[str, int]]] = {
@@ -175,7 +175,7 @@ class Printer:
             at, mask = e.args[:rank], e.args[rank:]
             if p.dtype == WORD:
                 start = self.pointer(p, (*at[:-1], const(0)))
-                given = ", ".join(map(self.expr, (at[-1], *mask)))
+                given = ", ".join(map(self.expr, (at[-1], *(mask or (TRUE,)))))
                 return f"read_words({start}, {given}, {self.flag('WORDS')})"
             guard = f", mask={self.expr(mask[0])}, other=0" if mask else ""
             return f"tl.load({self.pointer(p, at)}{guard})"
@@ -209,7 +209,7 @@ class Printer:
             for i, s in zip(index, names, strict=False)  # an operand's columns, last, have no stride
             if i.value != 0
         ]
-        if p.role == "operand":
+        if p.role == "operand" and index[-1].value != 0:
             terms.append(self.expr(index[-1], 7))
         return " + ".join([p.name, *terms])
 

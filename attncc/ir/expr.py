@@ -24,10 +24,6 @@ STORED: Final[tuple[Dtype, ...]] = ("f8e4m3", "f8e5m2")
 """Floats that memory holds and no operator takes: they are cast to one of `FLOATS` first."""
 WORD: Final[Dtype] = "i16"
 """Two bytes of codes, which no operator takes: their fields are unpacked first."""
-FIELDS: Final[Mapping[str, int]] = {"i8": 8, "u8": 8, "u4": 4, "u4 above 0": 4, "f8e4m3": 8}
-"""Bits of what `unpack` takes from words, by what it is."""
-RAISED: Final[Mapping[str, float]] = {"bf16": 128.0, "f16": 1024.0}
-"""What a number of few bits is more by where these are the lowest of the mantissa, by the dtype."""
 INTS: Final[tuple[Dtype, ...]] = ("i8", "u8", "i32", "i64")
 
 STRUCTURAL: Final[dict[str, str]] = {
@@ -51,7 +47,7 @@ STRUCTURAL: Final[dict[str, str]] = {
     "trans": "a matrix, transposed",
     "cast": "the dtype says it",
     "unpack": "attr: (what, first bit) of a field of words; value: numbers, i8 and f8e4m3 as they are, u8 less 128, u4 "
-    "less 8, 'u4 above 0' more by the dtype's power of 2 in `RAISED`",
+    "less 8, 'u4 above 0' more by the dtype's power of 2 in `fields.RAISED`",
     "dot": "args: a [M, K], b [K, N] and, if any, the accumulator [M, N]; attr: 'few' where M may be less than tensor "
     "cores multiply",
     "reduce": "attr: (max | sum | min, axis), the axis 'all' leaves a scalar",

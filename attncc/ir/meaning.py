@@ -13,7 +13,8 @@ from typing import Any, Final, cast
 import numpy as np
 
 from attncc.errors import CompilerBug
-from attncc.ir.expr import FIELDS, OPS, RAISED, Dtype, Expr, Shape
+from attncc.ir.expr import OPS, Dtype, Expr, Shape
+from attncc.ir.fields import FIELDS, RAISED
 from attncc.ir.tile import Param, extent_of
 
 Array = np.ndarray[Any, Any]

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Final, Literal
 
-from attncc.ir.expr import FIELDS, FLOATS, INTS, OPS, RAISED, STORED, WORD, Dim, Dtype, Expr, Shape, broadcast
+from attncc.ir.expr import FLOATS, INTS, OPS, STORED, WORD, Dim, Dtype, Expr, Shape, broadcast
+from attncc.ir.fields import FIELDS, RAISED
 
 Level = Literal["scalar", "tile"]
 Type = tuple[Dtype, Shape]

@@ -219,6 +219,7 @@ AMPERE: Final = (
 )
 CDNA: Final = (
     Rule("fp32 products", _is_fp32, _config(32, 16, 4, 1)),
+    Rule("a cache of few bits", _both(_is_cached, _up_to(128)), _config(64, 32, 4, 1)),
     Rule("heads up to 128", _up_to(128), _config(64, 64, 4, 1)),
     Rule("wide heads", _always, _config(32, 32, 4, 1)),
 )
@@ -264,6 +265,8 @@ that are made of codes. One warp of 16 rows is fastest on an H200, eight program
 of the fewest instructions a key."""
 TURNED: Final = 8
 """Rows of a group's query tile whose products are turned: half as many as tensor cores multiply."""
+CAPPED: Final = 128
+"""Registers of a thread that works on them, for eight programs on a multiprocessor of an H200."""
 IN_WORDS: Final[Mapping[int, Config]] = {
     TURNED: {"BN": 64, "num_warps": 2, "num_stages": 3},
     16: {"BN": 32, "num_warps": 1, "num_stages": 2},
@@ -337,10 +340,10 @@ def _pace(attn: Attention, rows: int, device: Device) -> Config:
     """
     if _is_turned(attn, device):
         found = IN_WORDS[rows]
-        many = {"FILL": filling(device, 8)} if rows <= GROUPED[0] else {}
-        share = FIXED_SHARE if attn.is_apart else SHARE
-        cap = 128 if rows == TURNED and device.caps_registers else 0
-        return {**found, "SPLIT": share // found["BN"], "maxnreg": cap, **many}
+        share = (FIXED_SHARE if attn.is_apart else SHARE) // found["BN"]
+        many = {"FILL": filling(device, 8)} if rows <= GROUPED[0] and device.has_wgmma else {}
+        cap = {"maxnreg": CAPPED} if rows == TURNED and device.has_wgmma else {}
+        return {**found, "SPLIT": share, **many, **cap}
     if _is_cached(attn):
         warps, stages = next(pace for dim, pace in CODED if _widest(attn) <= dim)[rows]
         many = {"FILL": filling(device, 8)} if warps == 1 else {}
@@ -354,7 +357,7 @@ def _pace(attn: Attention, rows: int, device: Device) -> Config:
 
 def _is_turned(attn: Attention, device: Device) -> bool:
     """Whether tiles of few rows are worth it: where making numbers of codes is what takes the time."""
-    return has_words(attn) and _widest(attn) <= 128 and device.vendor == "nvidia"
+    return has_words(attn) and _widest(attn) <= 128 and device.caps_registers
 
 
 def _engine_config(attn: Attention, device: Device) -> Config:

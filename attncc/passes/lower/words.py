@@ -13,7 +13,8 @@ from typing import Final, NamedTuple
 from attncc.ir.attention import Attention
 from attncc.ir.build import unpack
 from attncc.ir.cache import NIBBLE_ZERO, Cached, cached
-from attncc.ir.expr import RAISED, Dtype, Expr
+from attncc.ir.expr import Dtype, Expr
+from attncc.ir.fields import RAISED
 from attncc.passes.lower.normalizers import VALUE_DTYPE
 from attncc.passes.lower.pieces import Piece, pieces
 
