@@ -81,3 +81,10 @@ def test_codes_at_odd_addresses_are_read_by_bytes(more: str) -> None:
     room.copy_(x.cache["k"])
     assert room.data_ptr() % 2
     assert torch.equal(p(x.q, room, **{**x.keywords, "v": x.cache["v"]}), there)
+
+
+def test_products_in_fp32_are_exact() -> None:
+    """Over codes too: tensor cores would cut fp32 operands to 10 bits."""
+    p = package(f"{HEAD.replace('fp16', 'fp32')}{PAGED}\nquantize: {{cache: 'int8(per=token)'}}")
+    text = (p.path / "kernels.py").read_text()
+    assert text.count('input_precision="ieee"') == text.count("tl.dot(") > 0

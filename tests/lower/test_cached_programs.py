@@ -37,9 +37,9 @@ def lowered(form: str, dtype: str, more: str = "") -> tuple[Attention, Program]:
     return attn, program
 
 
-def agree(attn: Attention, program: Program, case: Case, knobs: dict[str, int]) -> reference.Agreement:
+def agree(attn: Attention, program: Program, case: Case, knobs: dict[str, int], seed: int = 0) -> reference.Agreement:
     dtype = DTYPES[attn.dtype]
-    x = draw(attn, case, dtype, torch.Generator().manual_seed(0))
+    x = draw(attn, case, dtype, torch.Generator().manual_seed(seed))
     o, lse = torch.full(x.q.shape, torch.nan), torch.full(x.q.shape[:3], torch.nan)
     codes = {name.upper(): x.cache[name].view(torch.int16) for name in "kv"}
     beside = {f"{name}_ptr": t for name, t in x.keywords.items()}
@@ -58,6 +58,37 @@ def test_words(form: str, dtype: str) -> None:
     for case, knobs in CALLS:
         agreement = agree(attn, program, case, knobs)
         assert agreement.ok, (str(case), str(agreement))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", ["int4(per=token)", "int8(per=token, symmetric=false)", "fp8_e4m3(per=head)"])
+def test_a_value_alone_is_as_near_as_a_number_of_16_bits(form: str, dtype: str) -> None:
+    """Its weight is 1, so that a weight and a scale that are rounded once, together, would be too far off."""
+    attn, program = lowered(form, dtype)
+    for seed in range(12):
+        for case in (Case(1, 1, 1), Case(1, 2, 33, "one_hot")):
+            agreement = agree(attn, program, case, CALLS[1][1], seed)
+            assert agreement.ok, (seed, str(case), str(agreement))
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scales_of_values_may_be_of_any_size(dtype: str, size: float) -> None:
+    """Weights times scales need not lie among the numbers of fp16."""
+    attn, program = lowered("int8(per=token)", dtype)
+    case = Case(1, 2, 70, "uniform")
+    x = draw(attn, case, DTYPES[dtype], torch.Generator().manual_seed(0))
+    o, lse = torch.full(x.q.shape, torch.nan), torch.full(x.q.shape[:3], torch.nan)
+    codes = {name.upper(): x.cache[name].view(torch.int16).numpy() for name in "kv"}
+    beside = {f"{name}_ptr": t for name, t in x.keywords.items()}
+    beside["v_scales_ptr"] = beside["v_scales_ptr"] * size
+    tensors = {n: t.numpy() for n, t in {"Q": x.q.float(), "O": o, "LSE": lse, **beside}.items()} | codes
+    knobs = {k.name: k.choices[0] for k in program.knobs} | CALLS[1][1]
+    interp.run(program, tensors, {"B": 1, "Sq": 2, "Sk": 70, "scale": 0.125}, knobs)
+    assert x.v is not None
+    wanted = reference.attention(replace(attn, quantize=()), x.q.double(), x.k.double(), x.v.double())[0] * size
+    error = (o.double() - wanted).abs().max() / wanted.abs().max()
+    assert error < 2**-7
 
 
 @pytest.mark.parametrize("trait", ["uniform", "one_hot", "nan_keys"])

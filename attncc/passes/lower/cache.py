@@ -16,7 +16,7 @@ from typing import Final
 from attncc.ir.attention import Attention, Quantizer
 from attncc.ir.build import Builder, column, expand, iota, quotient, read, reduce, remainder, reshape, row
 from attncc.ir.cache import FORMATS, Cached, Given, beside, cached, find
-from attncc.ir.expr import WORD, Dtype, Expr, cast_to, const, minimum, name
+from attncc.ir.expr import WORD, Dtype, Expr, cast_to, const, eq, minimum, name, where
 from attncc.ir.tile import Param
 from attncc.passes.lower import storage, words
 from attncc.passes.lower.grid import QueryTile, is_varlen
@@ -184,20 +184,58 @@ def scaled(b: Builder, attn: Attention, t: QueryTile, p: Piece, s: Expr) -> Expr
 
 def weighted(
     b: Builder, attn: Attention, t: QueryTile, head: Expr, p: Expr, hide: Callable[[Expr], Expr]
-) -> tuple[Expr, Expr | None]:
-    """The weights [BM, BN] of a tile's codes, and what zero points add to every column, [BM], if anything.
+) -> tuple[tuple[Expr, ...], Expr | None]:
+    """The terms of the weights [BM, BN] of a tile's codes, and what zero points add to every column, [BM], if anything.
 
+    Rounded once, a weight would be as far off as a value of 16 bits is, where the weight of such a value may be exact:
+    two terms of bf16 are far nearer, and have the range that scales may have.
     `hide`: binds 0 where a row does not see a key, so that scales which no row sees do not matter, whatever they are.
     """
     c = find(attn, "v")
-    if c is None or not joins(attn, c):
-        return p, None
+    if c is None or not joins(attn, c) or _ends_rows(attn, c):
+        return (), None
     scale, zero = _of_whole(b, attn, c, t, head)
     w = hide(b.let("w", p * _across(scale), "[BM, BN] weights of codes"))
+    terms = (w,)
+    if attn.dtype != "fp32":
+        high = b.let("w_high", cast_to(w, "bf16"))
+        terms = (high, b.let("w_low", cast_to(w - cast_to(high, "f32"), "bf16"), "what the other lacks"))
     if zero is None:
-        return w, None
+        return terms, None
     z = hide(b.let("z", p * _across(zero), "[BM, BN] what they add to all columns"))
-    return w, b.let("moved", reduce("sum", z, 1), "[BM]")
+    return terms, b.let("moved", reduce("sum", z, 1), "[BM]")
+
+
+def ended(b: Builder, attn: Attention, o: Expr, scale: Callable[[Param], Expr] | None = None) -> Expr:
+    """Outputs in units of the values: the scale of a whole head multiplies those of rows that see anything.
+
+    `scale`: reads it from its tensor; without that it is the one that `bind` has bound.
+    """
+    c = find(attn, "v")
+    if c is None or not _ends_rows(attn, c):
+        return o
+    factor = name("v_scale", "f32") if scale is None else scale(b.params[f"{c.scales}_ptr"])
+    o = b.let("o", o)
+    return where(eq(o, 0.0), 0.0, o * factor)
+
+
+def reader(attn: Attention, batch: Expr, head: Expr) -> Callable[[Param], Expr]:
+    """What reads the scale of a head's values from its tensor."""
+    c = find(attn, "v")
+    whole = c is not None and c.per == "tensor"
+    return lambda x: read(x, batch) if whole else read(x, batch, head)
+
+
+def _ends_rows(attn: Attention, c: Cached) -> bool:
+    """Whether a scale of values multiplies outputs: one number, and none that is added to what it is for."""
+    return c.operand == "v" and joins(attn, c) and c.per in WHOLE and not c.has_zeros and not _shift(attn, c)
+
+
+def value_dtype(attn: Attention, c: Cached) -> Dtype:
+    """What codes become: of values whose weights are terms of bf16 that, which holds them as well."""
+    given = VALUE_DTYPE[attn.dtype]
+    split = c.operand == "v" and joins(attn, c) and not _ends_rows(attn, c) and attn.dtype != "fp32"
+    return "bf16" if split else given
 
 
 def _across(x: Expr) -> Expr:
@@ -242,8 +280,9 @@ def _at_tokens(x: Param, attn: Attention, t: QueryTile, head: Expr, more: Expr |
 
 def read_tile(b: Builder, attn: Attention, which: str, t: QueryTile, head: Expr, p: Piece, raw: Raw) -> Expr:
     """The [BN, width] tile of keys or values of a cache, in the dtype that is multiplied."""
-    c, dtype = find(attn, which), VALUE_DTYPE[attn.dtype]
+    c = find(attn, which)
     assert c is not None
+    dtype = value_dtype(attn, c)
     if p.column >= c.dim:
         return raw(b.params[ROPE], Piece(p.column - c.dim, p.width), c.rope)
     if has_words(attn):
@@ -286,7 +325,7 @@ def _field(b: Builder, attn: Attention, c: Cached, p: Piece, raw: Raw) -> Expr:
     text = f"{c.operand}_words{field.word.suffix(pieces(words.count(c)))}"
     if not field.bit:
         b.let(text, raw(b.params[c.operand.upper()], field.word, words.count(c)), f"[BN, {p.width}]")
-    return words.numbers(attn, c, name(text, WORD, ("BN", p.width)), field.bit)
+    return words.numbers(attn, c, name(text, WORD, ("BN", p.width)), field.bit, value_dtype(attn, c))
 
 
 def _channels(x: Param, c: Cached, t: QueryTile, head: Expr, p: Piece) -> Expr:

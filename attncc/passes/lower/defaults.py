@@ -265,10 +265,8 @@ that are made of codes. One warp of 16 rows is fastest on an H200, eight program
 of the fewest instructions a key."""
 TURNED: Final = 8
 """Rows of a group's query tile whose products are turned: half as many as tensor cores multiply."""
-CAPPED: Final = 128
-"""Registers of a thread that works on them, for eight programs on a multiprocessor of an H200."""
 IN_WORDS: Final[Mapping[int, Config]] = {
-    TURNED: {"BN": 64, "num_warps": 2, "num_stages": 3},
+    TURNED: {"BN": 64, "num_warps": 1, "num_stages": 3},
     16: {"BN": 32, "num_warps": 1, "num_stages": 2},
     32: {"BN": 32, "num_warps": 2, "num_stages": 2},
     64: {"BN": 32, "num_warps": 4, "num_stages": 2},
@@ -342,8 +340,7 @@ def _pace(attn: Attention, rows: int, device: Device) -> Config:
         found = IN_WORDS[rows]
         share = (FIXED_SHARE if attn.is_apart else SHARE) // found["BN"]
         many = {"FILL": filling(device, 8)} if rows <= GROUPED[0] and device.has_wgmma else {}
-        cap = {"maxnreg": CAPPED} if rows == TURNED and device.has_wgmma else {}
-        return {**found, "SPLIT": share, **many, **cap}
+        return {**found, "SPLIT": share, **many}
     if _is_cached(attn):
         warps, stages = next(pace for dim, pace in CODED if _widest(attn) <= dim)[rows]
         many = {"FILL": filling(device, 8)} if warps == 1 else {}

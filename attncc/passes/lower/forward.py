@@ -179,7 +179,8 @@ def _finish(b: Builder, attn: Attention, t: QueryTile, rule: Rule) -> None:
         with b.when(name(WRITE_LSE.name) > 0):
             b.store(b.params["LSE"], at, end.lse, rows < t.queries)
     for p, o in zip(values, map(end.of, accumulators), strict=True):
-        o = cast_to(quantize.rescale(b, attn, o, t.batch, value_head(attn, t), p), VALUE_DTYPE[attn.dtype])
+        o = quantize.rescale(b, attn, cache.ended(b, attn, o), t.batch, value_head(attn, t), p)
+        o = cast_to(o, VALUE_DTYPE[attn.dtype])
         if not is_varlen(attn) and p.step == 1:
             b.store_tile(b.params[output(attn)], t.batch, t.h, t.row0, p.column, o)
             continue

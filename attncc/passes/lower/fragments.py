@@ -123,7 +123,7 @@ def key_tile(outer: Builder, attn: Attention, t: QueryTile, rule: Rule, formulas
     """The device function that adds one key tile, at key `n`, to the state."""
     b, n = Builder(outer.params), name("n")
     columns = cache.key_pieces(attn) if "qk" in names(formulas.score) else ()
-    values, few = cache.value_pieces(attn), bool(cached(attn))
+    values, few = cache.value_pieces(attn), bool(cached(attn)) and attn.dtype != "fp32"
     if attn.page_size:
         storage.find_pages(b, attn, t.scope.values["b"], n, t.keys)
     keys = [
@@ -156,7 +156,7 @@ def key_tile(outer: Builder, attn: Attention, t: QueryTile, rule: Rule, formulas
             b.let(str(w.attr), where(name("keep", "bool", kept), w, 0.0))
         return w
 
-    def scaled(p: Expr) -> tuple[Expr, Expr | None]:
+    def scaled(p: Expr) -> tuple[tuple[Expr, ...], Expr | None]:
         return cache.weighted(b, attn, t, value_head(attn, t), p, hide)
 
     def load_values() -> tuple[Expr, ...]:

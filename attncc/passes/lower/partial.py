@@ -204,7 +204,7 @@ def end_row(b: Builder, attn: Attention, batch: Expr, h: Expr, query: Expr) -> N
     rule, sink = rule_of(attn), attn.part.normalizer.sink
     bound = None if sink is None else _scope(b, attn, batch, h, query).bind(sink)
     end = rule.finish(b, name("m", "f32"), name("total", "f32"), bound)
-    _store_end(b, attn, end, (batch, h, query))
+    _store_end(b, attn, end, (batch, h, query), scale=cache.reader(attn, batch, key_head(h, attn, attn.heads.v)))
 
 
 def end_tile(b: Builder, attn: Attention, t: QueryTile) -> None:
@@ -216,8 +216,18 @@ def end_tile(b: Builder, attn: Attention, t: QueryTile) -> None:
     _store_end(b, attn, end, (t.batch, t.h, t.scope.values["row"]), t.rows < t.queries)
 
 
-def _store_end(b: Builder, attn: Attention, end: End, at: tuple[Expr, Expr, Expr], rows: Expr | None = None) -> None:
-    """Writes output and lse at (batch entry, head, query): of one row, or of those of a tile for which `rows` holds."""
+def _store_end(
+    b: Builder,
+    attn: Attention,
+    end: End,
+    at: tuple[Expr, Expr, Expr],
+    rows: Expr | None = None,
+    scale: Callable[[Param], Expr] | None = None,
+) -> None:
+    """Writes output and lse at (batch entry, head, query): of one row, or of those of a tile for which `rows` holds.
+
+    `scale`: reads the scale of a head's values, where none is bound.
+    """
     if end.lse is not None and writes_lse(attn):
         with b.when(name(WRITE_LSE.name) > 0):
             b.store(b.params["LSE"], at, end.lse, rows)
@@ -225,7 +235,8 @@ def _store_end(b: Builder, attn: Attention, end: End, at: tuple[Expr, Expr, Expr
     places = [column(e) if e.shape else e for e in at]
     for text, p in zip(accumulators(attn), cache.value_pieces(attn), strict=True):
         columns = p.columns
-        o = cast_to(end.of(name(text, "f32", (*several, p.width))), VALUE_DTYPE[attn.dtype])
+        o = cache.ended(b, attn, end.of(name(text, "f32", (*several, p.width))), scale)
+        o = cast_to(o, VALUE_DTYPE[attn.dtype])
         within = row(columns) if several else columns
         b.store(b.params[output(attn)], (*places, within), o, _kept(p, attn.dims.v, rows))
 

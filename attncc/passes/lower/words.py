@@ -75,9 +75,9 @@ def fields(c: Cached) -> dict[Piece, Field]:
     }
 
 
-def numbers(attn: Attention, c: Cached, words: Expr, bit: int) -> Expr:
+def numbers(attn: Attention, c: Cached, words: Expr, bit: int, dtype: Dtype) -> Expr:
     """The numbers of a field, in the dtype that is multiplied."""
-    return unpack(words, _unpacked(attn, c), bit, VALUE_DTYPE[attn.dtype])
+    return unpack(words, _unpacked(attn, c), bit, dtype)
 
 
 def taken(attn: Attention, c: Cached) -> float:
