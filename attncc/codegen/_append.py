@@ -12,7 +12,7 @@ import torch
 
 from ._bound import current_stream
 from ._checks import check_tensors, keep
-from ._gpu import FP8, Plan, Runner, widened
+from ._gpu import Plan, Runner, seen, views, widened
 
 OPTIONS = {"num_warps": 4}
 """Triton's, of its one kernel."""
@@ -48,16 +48,14 @@ class Appender:
             raise RuntimeError(f"{v.name}: tensors are on {first.device}, the kernel needs a GPU")
         device = first.device.index if first.is_cuda else -1
         plan = Plan(1.0, (0,), None, [], [], device, interpreted=runner.way.interpreted)
-        plan.bytewise = tuple(n for n, t in enumerate(tensors) if t.dtype in FP8)
+        plan.viewed = views(runner.variant, tensors)
         plan.empty = first.numel() == 0
         if not plan.empty:
             plan.launches = runner.launches(plan, tensors, sizes, OPTIONS, with_lse=False, with_maps=False)
         return plan
 
     def run(self, plan: Plan, tensors: list[Any]) -> None:
-        for n in plan.bytewise:
-            tensors[n] = tensors[n].view(torch.uint8)
-        given = [*tensors]
+        given = tensors = seen(tensors, plan.viewed)
         if plan.interpreted:  # the kernel's BF16 is fp32 then
             tensors = [widened(t) if t.dtype == torch.bfloat16 else t for t in tensors]
         stream = current_stream(plan.device) if plan.device >= 0 else 0

@@ -80,6 +80,8 @@ class Way:
     triton: str
     """The version that makes their machine code, or made it."""
     interpreted: bool = False
+    has_ptx: Callable[[], bool] = lambda: True
+    """Whether kernels may hold PTX."""
 
 
 def current_stream(device: int) -> int:
@@ -96,6 +98,11 @@ def operand_view(t: torch.Tensor, axes: str) -> torch.Tensor:
             return t.transpose(1, 2)
         case _:
             return t.transpose(0, 1).unsqueeze(0)
+
+
+def as_words(t: torch.Tensor) -> bool:
+    """Whether two bytes of a tensor's last axis are a word wherever it is read: rows begin at even addresses."""
+    return t.stride(-1) == 1 and not any(step % 2 for step in (t.data_ptr(), t.storage_offset(), *t.stride()[:-1]))
 
 
 def map_strides(view: torch.Tensor) -> list[int]:

@@ -27,6 +27,8 @@ class Tensor:
     dtype: torch.dtype
     tiled: bool = False
     """Read by tiles of [rows, columns]: its last axis must be contiguous."""
+    words: bool = False
+    """Kernels read two of its bytes at once, as an integer."""
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,17 @@ from typing import Any
 
 import torch
 
-from ._bound import Binding, Way, current_stream, map_fits, operand_view
+from ._bound import Binding, Way, as_words, current_stream, map_fits, operand_view
 from ._cards import Here, counted, find_file, row, told
 from ._checks import Sizes, check_scale, check_tensors, default_scale, fill, keep
 from ._runtime import Config, Kernel, Result, Variant
 
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+Views = tuple[tuple[int, torch.dtype], ...]
+"""Numbers of the tensors of which kernels read the bits, and as what."""
 
 
 @dataclass
@@ -35,8 +39,7 @@ class Plan:
     launches: list[Binding]
     device: int
     empty: bool = False
-    bytewise: tuple[int, ...] = ()
-    """Numbers of the tensors whose numbers kernels put together from their bits."""
+    viewed: Views = ()
     interpreted: bool = False
 
 
@@ -81,7 +84,8 @@ class Runner:
         lse = None if v.lse is None or not with_lse else fill(v.lse, sizes)
         device = q.device.index if q.is_cuda else -1
         plan = Plan(1.0, fill(v.output, sizes), lse, [], [], device, interpreted=self.way.interpreted)
-        plan.bytewise = tuple(n for n, t in enumerate(tensors) if t.dtype in FP8)
+        plan.viewed = views(v, tensors)
+        tensors = seen(tensors, plan.viewed)
         if 0 in plan.output or counted(sizes).get("pairs", 0) == 0:
             plan.empty = True
             return plan
@@ -103,7 +107,9 @@ class Runner:
         """What a call with this config starts; `plan` hears of the scratch. `with_maps`: operands fit tensor maps."""
         v, interpreted = self.variant, self.way.interpreted
         numbers = sizes | {k: x for k, x in config.items() if k not in OPTIONS} | {"WRITE_LSE": int(with_lse)}
-        flags = {"TMA": bool(numbers.pop("TMA", 0)) and not interpreted and with_maps}
+        in_words = all(t.dtype == torch.int16 for x, t in zip(v.tensors, tensors, strict=True) if x.words)
+        flags = {"TMA": bool(numbers.pop("TMA", 0)) and not interpreted and with_maps and in_words}
+        flags |= {"WORDS": in_words, "PTX": self.way.has_ptx()}
         # the engine reads operands by tensor maps alone
         numbers["ENGINE"] = int(bool(config.get("ENGINE")) and flags["TMA"] and self.is_examined())
         due = [k for k in v.kernels if k.when(numbers)]
@@ -220,9 +226,7 @@ def chosen(config: Config, fixed: Config) -> dict[str, int]:
 def run(plan: Plan, tensors: list[Any], scale: float) -> None:
     """Launches a plan's kernels on the arguments, o and lse of one call."""
     q = tensors[0]
-    for n in plan.bytewise:
-        tensors[n] = tensors[n].view(torch.uint8)
-    given = tensors
+    given = tensors = seen(tensors, plan.viewed)
     if plan.interpreted and q.dtype == torch.bfloat16:  # the kernels' BF16 is fp32 then
         tensors = [widened(t) if t is not None and t.dtype == q.dtype else t for t in tensors]
     for shape, dtype in plan.scratch:
@@ -234,6 +238,22 @@ def run(plan: Plan, tensors: list[Any], scale: float) -> None:
     if given is not tensors:
         o = len(given) - 2
         given[o].copy_(tensors[o])
+
+
+def views(variant: Variant, tensors: Sequence[torch.Tensor]) -> Views:
+    """fp8 as bytes, of which kernels put numbers together, and codes as words, if all of them can be."""
+    codes = [n for n, x in enumerate(variant.tensors) if x.words]
+    in_words = all(as_words(tensors[n]) for n in codes)
+    found = {n: torch.uint8 for n, t in enumerate(tensors) if t.dtype in FP8}
+    return tuple((found | (dict.fromkeys(codes, torch.int16) if in_words else {})).items())
+
+
+def seen(tensors: Sequence[Any], viewed: Views) -> list[Any]:
+    """Tensors as kernels are given them."""
+    out = [*tensors]
+    for n, dtype in viewed:
+        out[n] = out[n].view(dtype)
+    return out
 
 
 def widened(t: torch.Tensor) -> torch.Tensor:

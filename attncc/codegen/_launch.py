@@ -149,4 +149,9 @@ def bind(kernel: Any, programs: int, options: dict[str, int]) -> Launch:
     return (kernel.launcher or Launch)(kernel.function, programs, options)
 
 
-BY_TRITON = Way(bind, TRITON, INTERPRETED)
+def has_ptx() -> bool:
+    """Whether Triton compiles for a GPU of NVIDIA's."""
+    return not INTERPRETED and triton.runtime.driver.active.get_current_target().backend == "cuda"
+
+
+BY_TRITON = Way(bind, TRITON, INTERPRETED, has_ptx)

@@ -100,13 +100,9 @@ def large_call(runner: Any) -> Call:
     for axis in {str(a) for t in runner.variant.tensors for a in t.axes} - sizes.keys():
         sizes[axis] = LENGTH  # of a row that packed sequences share
     shapes = ((_checks(runner).fill(t.axes, sizes), t.dtype) for t in runner.variant.tensors)
-    return Call(runner, sizes, [torch.empty(shape, dtype=_seen(dtype), device="meta") for shape, dtype in shapes])
-
-
-def _seen(dtype: Any) -> Any:
-    """The dtype that kernels are given: of fp8 the bytes."""
-    torch: Any = import_module("torch")
-    return torch.uint8 if dtype.is_floating_point and dtype.itemsize == 1 else dtype
+    tensors = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in shapes]
+    gpu = import_module(f"{type(runner).__module__.rpartition('.')[0]}._gpu")
+    return Call(runner, sizes, gpu.seen(tensors, gpu.views(runner.variant, tensors)))
 
 
 def _size(axis: str, size: Any) -> int:

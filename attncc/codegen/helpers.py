@@ -42,6 +42,130 @@ def load_block(
 
 
 @triton.jit
+def load_words(
+    X, b, h, row, column: tl.constexpr, stride_b, stride_h, stride_s, rows,
+    DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """Words of X[b, h] from (row, column) on, as [ROWS, COLUMNS]; 0 beyond its rows. Words are of two bytes."""
+    if TMA:
+        x = X.load([b, h, row, column]).reshape([ROWS, COLUMNS])
+    else:
+        r = row + tl.arange(0, ROWS)
+        at = X + b * stride_b + h * stride_h + r.to(tl.int64)[:, None] * stride_s
+        x = read_words(at, (column + tl.arange(0, COLUMNS))[None, :], (r < rows)[:, None], WORDS)
+    return x
+
+
+@triton.jit
+def read_words(at, column, mask, WORDS: tl.constexpr):
+    """The words of these columns; without WORDS memory is given as bytes, for words would begin at odd addresses."""
+    if WORDS:
+        x = tl.load(at + column, mask=mask, other=0)
+    else:
+        low = tl.load(at + 2 * column, mask=mask, other=0).to(tl.int16) & 0xFF
+        high = tl.load(at + 2 * column + 1, mask=mask, other=0).to(tl.int16)
+        x = (low | (high << 8)).to(tl.int16)
+    return x
+
+
+@triton.jit
+def dot_few(a, b, acc):
+    """a @ b (+ acc); turned where rows are fewer than tensor cores multiply, for columns may be as few."""
+    if a.shape[0] < 16 and acc is None:
+        x = tl.dot(b.T, a.T).T
+    elif a.shape[0] < 16:
+        x = tl.dot(b.T, a.T, acc.T).T
+    elif acc is None:
+        x = tl.dot(a, b)
+    else:
+        x = tl.dot(a, b, acc)
+    return x
+
+
+@triton.jit
+def from_bytes(words, BIT: tl.constexpr, SIGNED: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """The byte from this bit of words on as a number: as it is if it is signed, else less 128.
+
+    A byte is made the lowest bits of the mantissa of a power of 2, which is then taken off; bf16 has 7 such bits, so
+    that the power depends on the 8th.
+    """
+    if PTX and tl.float16 == DTYPE:
+        RAISED: tl.constexpr = "0x64806480, 0x6A" if SIGNED else "0x64006400, 0xEA"
+        x = tl.inline_asm_elementwise(
+            f"{{ .reg .b32 a, b; shr.b32 a, $1, {BIT}; lop3.b32 a, a, 0x00FF00FF, {RAISED}; "
+            "mov.b32 b, 0x64806480; sub.f16x2 $0, a, b; }",
+            "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
+    elif PTX:
+        POWER: tl.constexpr = "0xEA" if SIGNED else "0xAE"
+        x = tl.inline_asm_elementwise(
+            f"{{ .reg .b32 a, b, c; shr.b32 c, $1, {BIT}; lop3.b32 a, c, 0x007F007F, 0x43004300, 0xEA; "
+            f"lop3.b32 b, c, 0x00800080, 0xC300C300, {POWER}; mov.b32 c, 0x3F803F80; fma.rn.bf16x2 $0, a, c, b; }}",
+            "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        x = ((((words.to(tl.int32) >> BIT) & 0xFF) ^ (128 if SIGNED else 0)) - 128).to(DTYPE)
+    return x
+
+
+@triton.jit
+def from_nibbles(words, BIT: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """The 4 bits from this bit of words on as a number less 8, made as those of bytes are."""
+    if PTX and tl.float16 == DTYPE:
+        x = tl.inline_asm_elementwise(
+            f"{{ .reg .b32 a, b; shr.b32 a, $1, {BIT}; lop3.b32 a, a, 0x000F000F, 0x64006400, 0xEA; "
+            "mov.b32 b, 0x64086408; sub.f16x2 $0, a, b; }",
+            "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
+    elif PTX:
+        x = tl.inline_asm_elementwise(
+            f"{{ .reg .b32 a, b, c; shr.b32 a, $1, {BIT}; lop3.b32 a, a, 0x000F000F, 0x43004300, 0xEA; "
+            "mov.b32 b, 0x3F803F80; mov.b32 c, 0xC308C308; fma.rn.bf16x2 $0, a, b, c; }",
+            "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        x = (((words.to(tl.int32) >> BIT) & 0xF) - 8).to(DTYPE)
+    return x
+
+
+@triton.jit
+def raised_nibbles(words, BIT: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """The 4 bits from this bit of words on as a number more by 128 in bf16: the lowest bits of a mantissa."""
+    if PTX:
+        x = tl.inline_asm_elementwise(
+            f"{{ .reg .b32 a; shr.b32 a, $1, {BIT}; lop3.b32 $0, a, 0x000F000F, 0x43004300, 0xEA; }}",
+            "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        x = (((words.to(tl.int32) >> BIT) & 0xF) + 128).to(DTYPE)
+    return x
+
+
+@triton.jit
+def from_e4m3(words, BIT: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """The byte from this bit of words on as the fp8 number that it is.
+
+    Its bits are those of a number of the wider format but for a power of 2, below the least normal one too.
+    """
+    SIGNED_BYTES: tl.constexpr = "0xB391" if BIT else "0xA280"
+    if PTX and tl.float16 == DTYPE:
+        x = tl.inline_asm_elementwise(
+            f"{{ .reg .b32 a, b; prmt.b32 a, $1, $1, {SIGNED_BYTES}; shl.b32 a, a, 7; and.b32 a, a, 0xBF80BF80; "
+            "mov.b32 b, 0x5C005C00; mul.f16x2 $0, a, b; }",
+            "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
+    elif PTX:
+        x = tl.inline_asm_elementwise(
+            f"{{ .reg .b32 a, b, c; prmt.b32 a, $1, $1, {SIGNED_BYTES}; shl.b32 a, a, 4; and.b32 a, a, 0x87F087F0; "
+            "mov.b32 b, 0x7B807B80; mov.b32 c, 0x80008000; fma.rn.bf16x2 $0, a, b, c; }",
+            "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        x = from_fp8(((words.to(tl.int32) >> BIT) & 0xFF).to(tl.uint8), 3, 7).to(DTYPE)
+    return x
+
+
+@triton.jit
 def store_tile(
     X, x, b, h, row, column: tl.constexpr, stride_b, stride_h, stride_s, rows,
     DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,

@@ -22,7 +22,7 @@ def jobs(program: Program, kernels: str, device: Device, config: Mapping[str, in
         config: as in a package's `configs`: knobs, flags and Triton's options.
     """
     flags = print_kernels(program)[1]
-    on = ["TMA"] if config.get("TMA") else []
+    on = ["TMA"] * bool(config.get("TMA")) + ["WORDS"] + ["PTX"] * (device.vendor == "nvidia")
     found: dict[str, Job] = {}
     for launch in program.launches:
         knobs = {knob.name: knob.choices[0] for knob in program.knobs} | dict(config) | dict(launch.constants)

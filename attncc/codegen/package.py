@@ -33,7 +33,7 @@ from attncc.codegen.tensors import TORCH_DTYPE, axes_of, size_bounds, strided
 from attncc.codegen.triton import lower_name, print_kernels
 from attncc.ir.attention import SIZE_NAMES, Attention
 from attncc.ir.cache import beside
-from attncc.ir.expr import Dtype, Expr, const, eq, name
+from attncc.ir.expr import WORD, Dtype, Expr, const, eq, name
 from attncc.ir.tile import Kernel, Launch, Program, Scratch
 from attncc.ir.widths import entry_width, exit_width
 
@@ -240,7 +240,7 @@ def _variant(
         w.line(f'name="{attn.name}",')
         w.line("tensors=(")
         with w.indented():
-            w.block(_tensors(attn))
+            w.block(_tensors(attn, program))
         w.line("),")
         w.line(f"output={axes_text(attn, 'Hq', 'Sq', exit_width(attn))},")
         lse = '("Hq", "Tq")' if attn.layout == "varlen" else '("B", "Hq", "Sq")'
@@ -326,12 +326,13 @@ def _sizes(attn: Attention) -> list[str]:
     return [f'"{s}": {size_bounds(attn.size(s))}' for s in (*sizes, *own)]
 
 
-def _tensors(attn: Attention) -> list[str]:
+def _tensors(attn: Attention, program: Program) -> list[str]:
+    words = {lower_name(p.name) for k in program.kernels for p in k.params if p.dtype == WORD}
     dtype = f"torch.{TORCH_DTYPE[attn.dtype]}"
     out = [
         f'Tensor("q", {axes_text(attn, "Hq", "Sq", entry_width(attn, "q"))}, {dtype}, tiled=True),',
-        _stored(attn, "k", "Hk"),
-        *([] if attn.is_latent else [_stored(attn, "v", "Hv")]),
+        _stored(attn, "k", "Hk", "k" in words),
+        *([] if attn.is_latent else [_stored(attn, "v", "Hv", "v" in words)]),
     ]
     for x in beside(attn):
         tiled = ", tiled=True" * (x.name == "k_rope")
@@ -345,10 +346,10 @@ def _tensors(attn: Attention) -> list[str]:
     return out
 
 
-def _stored(attn: Attention, operand: str, heads: str) -> str:
+def _stored(attn: Attention, operand: str, heads: str, in_words: bool) -> str:
     """Keys or values as a call has them."""
     axes, dtype = key_axes(attn, heads, width_of(attn, operand)), TORCH_DTYPE[dtype_of(attn, operand)]
-    return f'Tensor("{operand}", {axes}, torch.{dtype}, tiled=True),'
+    return f'Tensor("{operand}", {axes}, torch.{dtype}, tiled=True{", words=True" * in_words}),'
 
 
 def _launch(w: Writer, attn: Attention, k: Kernel, launch: Launch) -> None:

@@ -9,8 +9,8 @@ from attncc.ir.expr import Dtype
 from attncc.ir.tile import Kernel, Param, extent_of
 
 POINTEE: Mapping[Dtype, str] = {
-    "bool": "i1", "i8": "i8", "u8": "u8", "i32": "i32", "i64": "i64", "f8e4m3": "u8", "f8e5m2": "u8", "f16": "fp16",
-    "bf16": "bf16", "f32": "fp32", "f64": "fp64",
+    "bool": "i1", "i8": "i8", "u8": "u8", "i16": "i16", "i32": "i32", "i64": "i64", "f8e4m3": "u8", "f8e5m2": "u8",
+    "f16": "fp16", "bf16": "bf16", "f32": "fp32", "f64": "fp64",
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from typing import Final
 
 from attncc.codegen.source import Writer, definitions, filled, function_names
 from attncc.errors import CompilerBug
-from attncc.ir.expr import FLOATS, INTS, STORED, Dim, Dtype, Expr
+from attncc.ir.expr import FLOATS, INTS, STORED, TRUE, WORD, Dim, Dtype, Expr, const
 from attncc.ir.tile import CallFn, For, Function, If, Let, Note, Param, Program, Statement, Store, StoreTile
 
 INFIX: Final[dict[str, tuple[str, int]]] = {
@@ -25,12 +25,17 @@ CALL: Final[dict[str, str]] = {
     "floordiv": "floor_div", "mod": "floor_mod", "pow": "power", "tanh": "tanh",
 }  # fmt: skip
 DTYPE: Final[dict[Dtype, str]] = {
-    "bool": "tl.int1", "i8": "tl.int8", "u8": "tl.uint8", "i32": "tl.int32", "i64": "tl.int64",
+    "bool": "tl.int1", "i8": "tl.int8", "u8": "tl.uint8", "i16": "tl.int16", "i32": "tl.int32", "i64": "tl.int64",
     "f8e4m3": "tl.uint8", "f8e5m2": "tl.uint8", "f16": "tl.float16", "bf16": "BF16", "f32": "tl.float32",
     "f64": "tl.float64",
 }  # fmt: skip
 FP8: Final[dict[Dtype, str]] = {"f8e4m3": "3, 7", "f8e5m2": "2, 15"}
 """Bits of the mantissa, and the exponent's bias. Kernels see the bits, for not every target converts these itself."""
+UNPACK: Final[dict[str, str]] = {
+    "i8": "from_bytes({}, {}, True", "u8": "from_bytes({}, {}, False", "u4": "from_nibbles({}, {}",
+    "u4 above 0": "raised_nibbles({}, {}", "f8e4m3": "from_e4m3({}, {}",
+}  # fmt: skip
+"""Calls that take fields from words, before the dtype that they make."""
 ATOM: Final = 10
 UNARY: Final = 9
 
@@ -124,7 +129,13 @@ class Printer:
                 return f"{self.expr(a[0], ATOM)}{self.suffix(e)}"
             case "dot":
                 exact = ', input_precision="ieee"' if a[0].dtype == "f32" else ""
+                if e.attr == "few":
+                    acc = self.expr(a[2]) if a[2:] else "None"
+                    return f"dot_few({self.expr(a[0])}, {self.expr(a[1])}, {acc})"
                 return f"tl.dot({', '.join(map(self.expr, a))}{exact})"
+            case "unpack" if isinstance(e.attr, tuple):
+                call = UNPACK[str(e.attr[0])].format(self.expr(a[0]), e.attr[1])
+                return f"{call}, {DTYPE[e.dtype]}, {self.flag('PTX')})"
             case "load" | "bucket" | "tile":
                 return self.access(e)
             case _:
@@ -162,6 +173,10 @@ class Printer:
         if e.op == "load":
             rank = 4 if p.role == "operand" else p.rank
             at, mask = e.args[:rank], e.args[rank:]
+            if p.dtype == WORD:
+                start = self.pointer(p, (*at[:-1], const(0)))
+                given = ", ".join(map(self.expr, (at[-1], *(mask or (TRUE,)))))
+                return f"read_words({start}, {given}, {self.flag('WORDS')})"
             guard = f", mask={self.expr(mask[0])}, other=0" if mask else ""
             return f"tl.load({self.pointer(p, at)}{guard})"
         if e.op == "bucket":
@@ -172,6 +187,8 @@ class Printer:
         if p.extent is None:
             sizes = [*strides(p), *map(dim, e.shape), self.flag("TMA")]
             return f"load_block({self.handle(p, e.shape)}, {at}, {', '.join(sizes)})"
+        if p.dtype == WORD:
+            return f"load_words({self.handle(p, e.shape)}, {at}, {self.bounds(p, e.shape)}, {self.flag('WORDS')})"
         return f"load_tile({self.handle(p, e.shape)}, {at}, {self.bounds(p, e.shape)})"
 
     def bounds(self, p: Param, shape: tuple[Dim, ...]) -> str:
@@ -192,7 +209,7 @@ class Printer:
             for i, s in zip(index, names, strict=False)  # an operand's columns, last, have no stride
             if i.value != 0
         ]
-        if p.role == "operand":
+        if p.role == "operand" and index[-1].value != 0:
             terms.append(self.expr(index[-1], 7))
         return " + ".join([p.name, *terms])
 
@@ -279,8 +296,19 @@ def print_kernels(program: Program) -> tuple[list[str], dict[str, list[str]]]:
         texts.append(_print(f.name, f.params, f.body, f.doc, functions, flags, results=f.results))
     for k in program.kernels:
         texts.append(_print(k.name, k.params, k.body, k.doc, functions, flags))
-    used = frozenset(n for n in function_names("helpers") if any(re.search(rf"\b{n}\(", t) for t in texts))
-    return [*definitions("helpers", used), *texts], {k.name: flags[k.name] for k in program.kernels}
+    helpers = definitions("helpers", _called(texts))
+    return [*helpers, *texts], {k.name: flags[k.name] for k in program.kernels}
+
+
+def _called(texts: list[str]) -> frozenset[str]:
+    """The helpers that texts call, and those that these call."""
+    found = frozenset[str]()
+    while True:
+        seen = [*texts, *definitions("helpers", found)]
+        more = frozenset(n for n in function_names("helpers") if any(re.search(rf"(?<!def )\b{n}\(", t) for t in seen))
+        if more <= found:
+            return found
+        found |= more
 
 
 def _print(

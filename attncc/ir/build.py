@@ -70,10 +70,15 @@ def trans(x: Expr) -> Expr:
     return Expr("trans", (x,), None, x.dtype, x.shape[::-1])
 
 
-def dot(a: Expr, b: Expr, acc: Expr | None = None) -> Expr:
-    """a [M, K] @ b [K, N] (+ acc), accumulated in fp32."""
+def dot(a: Expr, b: Expr, acc: Expr | None = None, *, few: bool = False) -> Expr:
+    """a [M, K] @ b [K, N] (+ acc), accumulated in fp32; `few`: M may be less than tensor cores multiply."""
     args = (a, b) if acc is None else (a, b, acc)
-    return Expr("dot", args, None, "f32", (a.shape[0], b.shape[1]))
+    return Expr("dot", args, "few" if few else None, "f32", (a.shape[0], b.shape[1]))
+
+
+def unpack(words: Expr, what: str, bit: int, dtype: Dtype) -> Expr:
+    """The fields of words from this bit on as numbers of a dtype; `what` they are: a key of `FIELDS`."""
+    return Expr("unpack", (words,), (what, bit), dtype, words.shape)
 
 
 def quotient(a: Value, b: Value) -> Expr:

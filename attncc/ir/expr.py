@@ -16,12 +16,14 @@ import numpy as np
 
 Dim = str | int
 Shape = tuple[Dim, ...]
-Dtype = Literal["bool", "i8", "u8", "i32", "i64", "f8e4m3", "f8e5m2", "f16", "bf16", "f32", "f64"]
+Dtype = Literal["bool", "i8", "u8", "i16", "i32", "i64", "f8e4m3", "f8e5m2", "f16", "bf16", "f32", "f64"]
 Attr = bool | int | float | str | tuple["str | int", ...] | None
 
 FLOATS: Final[tuple[Dtype, ...]] = ("f16", "bf16", "f32", "f64")
 STORED: Final[tuple[Dtype, ...]] = ("f8e4m3", "f8e5m2")
 """Floats that memory holds and no operator takes: they are cast to one of `FLOATS` first."""
+WORD: Final[Dtype] = "i16"
+"""Two bytes of codes, which no operator takes: their fields are unpacked first."""
 INTS: Final[tuple[Dtype, ...]] = ("i8", "u8", "i32", "i64")
 
 STRUCTURAL: Final[dict[str, str]] = {
@@ -44,7 +46,10 @@ STRUCTURAL: Final[dict[str, str]] = {
     "reshape": "the shape says it",
     "trans": "a matrix, transposed",
     "cast": "the dtype says it",
-    "dot": "args: a [M, K], b [K, N] and, if any, the accumulator [M, N]",
+    "unpack": "attr: (what, first bit) of a field of words; value: numbers, i8 and f8e4m3 as they are, u8 less 128, u4 "
+    "less 8, 'u4 above 0' more by the dtype's power of 2 in `fields.RAISED`",
+    "dot": "args: a [M, K], b [K, N] and, if any, the accumulator [M, N]; attr: 'few' where M may be less than tensor "
+    "cores multiply",
     "reduce": "attr: (max | sum | min, axis), the axis 'all' leaves a scalar",
     "cumsum": "the running sum of a vector, inclusive",
     "tile": "attr: operand; args: b, h, first row, first column; shape: [rows, columns] of the tile",

@@ -14,6 +14,7 @@ import numpy as np
 
 from attncc.errors import CompilerBug
 from attncc.ir.expr import OPS, Dtype, Expr, Shape
+from attncc.ir.fields import FIELDS, RAISED
 from attncc.ir.tile import Param, extent_of
 
 Array = np.ndarray[Any, Any]
@@ -22,6 +23,7 @@ NUMPY: Final[Mapping[Dtype, type[np.generic]]] = {
     "bool": np.bool_,
     "i8": np.int8,
     "u8": np.uint8,
+    "i16": np.int16,
     "i32": np.int32,
     "i64": np.int64,
     "f8e4m3": np.float32,
@@ -127,6 +129,25 @@ def _expand(e: Expr, frame: Frame, args: list[Array]) -> Array:
     return np.expand_dims(args[0], e.attr)
 
 
+def _unpack(e: Expr, frame: Frame, args: list[Array]) -> Array:
+    assert isinstance(e.attr, tuple)
+    what, bit = str(e.attr[0]), int(e.attr[1])
+    code = args[0].view(np.uint16) >> bit & (1 << FIELDS[what]) - 1
+    match what:
+        case "i8":
+            return code.astype(np.uint8).view(np.int8)
+        case "u8":
+            return code.astype(np.float32) - 128.0
+        case "u4":
+            return code.astype(np.float32) - 8.0
+        case "u4 above 0":
+            return code.astype(np.float32) + RAISED[e.dtype]
+        case _:
+            size, exponent = code & 0x7F, code >> 3 & 0xF
+            number = np.where(exponent == 0, (size & 7) * 2.0**-9, (8 + (size & 7)) * 2.0 ** (exponent - 10.0))
+            return np.where(code & 0x80, -number, number)
+
+
 def _dot(e: Expr, frame: Frame, args: list[Array]) -> Array:
     a, b = (convert(x, e.dtype) for x in args[:2])
     return np.matmul(a, b) + (args[2] if len(args) == 3 else 0)
@@ -210,6 +231,7 @@ MEANING: Final[Mapping[str, Callable[[Expr, Frame, list[Array]], Any]]] = {
     "reshape": lambda e, frame, args: args[0].reshape(frame.shape(e.shape)),
     "trans": lambda e, frame, args: args[0].T,
     "cast": lambda e, frame, args: args[0],
+    "unpack": _unpack,
     "dot": _dot,
     "reduce": _reduce,
     "cumsum": lambda e, frame, args: np.cumsum(args[0], axis=0),

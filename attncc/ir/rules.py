@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Final, Literal
 
-from attncc.ir.expr import FLOATS, INTS, OPS, STORED, Dim, Dtype, Expr, Shape, broadcast
+from attncc.ir.expr import FLOATS, INTS, OPS, STORED, WORD, Dim, Dtype, Expr, Shape, broadcast
+from attncc.ir.fields import FIELDS, RAISED
 
 Level = Literal["scalar", "tile"]
 Type = tuple[Dtype, Shape]
@@ -98,7 +99,7 @@ def _elementwise(e: Expr) -> Type:
     if e.attr is not None:
         word, kind = KINDS.get(e.op, ("", ()))
         require(e.attr == word and set(dtypes) <= set(kind), f"'{e.op}' has no attribute {e.attr!r}")
-    for dtype in STORED:
+    for dtype in (*STORED, WORD):
         require(dtype not in dtypes, f"'{e.op}' takes no {dtype}: cast it first")
     return row.dtype(dtypes), _joined(e.args)
 
@@ -214,11 +215,21 @@ def _trans(e: Expr, tensors: Mapping[str, Tensor]) -> Type:
     return e.args[0].dtype, shape[::-1]
 
 
+def _unpack(e: Expr, tensors: Mapping[str, Tensor]) -> Type:
+    require(e.args[0].dtype == WORD, f"'unpack' takes words, got {e.args[0].dtype}")
+    require(isinstance(e.attr, tuple) and len(e.attr) == 2, f"'unpack' has (what, first bit), got {e.attr!r}")
+    what, bit = e.attr if isinstance(e.attr, tuple) else ("", 0)
+    require(what in FIELDS and bit in range(0, 16, FIELDS[str(what)]), f"words have no {what} at bit {bit}")
+    require(e.dtype in RAISED, f"'unpack' makes {' or '.join(RAISED)}, not {e.dtype}")
+    return e.dtype, e.args[0].shape
+
+
 def _dot(e: Expr, tensors: Mapping[str, Tensor]) -> Type:
     a, b = e.args[:2]
     require(len(a.shape) == len(b.shape) == 2, f"'dot' takes matrices, got {list(a.shape)} and {list(b.shape)}")
     require(a.shape[1] == b.shape[0], f"'dot' of {list(a.shape)} and {list(b.shape)}: inner dims differ")
-    require(a.dtype == b.dtype and a.dtype not in STORED, f"'dot' of {a.dtype} and {b.dtype}")
+    require(e.attr in (None, "few"), f"'dot' has no attribute {e.attr!r}")
+    require(a.dtype == b.dtype and a.dtype not in (*STORED, WORD), f"'dot' of {a.dtype} and {b.dtype}")
     out: Type = ("f32" if a.dtype in FLOATS else "i32", (a.shape[0], b.shape[1]))
     for acc in e.args[2:]:
         require((acc.dtype, acc.shape) == out, f"'dot' adds to {show(*out)}, got {show(acc.dtype, acc.shape)}")
@@ -274,6 +285,7 @@ RULES: Final[dict[str, Rule]] = {
     "expand": Rule(TILE, (1,), _expand),
     "reshape": Rule(TILE, (1,), _reshape),
     "trans": Rule(TILE, (1,), _trans),
+    "unpack": Rule(TILE, (1,), _unpack),
     "dot": Rule(TILE, (2, 3), _dot),
     "reduce": Rule(TILE, (1,), _reduce),
     "cumsum": Rule(TILE, (1,), _cumsum),

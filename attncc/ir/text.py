@@ -157,8 +157,15 @@ def _reduce(e: Expr) -> tuple[str, int]:
     return f"{kind}({text(e.args[0])}, axis={axis})", ATOM
 
 
+def _unpack(e: Expr) -> tuple[str, int]:
+    assert isinstance(e.attr, tuple)
+    what, bit = e.attr
+    return f"unpack({text(e.args[0])}, {what}, bit={bit}, dtype={e.dtype})", ATOM
+
+
 def _dot(e: Expr) -> tuple[str, int]:
     dtype = "" if e.dtype == "f32" else f", dtype={e.dtype}"
+    dtype += ", few" if e.attr == "few" else ""
     return f"dot({_list(e.args)}{dtype})", ATOM
 
 
@@ -177,6 +184,7 @@ STRUCTURES: Final[dict[str, Callable[[Expr], tuple[str, int]]]] = {
     "reshape": lambda e: (f"reshape({_list(e.args)}, {_shape(e.shape)})", ATOM),
     "trans": lambda e: (f"trans({_list(e.args)})", ATOM),
     "cast": lambda e: (f"{e.dtype}({_list(e.args)})", ATOM),
+    "unpack": _unpack,
     "dot": _dot,
     "reduce": _reduce,
     "cumsum": lambda e: (f"cumsum({_list(e.args)})", ATOM),

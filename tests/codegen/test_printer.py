@@ -32,6 +32,7 @@ from attncc.ir.build import (
     row,
     tile,
     trans,
+    unpack,
 )
 from attncc.ir.expr import OPS, Expr, cast_to, const, divide_exactly, eq, ew, maximum, minimum, name, where
 from attncc.ir.tile import (
@@ -53,6 +54,8 @@ from attncc.ir.tile import (
 Sq = name("Sq")
 Q = Param("Q", "operand", "bf16", tiles=(("BM", 64),), extent=(Sq, 64))
 V = Param("V", "operand", "bf16", tiles=(("BN", 128), ("BN", 64)), extent=(name("Sk"), 192))
+CODES = Param("K", "operand", "i16", tiles=(("BN", 32),), extent=(name("Sk"), 32))
+PAGES = Param("K", "operand", "i16")
 SKEW = Param("skew_0", "operand", "f32", tiles=(("BM", "BN"),))
 BIAS = Param("bias_ptr", "buffer", "f32", rank=2)
 CUTS = Param("cuts_ptr", "buffer", "i32", rank=2)
@@ -141,6 +144,36 @@ NARROW: dict[str, Expr] = {
     "from_fp8(to_fp8(x, 2, 15), 2, 15).to(BF16)": cast_to(cast_to(x, "f8e5m2"), "bf16"),
     "tl.div_rn(x, y + 1.0) * 2.0": divide_exactly(x, y + 1.0) * 2.0,
 }
+
+
+IN_WORDS = name("k", "i16", ("BN", 32))
+WORDS: dict[str, Expr] = {
+    "from_bytes(k, 8, True, BF16, PTX)": unpack(IN_WORDS, "i8", 8, "bf16"),
+    "from_bytes(k, 0, False, tl.float16, PTX)": unpack(IN_WORDS, "u8", 0, "f16"),
+    "from_nibbles(k, 12, BF16, PTX)": unpack(IN_WORDS, "u4", 12, "bf16"),
+    "raised_nibbles(k, 4, BF16, PTX)": unpack(IN_WORDS, "u4 above 0", 4, "bf16"),
+    "from_e4m3(k, 8, tl.float16, PTX)": unpack(IN_WORDS, "f8e4m3", 8, "f16"),
+    "load_words(K, a, b, n, 0, k_b, k_h, k_s, Sk, 32, BN, 32, TMA, WORDS)": tile(CODES, a, b, n, 0, ("BN", 32)),
+}
+
+
+@pytest.mark.parametrize("text", WORDS)
+def test_words(text: str) -> None:
+    p = Printer([CODES], {}, {})
+    assert p.expr(WORDS[text]) == text
+    assert p.flags == ({"TMA", "WORDS"} if "load" in text else {"PTX"})
+
+
+def test_words_that_find_their_own_pages() -> None:
+    p = Printer([PAGES], {}, {})
+    read_ = read(PAGES, a, 0, n, iota(32), mask=iota(32) < 3)
+    assert p.expr(read_) == "read_words(K + a * k_b + n * k_s, tl.arange(0, 32), tl.arange(0, 32) < 3, WORDS)"
+
+
+def test_products_of_few_rows() -> None:
+    q, k, acc = name("q", "bf16", ("BM", 64)), name("k", "bf16", ("BN", 64)), name("s", "f32", ("BM", "BN"))
+    assert printer().expr(dot(q, trans(k), few=True)) == "dot_few(q, k.T, None)"
+    assert printer().expr(dot(q, trans(k), acc, few=True)) == "dot_few(q, k.T, s)"
 
 
 @pytest.mark.parametrize("text", NARROW)

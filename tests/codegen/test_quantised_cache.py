@@ -197,13 +197,14 @@ def test_default_configs_hardly_spill(example: str) -> None:
     kernels = str(package(body, example, target="sm_90").path / "kernels.py")
     rows, device = default_configs(attn, find("sm_90"))[0], find("sm_90")
     few, large = (next(dict(c) for _, c in reversed(rows) if bool(c["SPLIT"]) == split) for split in (True, False))
-    few |= {"BM": 16, "num_warps": 1, "num_stages": 2, "FILL": filling(device, 8)}
-    wanted = {n: j for n, j in jobs(program, kernels, device, few).items() if n.endswith("_stream PASS=3")}
-    wanted |= {n: j for n, j in jobs(program, kernels, device, large).items() if n.endswith("_forward PASS=0")}
+    few |= {"BM": 8, "BN": 64, "num_warps": 1, "num_stages": 3, "SPLIT": 4, "FILL": filling(device, 8)}
+    wanted = {n: j for n, j in jobs(program, kernels, device, few).items() if n.endswith("_stream")}
+    wanted |= {n: j for n, j in jobs(program, kernels, device, large).items() if n.endswith("_forward")}
     wanted |= jobs(program.append, kernels, device, {"num_warps": 4})
     assert len(wanted) == 3
     assert few in [dict(c) for _, c in rows]
     for name, outcome in zip(wanted, build_all(list(wanted.values())), strict=True):
         assert not isinstance(outcome, Failed), (name, outcome.reason)
-        assert outcome.spill_bytes <= 128 * name.endswith("PASS=3"), name  # one warp is faster than two that spill none
+        assert outcome.spill_bytes <= 384 * name.endswith("_stream"), name  # before the loop and behind it
+        assert outcome.loop.get("spill_load", 0) <= 16, name
         assert "append" in name or {"mma", "wgmma"} & set(outcome.loop), name

@@ -15,8 +15,23 @@ from tile_samples import KNOBS, attention, builder, copy, matmul, scalars, singl
 
 from attncc.errors import CompilerBug
 from attncc.ir import interp
-from attncc.ir.build import Builder, column, full, iota, program, quotient, read, reduce, remainder, reshape, row, tile
+from attncc.ir.build import (
+    Builder,
+    column,
+    full,
+    iota,
+    program,
+    quotient,
+    read,
+    reduce,
+    remainder,
+    reshape,
+    row,
+    tile,
+    unpack,
+)
 from attncc.ir.expr import OPS, Dtype, Expr, Value, cast_to, const, eq, ew, name, where
+from attncc.ir.fields import FIELDS, RAISED
 from attncc.ir.meaning import convert
 from attncc.ir.tile import Kernel, Launch, Let, Param, Program, Scratch
 
@@ -181,6 +196,31 @@ def test_f8_rounds_as_torch_does(dtype: Dtype, theirs: torch.dtype) -> None:
     x = torch.cat([numbers, halves, halves * (1 + 1e-6), halves * (1 - 1e-6), torch.tensor([torch.nan])])
     np.testing.assert_array_equal(convert(x.numpy(), dtype), x.to(theirs).float().numpy())
     assert np.isnan(convert(np.float32(1e6), dtype)).all()
+
+
+@pytest.mark.parametrize("what", FIELDS)
+@pytest.mark.parametrize("dtype", RAISED)
+def test_fields_of_words(what: str, dtype: Dtype) -> None:
+    """Every code in every place, with others beside it."""
+    bits = FIELDS[what]
+    codes = torch.arange(1 << bits)
+    theirs = codes.to(torch.uint8).view(torch.float8_e4m3fn).float()
+    raised = {"bf16": 128, "f16": 1024}[dtype]
+    wanted = {
+        "i8": codes - 256 * (codes > 127),
+        "u8": codes - 128,
+        "u4": codes - 8,
+        "u4 above 0": codes + raised,
+        "f8e4m3": theirs,
+    }[what].float()
+    for bit in range(0, 16, bits):
+        around = 0xA5C3 & ~((1 << bits) - 1 << bit)
+        words = (codes << bit | around).to(torch.int32).numpy().astype(np.uint16).view(np.int16).reshape(-1, 16)
+        x = Param("x", "buffer", "i16", rank=2)
+        place = (column(iota(len(words))), row(iota(16)))
+        got = value(unpack(read(x, *place), what, bit, dtype), {"x": (x, words)}).reshape(-1)
+        known = wanted.isfinite().numpy()
+        np.testing.assert_array_equal(got[known], wanted.numpy()[known])
 
 
 def test_every_operation_in_bf16_rounds() -> None:

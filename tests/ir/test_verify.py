@@ -9,7 +9,7 @@ import pytest
 from tile_samples import ALL, KNOBS, builder, copy, matmul, scalars, single, two_kernels
 
 from attncc.errors import CompilerBug
-from attncc.ir.build import Builder, dot, full, function, iota, program, read, reduce, reshape, tile, trans
+from attncc.ir.build import Builder, dot, full, function, iota, program, read, reduce, reshape, tile, trans, unpack
 from attncc.ir.expr import OPS, STRUCTURAL, Expr, cast_to, const, ew, name
 from attncc.ir.rules import RULES
 from attncc.ir.tile import CallFn, For, If, Knob, Launch, Let, Param, Program, Scratch, Statement, Store, StoreTile
@@ -56,6 +56,7 @@ def rebound(value: Expr) -> Let:
 A = rebound(const(0.0))
 SQUARE = full(("BM", "BN"), 0.0)
 STORED = cast_to(SQUARE, "f8e4m3")
+WORDS = full(("BM", "BN"), 0, "i16")
 
 FAULTS: dict[str, tuple[Write, str]] = {
     "unbound": (let(name("z") + 1), "'z' is not bound here"),
@@ -96,6 +97,13 @@ FAULTS: dict[str, tuple[Write, str]] = {
     "inner dims differ": (let(dot(SQUARE, SQUARE)), "inner dims differ"),
     "dot of a vector": (let(Expr("dot", (iota("BM"), SQUARE), None, "f32", ("BM", "BN"))), "'dot' takes matrices"),
     "dot of two dtypes": (let(dot(cast_to(SQUARE, "bf16"), trans(SQUARE))), "'dot' of bf16 and f32"),
+    "dot of words": (let(dot(WORDS, trans(WORDS))), "'dot' of i16 and i16"),
+    "sum of words": (let(Expr("add", (WORDS, WORDS), None, "i16", WORDS.shape)), "cast it first"),
+    "fields of no words": (let(unpack(SQUARE, "u8", 0, "bf16")), "'unpack' takes words, got f32"),
+    "a field across two": (let(unpack(WORDS, "u8", 4, "bf16")), "words have no u8 at bit 4"),
+    "a field of no kind": (let(unpack(WORDS, "u2", 0, "bf16")), "words have no u2 at bit 0"),
+    "fields in fp32": (let(unpack(WORDS, "u8", 0, "f32")), "'unpack' makes bf16 or f16, not f32"),
+    "another kind of product": (let(Expr("dot", (SQUARE, trans(SQUARE)), "fast", "f32", ("BM", "BM"))), "no attribute"),
     "dot of stored floats": (let(dot(STORED, trans(STORED))), "'dot' of f8e4m3 and f8e4m3"),
     "sum of stored floats": (let(Expr("add", (STORED, STORED), None, "f8e4m3", STORED.shape)), "cast it first"),
     "store of another narrow float": (

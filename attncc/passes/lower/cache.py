@@ -1,8 +1,9 @@
 """A cache of few bits as kernels read it: codes become numbers in the load of a tile, or their scales join the scores.
 
 Products are of the operands' own dtype, which holds every code exactly. Where one scale is that of a whole key it
-multiplies the score, to which a zero point adds its share of the sum of the query; values, and keys whose columns
-differ in scale, are multiplied as numbers, rounded to the operands' dtype as a cache without codes would hold them.
+multiplies the score, to which a zero point adds its share of the sum of the query; that of a whole value multiplies its
+weight, and its zero point, times the weight, adds to all columns. What is both key and value, and columns that differ
+in scale, are multiplied as numbers, rounded to the operands' dtype as a cache without codes would hold them.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ from typing import Final
 from attncc.ir.attention import Attention, Quantizer
 from attncc.ir.build import Builder, column, expand, iota, quotient, read, reduce, remainder, reshape, row
 from attncc.ir.cache import FORMATS, Cached, Given, beside, cached, find
-from attncc.ir.expr import Dtype, Expr, cast_to, const, minimum, name
+from attncc.ir.expr import WORD, Dtype, Expr, cast_to, const, eq, minimum, name, where
 from attncc.ir.tile import Param
-from attncc.passes.lower import storage
+from attncc.passes.lower import storage, words
 from attncc.passes.lower.grid import QueryTile, is_varlen
 from attncc.passes.lower.normalizers import VALUE_DTYPE
 from attncc.passes.lower.pieces import Piece, pieces
+from attncc.passes.lower.words import WHOLE, has_words, joins
 
 CODES: Final[Mapping[str, Dtype]] = {"int8": "i8", "uint8": "u8", "fp8_e4m3": "f8e4m3", "fp8_e5m2": "f8e5m2"}
 PER: Final = ("tensor", "head", "channel", "token", "group")
 """What may share a scale: blocks of tokens would be stored again with each that joins them."""
-WHOLE: Final = ("tensor", "head")
 NIBBLES: Final = 16
 NAMES: Final = ("k_scales", "k_zeros", "k_rope", "v_scales", "v_zeros")
 ROPE: Final = "K_ROPE"
@@ -79,17 +80,19 @@ def key_pieces(attn: Attention) -> tuple[Piece, ...]:
     c = find(attn, "k")
     if c is None:
         return pieces(attn.dims.qk)
-    return (*_coded(c), *(Piece(c.dim + p.column, p.width) for p in (pieces(c.rope) if c.rope else ())))
+    return (*_coded(attn, c), *(Piece(c.dim + p.column, p.width) for p in (pieces(c.rope) if c.rope else ())))
 
 
 def value_pieces(attn: Attention) -> tuple[Piece, ...]:
     """The pieces of values and outputs."""
     c = find(attn, "v")
-    return pieces(attn.dims.v) if c is None else _coded(c)
+    return pieces(attn.dims.v) if c is None else _coded(attn, c)
 
 
-def _coded(c: Cached) -> tuple[Piece, ...]:
+def _coded(attn: Attention, c: Cached) -> tuple[Piece, ...]:
     """Of two codes in a byte one stands for a column of the first half, one for the same column of the second."""
+    if has_words(attn):
+        return tuple(words.fields(c))
     halves = (0, c.width) if c.is_packed else (0,)
     return tuple(Piece(at + p.column, p.width) for at in halves for p in pieces(c.width))
 
@@ -99,11 +102,12 @@ def operand(attn: Attention, which: str, given: Param) -> Param:
     c = find(attn, which)
     if c is None or given.extent is None:
         return given
-    read_ = (*pieces(c.width), *(value_pieces(attn) if attn.is_latent else ()))
+    in_words = has_words(attn)
+    width, dtype = (words.count(c), WORD) if in_words else (c.width, CODES[c.codes])
+    read_ = (*pieces(width), *(value_pieces(attn) if attn.is_latent else ()))
     tiles = tuple(dict.fromkeys(("BN", p.width) for p in read_))
-    return replace(
-        given, dtype=CODES[c.codes], tiles=tiles, extent=(given.extent[0], c.width), doc=f"{given.doc}, {c.dtype} codes"
-    )
+    doc = f"{given.doc}, {c.dtype} codes{', two bytes a column' * in_words}"
+    return replace(given, dtype=dtype, tiles=tiles, extent=(given.extent[0], width), doc=doc)
 
 
 def parameters(attn: Attention, rows: Expr) -> tuple[Param, ...]:
@@ -135,20 +139,33 @@ def bind(b: Builder, attn: Attention, t: QueryTile, heads: Mapping[str, Expr]) -
             for text in _texts(c):
                 b.let(text, read(b.params[f"{text}s_ptr"], *at))
     c = find(attn, "k")
-    if c is not None and _joins_scores(attn, c) and (c.has_zeros or c.offset):
+    if c is not None and joins(attn, c) and (c.has_zeros or _shift(attn, c)):
         parts = key_pieces(attn)
-        tiles = [name("q" + p.suffix(parts), VALUE_DTYPE[attn.dtype], ("BM", p.width)) for p in _coded(c)]
+        tiles = [name("q" + p.suffix(parts), VALUE_DTYPE[attn.dtype], ("BM", p.width)) for p in _coded(attn, c)]
         sums = [reduce("sum", cast_to(q, "f32"), 1) for q in tiles]
         b.let("q_sum", fold(lambda x, y: x + y, sums), "[BM] what zero points are multiplied by")
+
+
+def has_finite_values(attn: Attention) -> bool:
+    """Whether values are codes whose scales multiply weights, so that no tile of them holds anything but numbers."""
+    c = find(attn, "v")
+    return c is not None and joins(attn, c)
 
 
 def _texts(c: Cached) -> tuple[str, ...]:
     return (f"{c.operand}_scale", *([f"{c.operand}_zero"] if c.has_zeros else ()))
 
 
-def _joins_scores(attn: Attention, c: Cached) -> bool:
-    """Whether scales of keys multiply scores: they are one a key, and no values are among the columns."""
-    return c.operand == "k" and c.per in (*WHOLE, "token") and not attn.is_latent
+def _shift(attn: Attention, c: Cached) -> float:
+    """What the numbers that are multiplied are less than those which the scale is for."""
+    if has_words(attn):
+        return words.taken(attn, c) - c.offset
+    return _middle(c) - c.offset if c.operand == "v" else -c.offset
+
+
+def _middle(c: Cached) -> float:
+    """What is taken from values that are read by bytes."""
+    return words.MIDDLE.get(words.kind(c), 0)
 
 
 # -- inside it -----------------------------------------------------------------------------------
@@ -157,16 +174,81 @@ def _joins_scores(attn: Attention, c: Cached) -> bool:
 def scaled(b: Builder, attn: Attention, t: QueryTile, p: Piece, s: Expr) -> Expr:
     """Products [BM, BN] up to the columns of a piece: behind the last codes they become those of numbers."""
     c = find(attn, "k")
-    if c is None or not _joins_scores(attn, c) or p != _coded(c)[-1]:
+    if c is None or not joins(attn, c) or p != _coded(attn, c)[-1]:
         return s
-    scale, zero = _of_key(b, attn, c, t, t.scope.values["hk"])
-    if c.per == "token":
-        scale, zero = row(scale), None if zero is None else row(zero)
-    total = column(name("q_sum", "f32", ("BM",)))
-    if c.offset:
-        s = s - total * float(c.offset)
-    s = b.let("s", s, "[BM, BN] of codes") * scale
-    return s if zero is None else s + total * zero
+    s = b.let("s", s, "[BM, BN] of codes")
+    scale, zero = _of_whole(b, attn, c, t, t.scope.values["hk"])
+    s = s * _across(scale)
+    return s if zero is None else s + column(name("q_sum", "f32", ("BM",))) * _across(zero)
+
+
+def weighted(
+    b: Builder, attn: Attention, t: QueryTile, head: Expr, p: Expr, hide: Callable[[Expr], Expr]
+) -> tuple[tuple[Expr, ...], Expr | None]:
+    """The terms of the weights [BM, BN] of a tile's codes, and what zero points add to every column, [BM], if anything.
+
+    Rounded once, a weight would be as far off as a value of 16 bits is, where the weight of such a value may be exact:
+    two terms of bf16 are far nearer, and have the range that scales may have.
+    `hide`: binds 0 where a row does not see a key, so that scales which no row sees do not matter, whatever they are.
+    """
+    c = find(attn, "v")
+    if c is None or not joins(attn, c) or _ends_rows(attn, c):
+        return (), None
+    scale, zero = _of_whole(b, attn, c, t, head)
+    w = hide(b.let("w", p * _across(scale), "[BM, BN] weights of codes"))
+    terms = (w,)
+    if attn.dtype != "fp32":
+        high = b.let("w_high", cast_to(w, "bf16"))
+        terms = (high, b.let("w_low", cast_to(w - cast_to(high, "f32"), "bf16"), "what the other lacks"))
+    if zero is None:
+        return terms, None
+    z = hide(b.let("z", p * _across(zero), "[BM, BN] what they add to all columns"))
+    return terms, b.let("moved", reduce("sum", z, 1), "[BM]")
+
+
+def ended(b: Builder, attn: Attention, o: Expr, scale: Callable[[Param], Expr] | None = None) -> Expr:
+    """Outputs in units of the values: the scale of a whole head multiplies those of rows that see anything.
+
+    `scale`: reads it from its tensor; without that it is the one that `bind` has bound.
+    """
+    c = find(attn, "v")
+    if c is None or not _ends_rows(attn, c):
+        return o
+    factor = name("v_scale", "f32") if scale is None else scale(b.params[f"{c.scales}_ptr"])
+    o = b.let("o", o)
+    return where(eq(o, 0.0), 0.0, o * factor)
+
+
+def reader(attn: Attention, batch: Expr, head: Expr) -> Callable[[Param], Expr]:
+    """What reads the scale of a head's values from its tensor."""
+    c = find(attn, "v")
+    whole = c is not None and c.per == "tensor"
+    return lambda x: read(x, batch) if whole else read(x, batch, head)
+
+
+def _ends_rows(attn: Attention, c: Cached) -> bool:
+    """Whether a scale of values multiplies outputs: one number, and none that is added to what it is for."""
+    return c.operand == "v" and joins(attn, c) and c.per in WHOLE and not c.has_zeros and not _shift(attn, c)
+
+
+def value_dtype(attn: Attention, c: Cached) -> Dtype:
+    """What codes become: of values whose weights are terms of bf16 that, which holds them as well."""
+    given = VALUE_DTYPE[attn.dtype]
+    split = c.operand == "v" and joins(attn, c) and not _ends_rows(attn, c) and attn.dtype != "fp32"
+    return "bf16" if split else given
+
+
+def _across(x: Expr) -> Expr:
+    return row(x) if x.shape else x
+
+
+def _of_whole(b: Builder, attn: Attention, c: Cached, t: QueryTile, head: Expr) -> tuple[Expr, Expr | None]:
+    """Scale and zero point of whole keys as the numbers that are multiplied want them."""
+    scale, zero = _of_key(b, attn, c, t, head)
+    shift = _shift(attn, c)
+    if shift:
+        zero = scale * shift if zero is None else zero + scale * shift
+    return scale, zero
 
 
 def _of_key(b: Builder, attn: Attention, c: Cached, t: QueryTile, head: Expr) -> tuple[Expr, Expr | None]:
@@ -198,13 +280,18 @@ def _at_tokens(x: Param, attn: Attention, t: QueryTile, head: Expr, more: Expr |
 
 def read_tile(b: Builder, attn: Attention, which: str, t: QueryTile, head: Expr, p: Piece, raw: Raw) -> Expr:
     """The [BN, width] tile of keys or values of a cache, in the dtype that is multiplied."""
-    c, dtype = find(attn, which), VALUE_DTYPE[attn.dtype]
+    c = find(attn, which)
     assert c is not None
+    dtype = value_dtype(attn, c)
     if p.column >= c.dim:
         return raw(b.params[ROPE], Piece(p.column - c.dim, p.width), c.rope)
+    if has_words(attn):
+        return _field(b, attn, c, p, raw)
     codes = _codes(b, c, p, raw)
-    if _joins_scores(attn, c):
-        return cast_to(codes, dtype)
+    if joins(attn, c):
+        if not (_middle(c) and c.operand == "v"):
+            return cast_to(codes, dtype)
+        return cast_to(cast_to(codes, "f32") - float(_middle(c)), dtype)
     x = cast_to(codes, "f32")
     x = x - float(c.offset) if c.offset else x
     if c.per == "group":
@@ -232,10 +319,19 @@ def _codes(b: Builder, c: Cached, p: Piece, raw: Raw) -> Expr:
     return remainder(both, NIBBLES) if p.column < c.width else quotient(both, NIBBLES)
 
 
+def _field(b: Builder, attn: Attention, c: Cached, p: Piece, raw: Raw) -> Expr:
+    """The numbers of a piece's columns; words are read with the first of their fields."""
+    field = words.fields(c)[p]
+    text = f"{c.operand}_words{field.word.suffix(pieces(words.count(c)))}"
+    if not field.bit:
+        b.let(text, raw(b.params[c.operand.upper()], field.word, words.count(c)), f"[BN, {p.width}]")
+    return words.numbers(attn, c, name(text, WORD, ("BN", p.width)), field.bit, value_dtype(attn, c))
+
+
 def _channels(x: Param, c: Cached, t: QueryTile, head: Expr, p: Piece) -> Expr:
     """[1, width] of a tensor that has an entry a column."""
-    columns = p.column + iota(p.width)
-    mask = columns < c.dim if p.column + p.width > c.dim else None
+    columns = p.columns
+    mask = columns < c.dim if p.end > c.dim else None
     return row(read(x, t.scope.values["b"], head, columns, mask=mask))
 
 
@@ -247,7 +343,7 @@ def _by_groups(b: Builder, attn: Attention, c: Cached, t: QueryTile, head: Expr,
     if several and last > first:
         count = p.width // c.group
         read_ = [_at_tokens(y, attn, t, head, first + iota(count)) for y in tensors]
-        texts = [f"{text}{p.suffix(_coded(c))}" for text in _texts(c)]
+        texts = [f"{text}{p.suffix(_coded(attn, c))}" for text in _texts(c)]
         parts = [expand(b.let(text, y, f"[BN, {count}] of groups"), 2) for text, y in zip(texts, read_, strict=True)]
         x = reshape(x, ("BN", count, c.group)) * parts[0]
         x = x + parts[1] if len(parts) > 1 else x

@@ -23,6 +23,7 @@ from attncc.passes.lower.hopper import gap, is_exact
 from attncc.passes.lower.knobs import E_GROUP
 from attncc.passes.lower.pieces import MAX_DIM
 from attncc.passes.lower.skew import split_diagonals
+from attncc.passes.lower.words import has_words
 
 Config = Mapping[str, int]
 Row = tuple[Mapping[str, int], Config]
@@ -218,6 +219,7 @@ AMPERE: Final = (
 )
 CDNA: Final = (
     Rule("fp32 products", _is_fp32, _config(32, 16, 4, 1)),
+    Rule("a cache of few bits", _both(_is_cached, _up_to(128)), _config(64, 32, 4, 1)),
     Rule("heads up to 128", _up_to(128), _config(64, 64, 4, 1)),
     Rule("wide heads", _always, _config(32, 32, 4, 1)),
 )
@@ -261,6 +263,16 @@ CODED: Final = (
 """Warps and stages over a cache of few bits, by the widest head dim and by rows: what registers allow beside numbers
 that are made of codes. One warp of 16 rows is fastest on an H200, eight programs a multiprocessor; the others are those
 of the fewest instructions a key."""
+TURNED: Final = 8
+"""Rows of a group's query tile whose products are turned: half as many as tensor cores multiply."""
+IN_WORDS: Final[Mapping[int, Config]] = {
+    TURNED: {"BN": 64, "num_warps": 1, "num_stages": 3},
+    16: {"BN": 32, "num_warps": 1, "num_stages": 2},
+    32: {"BN": 32, "num_warps": 2, "num_stages": 2},
+    64: {"BN": 32, "num_warps": 4, "num_stages": 2},
+}
+"""Over codes that are read in words, heads up to 128, by rows: measured on an H200 for 8, the others by the fewest
+instructions a key."""
 
 
 def default_configs(attn: Attention, device: Device, with_engine: bool = True) -> tuple[tuple[Row, ...], str]:
@@ -307,6 +319,7 @@ def _splitting(attn: Attention, config: Config, device: Device) -> list[Row]:
     keys = (PIECED if _widest(attn) <= 256 else PIECED // 2) if _is_cached(attn) else keys
     tiles = (FIXED_SHARE if attn.is_apart else SHARE) // keys
     heights = [rows for rows in GROUPED if rows <= config["BM"]]
+    heights = [TURNED, *heights] if _is_turned(attn, device) else heights
     heights = heights[:1] if _is_cached(attn) and _widest(attn) > 256 else heights
     bounds = {min(rows // members(attn), SHORT): rows for rows in reversed(heights)}
     bounds.setdefault(SHORT, heights[-1])
@@ -323,6 +336,11 @@ def _pace(attn: Attention, rows: int, device: Device) -> Config:
 
     Measured on an H200: two warps and two stages are fastest over rows of keys as over pages, but for wide latents.
     """
+    if _is_turned(attn, device):
+        found = IN_WORDS[rows]
+        share = (FIXED_SHARE if attn.is_apart else SHARE) // found["BN"]
+        many = {"FILL": filling(device, 8)} if rows <= GROUPED[0] and device.has_wgmma else {}
+        return {**found, "SPLIT": share, **many}
     if _is_cached(attn):
         warps, stages = next(pace for dim, pace in CODED if _widest(attn) <= dim)[rows]
         many = {"FILL": filling(device, 8)} if warps == 1 else {}
@@ -332,6 +350,11 @@ def _pace(attn: Attention, rows: int, device: Device) -> Config:
             return {"num_warps": 4, "FILL": filling(device, 2)} if device.has_wgmma and rows == GROUPED[0] else {}
         return {"num_stages": 1, "num_warps": 4} if attn.page_size and _widest(attn) <= 128 else {"num_stages": 1}
     return {"num_stages": 2, "num_warps": 2 if rows == GROUPED[0] else 4}
+
+
+def _is_turned(attn: Attention, device: Device) -> bool:
+    """Whether tiles of few rows are worth it: where making numbers of codes is what takes the time."""
+    return has_words(attn) and _widest(attn) <= 128 and device.caps_registers
 
 
 def _engine_config(attn: Attention, device: Device) -> Config:

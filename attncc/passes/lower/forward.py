@@ -12,11 +12,11 @@ from functools import partial
 from typing import Final
 
 from attncc.ir.attention import Attention
-from attncc.ir.build import Builder, column, iota, program, reduce, row
+from attncc.ir.build import Builder, column, program, read, reduce, row
 from attncc.ir.expr import Expr, cast_to, name
 from attncc.ir.tile import Function, Kernel, Knob, Launch, Param, Program, Scratch
 from attncc.passes.lower import cache, care, classify, quantize, skew, storage, stored
-from attncc.passes.lower.chains import output
+from attncc.passes.lower.chains import output, source
 from attncc.passes.lower.fragments import (
     FOR_EACH_ROW,
     begin,
@@ -34,6 +34,7 @@ from attncc.passes.lower.pieces import Piece
 from attncc.passes.lower.scores import input_param, share_reads
 from attncc.passes.lower.tidy import tidy
 from attncc.passes.lower.walk import key_tiles_of, solve_runs
+from attncc.passes.lower.words import has_words
 
 LOST: Final = "lost"
 
@@ -77,7 +78,9 @@ def dense_forward(attn: Attention) -> Program:
 
 
 def _fitting(attn: Attention, knob: Knob) -> Knob:
-    """The knob with the choices that suit the pages."""
+    """The knob with the choices that suit the pages; tiles of 8 rows are worth it where each key is much work."""
+    if knob.name == "BM" and has_words(attn):
+        return replace(knob, choices=(*knob.choices, 8))
     if knob.name != "BN":
         return knob
     return replace(knob, choices=tuple(n for n in knob.choices if storage.fits_tiles(attn, n)))
@@ -90,10 +93,12 @@ def parameters(attn: Attention) -> dict[str, Param]:
 
     of_keys, of_values = cache.key_pieces(attn), cache.value_pieces(attn)
 
-    def operand(text: str, knob: str, rows: Expr, dim: int, read: tuple[Piece, ...], doc: str) -> Param:
-        shapes = tuple(dict.fromkeys((knob, p.width) for p in read))
+    def operand(text: str, knob: str, rows: Expr, dim: int, seen: tuple[Piece, ...], doc: str) -> Param:
+        shapes = tuple(dict.fromkeys((knob, p.width) for p in seen))
         name_ = output(attn) if text == "O" else text
         given = Param(name_, "operand", dtype, tiles=shapes, extent=(rows, dim), doc=doc)
+        if text in "QO" and any(p.step > 1 for p in seen):  # columns apart from each other are no tile
+            given = replace(given, tiles=(), extent=None)
         return cache.operand(attn, text.lower(), quantize.operand(attn, text.lower(), given))
 
     out = [
@@ -136,7 +141,7 @@ def one_tile(b: Builder, attn: Attention, t: QueryTile, lost: Param | None = Non
     columns = cache.key_pieces(attn)
     quantize.bind_unit(b, attn, t.batch, {"q": t.h, "k": t.scope.values["hk"]})
     for p in columns:
-        q = quantize.read_tile(b, attn, "q", (t.batch, t.h, t.first_query + t.row0), "BM", p)
+        q = _queries(b, attn, t, p)
         b.let("q" + p.suffix(columns), quantize.poison(attn, q), f"[BM, {p.width}]")
     if attn.heads.v != attn.heads.kv:
         b.let("hv", t.key_head(attn, attn.heads.v))
@@ -153,6 +158,14 @@ def one_tile(b: Builder, attn: Attention, t: QueryTile, lost: Param | None = Non
     return step
 
 
+def _queries(b: Builder, attn: Attention, t: QueryTile, p: Piece) -> Expr:
+    """The tile of queries; of columns that are no neighbours, by pointers."""
+    if p.step == 1:
+        return quantize.read_tile(b, attn, "q", (t.batch, t.h, t.first_query + t.row0), "BM", p)
+    at = (t.batch, t.h, column(t.first_query + t.rows), row(p.columns))
+    return read(b.params[source(attn, "q")], *at, mask=column(t.rows < t.queries))
+
+
 def _finish(b: Builder, attn: Attention, t: QueryTile, rule: Rule) -> None:
     values = cache.value_pieces(attn)
     accumulators = tuple(name("acc" + p.suffix(values), "f32", ("BM", p.width)) for p in values)
@@ -166,10 +179,11 @@ def _finish(b: Builder, attn: Attention, t: QueryTile, rule: Rule) -> None:
         with b.when(name(WRITE_LSE.name) > 0):
             b.store(b.params["LSE"], at, end.lse, rows < t.queries)
     for p, o in zip(values, map(end.of, accumulators), strict=True):
-        o = cast_to(quantize.rescale(b, attn, o, t.batch, value_head(attn, t), p), VALUE_DTYPE[attn.dtype])
-        if not is_varlen(attn):
+        o = quantize.rescale(b, attn, cache.ended(b, attn, o), t.batch, value_head(attn, t), p)
+        o = cast_to(o, VALUE_DTYPE[attn.dtype])
+        if not is_varlen(attn) and p.step == 1:
             b.store_tile(b.params[output(attn)], t.batch, t.h, t.row0, p.column, o)
             continue
-        at = (t.batch, t.h, column(t.first_query + rows), row(p.column + iota(p.width)))
-        inside = column(rows < t.queries) & row(p.column + iota(p.width) < attn.dims.v)
+        at = (t.batch, t.h, column(t.first_query + rows), row(p.columns))
+        inside = column(rows < t.queries) & row(p.columns < attn.dims.v)
         b.store(b.params[output(attn)], at, o, inside)

@@ -13,7 +13,7 @@ from typing import Final
 
 from attncc.ir.attention import Attention
 from attncc.ir.build import Builder, column, dot, full, function, iota, reduce, row, tile, trans
-from attncc.ir.cache import find
+from attncc.ir.cache import cached, find
 from attncc.ir.expr import TRUE, Expr, Value, broadcast, cast_to, const, eq, ew, minimum, name, where
 from attncc.ir.factors import fold_constants, split_multiplier
 from attncc.ir.rewrite import names, transform, walk
@@ -133,7 +133,7 @@ def key_tile(outer: Builder, attn: Attention, t: QueryTile, rule: Rule, formulas
     """The device function that adds one key tile, at key `n`, to the state."""
     b, n = Builder(outer.params), name("n")
     columns = cache.key_pieces(attn) if "qk" in names(formulas.score) else ()
-    values = cache.value_pieces(attn)
+    values, few = cache.value_pieces(attn), bool(cached(attn)) and attn.dtype != "fp32"
     if attn.page_size:
         storage.find_pages(b, attn, t.scope.values["b"], n, t.keys)
     keys = [
@@ -149,7 +149,7 @@ def key_tile(outer: Builder, attn: Attention, t: QueryTile, rule: Rule, formulas
     score = read_early(b, formulas, scope, lambda d: skew.read_tile(d, attn, t, n))
     s: Expr | None = None
     for p, k in zip(columns, keys, strict=True):
-        s = dot(name("q" + p.suffix(columns), k.dtype, ("BM", p.width)), trans(k), s)
+        s = dot(name("q" + p.suffix(columns), k.dtype, ("BM", p.width)), trans(k), s, few=few)
         s = cache.scaled(b, attn, t, p, s)
     x = (scope if s is None else scope.with_(qk=b.let("s", s, "[BM, BN]"))).bind(score)
     if x.shape != ("BM", "BN"):  # a score of rows or keys alone
@@ -159,8 +159,17 @@ def key_tile(outer: Builder, attn: Attention, t: QueryTile, rule: Rule, formulas
         mask = scope.bind(formulas.mask)
         return b.let("keep", row(INSIDE) & mask, "[BM, BN]") if mask != TRUE else b.let("keep", row(INSIDE), "[1, BN]")
 
+    kept = broadcast((1, "BN"), scope.bind(formulas.mask).shape)
+
+    def hide(w: Expr) -> Expr:
+        with b.when(MASKED):
+            b.let(str(w.attr), where(name("keep", "bool", kept), w, 0.0))
+        return w
+
+    def scaled(p: Expr) -> tuple[tuple[Expr, ...], Expr | None]:
+        return cache.weighted(b, attn, t, value_head(attn, t), p, hide)
+
     def load_values() -> tuple[Expr, ...]:
-        kept = broadcast((1, "BN"), scope.bind(formulas.mask).shape)
         if may_see_the_same(attn):
             with b.when(eq(CARE, FOR_ALL_ROWS)):
                 b.let("seen", reduce("max", cast_to(name("keep", "bool", kept), "i32"), 0) > 0, "[BN]")
@@ -169,7 +178,7 @@ def key_tile(outer: Builder, attn: Attention, t: QueryTile, rule: Rule, formulas
 
     accumulators = tuple("acc" + p.suffix(values) for p in values)
     weigh = partial(quantize.weigh, attn)
-    rule.step(b, Tile(x, formulas.c, MASKED, keep, load_values, accumulators, weigh))
+    rule.step(b, Tile(x, formulas.c, MASKED, keep, load_values, accumulators, weigh, scaled, few))
     state = [name(a, "f32", ("BM", p.width)) for a, p in zip(accumulators, values, strict=True)]
     flags = ("MASKED", "CARE") if may_hide_values(attn) else ("MASKED",)
     return function("key_tile", b, [*state, *rule.state], (*flags, "BM", "BN"), "Adds the keys from n on to the state.")
@@ -232,6 +241,8 @@ def read_early(b: Builder, formulas: Formulas, scope: Scope, tile_of: Callable[[
 def _values(b: Builder, attn: Attention, v: Expr, suffix: str, keep: Expr) -> Expr:
     """A V tile. With care, what is not finite in it reaches the rows that see it (as NaN) and no other."""
     v = b.let("v" + suffix, v, f"[BN, {v.shape[1]}]")
+    if cache.has_finite_values(attn):
+        return v
     if storage.has_whole_tiles(attn):
         with b.when(MASKED):
             b.let(
@@ -261,6 +272,8 @@ def may_see_the_same(attn: Attention) -> bool:
 def may_hide_values(attn: Attention) -> bool:
     """Whether a tile can hold keys that some of its rows must not see: their values, even NaN, must not matter.
 
-    Stored values are numbers always.
+    Stored values are numbers always, and so are codes; scales of these are hidden with the weights that they multiply.
     """
-    return quantize.held(attn, "v") is None and (attn.part.mask != TRUE or is_varlen(attn))
+    if quantize.held(attn, "v") is not None or cache.has_finite_values(attn):
+        return False
+    return attn.part.mask != TRUE or is_varlen(attn)

@@ -40,6 +40,11 @@ class Tile:
     """Names of the [BM, width] accumulators, one a piece."""
     weigh: Callable[[Expr, Dtype], Expr] = cast_to
     """Weights as the product with values of a dtype takes them."""
+    scaled: Callable[[Expr], tuple[tuple[Expr, ...], Expr | None]] = lambda p: ((), None)
+    """Binds the terms whose sum are the weights of values as they are held, none where those are the weights
+    themselves; and what else the tile adds to all columns of a row, [BM]."""
+    few: bool = False
+    """Whether rows may be less than tensor cores multiply."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +86,15 @@ class Rule:
 
 
 def _accumulate(b: Builder, tile: Tile, p: Expr, decay: Expr | None) -> None:
-    for text, v in zip(tile.accumulators, tile.values(), strict=True):
+    values = tile.values()
+    terms, moved = tile.scaled(p)
+    for text, v in zip(tile.accumulators, values, strict=True):
         acc = name(text, "f32", ("BM", v.shape[1]))
-        b.let(text, dot(tile.weigh(p, v.dtype), v, acc if decay is None else acc * column(decay)))
+        acc = acc if decay is None else acc * column(decay)
+        acc = acc if moved is None else acc + column(moved)
+        for w in terms or (tile.weigh(p, v.dtype),):
+            acc = dot(w, v, acc, few=tile.few)
+        b.let(text, acc)
 
 
 M: Final = name("m", "f32", ("BM",))

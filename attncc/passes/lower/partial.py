@@ -143,9 +143,10 @@ def load_queries(b: Builder, attn: Attention, t: QueryTile) -> None:
     columns = cache.key_pieces(attn)
     h, query = (column(e) if e.shape else e for e in (t.h, t.scope.values["row"]))
     for p in columns:
-        at = p.column + iota(p.width)
         inside = _kept(p, attn.dims.qk)
-        q = read(b.params[source(attn, "q")], t.batch, h, query, row(at), mask=None if inside is None else row(inside))
+        q = read(
+            b.params[source(attn, "q")], t.batch, h, query, row(p.columns), mask=None if inside is None else row(inside)
+        )
         b.let("q" + p.suffix(columns), q, f"[BM, {p.width}]")
 
 
@@ -159,7 +160,7 @@ def store_states(b: Builder, attn: Attention, t: QueryTile, first: Expr, second:
         b.store(into["l"], (first, second), reduce("sum", rule.sums, 1), inside)
     places = [column(e) if e.shape else e for e in (first, second)]
     for p in values:
-        acc, columns = name("acc" + p.suffix(values), "f32", ("BM", p.width)), p.column + iota(p.width)
+        acc, columns = name("acc" + p.suffix(values), "f32", ("BM", p.width)), p.columns
         b.store(into["o"], (0, *places, row(columns)), acc, _kept(p, attn.dims.v, inside))
 
 
@@ -181,10 +182,7 @@ def merge_states(b: Builder, attn: Attention, count: Expr, place: Place) -> None
         share, inside = _some(b, first, together, count)
         at = place(share)
         places = [column(e) if e.shape else e for e in at]
-        outputs = (
-            read(held["o"], 0, *places, row(p.column + iota(p.width)), mask=_kept(p, attn.dims.v, inside))
-            for p in values
-        )
+        outputs = (read(held["o"], 0, *places, row(p.columns), mask=_kept(p, attn.dims.v, inside)) for p in values)
         peaks = None if rule.peak is None else _peaks(held["m"], at, inside)
         totals = None if rule.sums is None else read(held["l"], *at, mask=inside)
         merge(b, States(peaks, totals, tuple(outputs)), accumulators(attn))
@@ -206,7 +204,7 @@ def end_row(b: Builder, attn: Attention, batch: Expr, h: Expr, query: Expr) -> N
     rule, sink = rule_of(attn), attn.part.normalizer.sink
     bound = None if sink is None else _scope(b, attn, batch, h, query).bind(sink)
     end = rule.finish(b, name("m", "f32"), name("total", "f32"), bound)
-    _store_end(b, attn, end, (batch, h, query))
+    _store_end(b, attn, end, (batch, h, query), scale=cache.reader(attn, batch, key_head(h, attn, attn.heads.v)))
 
 
 def end_tile(b: Builder, attn: Attention, t: QueryTile) -> None:
@@ -218,23 +216,34 @@ def end_tile(b: Builder, attn: Attention, t: QueryTile) -> None:
     _store_end(b, attn, end, (t.batch, t.h, t.scope.values["row"]), t.rows < t.queries)
 
 
-def _store_end(b: Builder, attn: Attention, end: End, at: tuple[Expr, Expr, Expr], rows: Expr | None = None) -> None:
-    """Writes output and lse at (batch entry, head, query): of one row, or of those of a tile for which `rows` holds."""
+def _store_end(
+    b: Builder,
+    attn: Attention,
+    end: End,
+    at: tuple[Expr, Expr, Expr],
+    rows: Expr | None = None,
+    scale: Callable[[Param], Expr] | None = None,
+) -> None:
+    """Writes output and lse at (batch entry, head, query): of one row, or of those of a tile for which `rows` holds.
+
+    `scale`: reads the scale of a head's values, where none is bound.
+    """
     if end.lse is not None and writes_lse(attn):
         with b.when(name(WRITE_LSE.name) > 0):
             b.store(b.params["LSE"], at, end.lse, rows)
     several = () if rows is None else ("BM",)
     places = [column(e) if e.shape else e for e in at]
     for text, p in zip(accumulators(attn), cache.value_pieces(attn), strict=True):
-        columns = p.column + iota(p.width)
-        o = cast_to(end.of(name(text, "f32", (*several, p.width))), VALUE_DTYPE[attn.dtype])
+        columns = p.columns
+        o = cache.ended(b, attn, end.of(name(text, "f32", (*several, p.width))), scale)
+        o = cast_to(o, VALUE_DTYPE[attn.dtype])
         within = row(columns) if several else columns
         b.store(b.params[output(attn)], (*places, within), o, _kept(p, attn.dims.v, rows))
 
 
 def _kept(p: Piece, dim: int, rows: Expr | None = None) -> Expr | None:
     """Which columns of a piece lie inside the head dim, of one row or of the rows that `rows` keeps; None for all."""
-    columns = p.column + iota(p.width) < dim if p.column + p.width > dim else None
+    columns = p.columns < dim if p.end > dim else None
     if rows is None:
         return columns
     return column(rows) if columns is None else column(rows) & row(columns)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
+from attncc.ir.build import iota
+from attncc.ir.expr import Expr
+
 MIN_WIDTH: Final = 16
 """The least width a tensor core multiplies over."""
 MAX_PIECES: Final = 3
@@ -11,10 +14,23 @@ MAX_DIM: Final = 576
 
 
 class Piece(NamedTuple):
-    """Columns [column, column + width) of an operand; what sticks out of the head dim reads as 0."""
+    """Every `step`-th of an operand's columns from `column` on, `width` of them; what sticks out of the head dim reads
+    as 0."""
 
     column: int
     width: int
+    step: int = 1
+
+    @property
+    def columns(self) -> Expr:
+        """[width] their numbers."""
+        numbers = iota(self.width)
+        return self.column + (numbers if self.step == 1 else numbers * self.step)
+
+    @property
+    def end(self) -> int:
+        """The column behind the last one."""
+        return self.column + (self.width - 1) * self.step + 1
 
     def suffix(self, pieces: tuple[Piece, ...]) -> str:
         """What tells this piece's variables from the others': nothing where it is the only one."""

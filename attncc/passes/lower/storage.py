@@ -63,9 +63,9 @@ def read_tile(attn: Attention, p: Param, head: Expr, piece: Piece, dim: int) -> 
     """The [BN, width] tile of keys or values whose pages were found."""
     if has_whole_tiles(attn):
         return tile(p, name("page"), head, name("slot"), piece.column, ("BN", piece.width))
-    columns = piece.column + iota(piece.width)
+    columns = piece.columns
     held = column(HELD)
-    if piece.column + piece.width > dim:
+    if piece.end > dim:
         held = held & row(columns < dim)
     page, slot = (column(name(text, "i32", ("BN",))) for text in ("page", "slot"))
     return read(p, page, head, slot, row(columns), mask=held)
