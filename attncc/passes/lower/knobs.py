@@ -38,6 +38,7 @@ ENGINE_KNOBS: Final = (
     Knob("E_POLY", (0, 1, 2, 3), "of eight exponentials, how many are polynomials"),
     Knob("E_DRAWN", (1, 0), "1: blocks draw query tiles from a counter; 0: they are dealt out beforehand"),
 )
+LATENT_KNOBS: Final = (Knob("L_WIDTH", (128, 64, 256), "columns of the pieces in which key tiles are copied"),)
 
 
 def largest(knob: str) -> int:
