@@ -67,6 +67,11 @@ LOWERINGS: Final[Mapping[str, Callable[[Attention], bool]]] = {
     "tvm: decode": lambda attn: is_carried(attn) and decodes(attn),
 }
 """What there is for the variants that a skeleton carries."""
+ENGINES: Final = {
+    "hopper": "the Hopper engine serves large calls",
+    "latent": "the latent engine serves calls of few queries",
+    "": "no engine",
+}
 STAGES: Final = (SPEC_STAGE, *(name for name, _ in passes.PIPELINE), PROGRAM_STAGE)
 
 
@@ -282,7 +287,7 @@ def _lowered(attn: Attention) -> Stage:
         )
     verify_program(program)
     why = f"# skeleton: {program.skeleton}\n# because: {program.why}\n"
-    why += f"# on sm_90: {program.engine_gap or 'the Hopper engine serves large calls'}\n"
+    why += f"# on sm_90: {program.engine_gap or ENGINES[program.engine.name if program.engine else '']}\n"
     return Stage(PROGRAM_STAGE, f"{why}# calls of few queries: {short.told(attn)}\n{text(program)}")
 
 

@@ -81,6 +81,8 @@ def _programs(
 
 def tile_of(attn: Attention, device: Device, config: Mapping[str, int]) -> Tile:
     """The tile of a config, and how many of its programs run at once."""
+    if config.get("L_WIDTH"):  # of the latent engine
+        return Tile(ROWS_OF_GROUP, config["BN"], 2, device.sms)
     if config.get("ENGINE"):
         consumers = config["E_CONSUMERS"]
         return Tile(consumers * ROWS_OF_GROUP, config["E_KEYS"], consumers, device.sms)

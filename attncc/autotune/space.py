@@ -10,7 +10,8 @@ from typing import Final
 from attncc.device import Device
 from attncc.ir.attention import Attention
 from attncc.ir.tile import Program
-from attncc.passes.lower.defaults import Config, beside_engine, default_configs, filling
+from attncc.passes.lower import latent
+from attncc.passes.lower.defaults import Config, beside_engine, beside_latent, default_configs, filling
 from attncc.passes.lower.knobs import FILL, SPLIT
 
 WARPS: Final = (4, 8)
@@ -25,6 +26,8 @@ SHARED_OUT: Final = (SPLIT.name, FILL.name)
 """How keys are shared out to programs, in calls of few queries."""
 FILLINGS: Final = (1, 2, 4, 8)
 """Programs a multiprocessor that fill it."""
+FILLED: Final = (1, 2)
+"""The same of the latent engine, whose blocks have a multiprocessor each: it may do two, one after the other."""
 FEW: Final = 16
 """Queries; calls of no more are tried with their keys shared out."""
 
@@ -65,7 +68,12 @@ def branches(attn: Attention, program: Program, device: Device, queries: int) ->
     knobs = {k.name: k.choices for k in program.knobs if k.name in base}
     plain = {name: choices for name, choices in knobs.items() if name not in SHARED_OUT}
     found = [Branch("portable", plain | _options(device), lambda choice: {**base, **choice})]
-    if program.engine is not None and device.has_wgmma:
+    if program.engine is not None and program.engine.name == latent.NAME:
+        if device.has_wgmma and queries <= FEW:
+            engine = {k.name: k.choices for k in program.engine.knobs}
+            engine |= {SPLIT.name: SPLIT.choices[1:], FILL.name: tuple(n * device.sms for n in FILLED)}
+            found.append(Branch(latent.NAME, engine, lambda choice: {**base, **beside_latent(choice)}))
+    elif program.engine is not None and device.has_wgmma:
         around = {**base, "TMA": 1}
         engine = {k.name: k.choices for k in program.engine.knobs}
         found.append(Branch(program.engine.name, engine, lambda choice: {**around, **beside_engine(attn, choice)}))
@@ -96,6 +104,8 @@ def candidates(attn: Attention, branches: tuple[Branch, ...], device: Device) ->
 
 def _holds_accumulators(attn: Attention, config: Config, device: Device) -> bool:
     """Whether a program's fp32 sums and scores fit its threads' registers, and those a multiprocessor's."""
+    if config.get("L_WIDTH"):
+        return True  # its halves are what a consumer's registers hold
     if config.get("ENGINE"):
         threads = 4 * device.warp_size
         granted = config["E_CONSUMERS"] * config["E_REGISTERS"] + PRODUCER

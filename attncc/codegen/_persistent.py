@@ -38,7 +38,8 @@ class Persistent(Binding):
 
     def prepared(self, bound: Bound, tensors: list[Any], scale: float, to_map: ToMap) -> list[Any]:
         arguments = super().prepared(bound, tensors, scale, to_map)
-        arguments[bound.at["counter"]] = counter()
+        if "counter" in bound.at:
+            arguments[bound.at["counter"]] = counter()
         for at, number in bound.tensors:
             if tensors[number] is None:  # not written then; none at all would make another kernel
                 arguments[at] = nowhere()

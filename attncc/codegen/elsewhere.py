@@ -79,6 +79,8 @@ class Call:
         """What it starts with this config, and the tensors that these launches know by number."""
         torch: Any = import_module("torch")
         variant, sizes = self.runner.variant, self.sizes
+        if config.get("ENGINE") and config.get("SPLIT"):  # an engine of few queries, perhaps of one alone
+            sizes = {**sizes, "Sq": 1}
         fill = _checks(self.runner).fill
         lse = fill(variant.lse, sizes) if with_lse else None
         plan = SimpleNamespace(output=fill(variant.output, sizes), lse=lse, scratch=[])

@@ -24,12 +24,16 @@ ROLES: Final[Mapping[str, tuple[str, ...]]] = {
     "score": ("qk", "beside", "j", "r", "s", "args"),
     "keep": ("j", "r", "s", "args"),
     "finish": ("m", "total", "r", "s", "args"),
+    "job": ("program", "args", "BM", "BN", "SPLIT", "FILL"),
+    "part": ("program", "job", "count", "args", "BM", "BN", "SPLIT", "FILL"),
+    "locate": ("n", "at", "args"),
+    "state": ("slot", "at", "r", "s", "args"),
 }
 """What each function is given: `at` tells where a query tile is, `s` is the tile's tuple, `r` that of its rows and of
-the ramp along key tiles; `u` counts the keys of one."""
+the ramp along key tiles, `u` counts the keys of one, and `job` tells of a program's keys."""
 APPROXIMATE: Final = {"tanh": "tanh_approx"}
 """Helpers by which a GPU computes faster than to the last bit; it makes 0.015 of a logit where a softcap is 30."""
-CONSTANTS: Final = frozenset({"BM", "BN", "GROUP", "AGAIN"})
+CONSTANTS: Final = frozenset({"BM", "BN", "GROUP", "AGAIN", "SPLIT", "FILL"})
 
 
 def print_engine(engine: Engine) -> list[str]:
@@ -67,6 +71,7 @@ def _print(engine: Engine, f: Function) -> str:
         "at": [str(e.attr) for e in engine.place],
         "s": [str(e.attr) for e in engine.tile],
         "r": [str(e.attr) for e in engine.rows],
+        "job": [str(e.attr) for e in engine.job],
     }
     printer = Printer(f.params, {}, {}, CALL | ({} if engine.exact else APPROXIMATE))
     needed = {text for p in f.params for text in _names_of(p)} - {*role}

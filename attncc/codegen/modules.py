@@ -9,13 +9,14 @@ from attncc.codegen.source import Writer
 from attncc.ir.attention import Attention
 
 
-def hopper_module(attn: Attention, texts: Sequence[str], header: Iterable[str]) -> str:
-    """The functions that the engine calls."""
-    about = (f"What the Hopper engine in `_hopper.py` asks of {attn.name}.", "", *header, "", *SHARED)
+def engine_module(attn: Attention, engine: str, texts: Sequence[str], header: Iterable[str]) -> str:
+    """The functions that an engine calls."""
+    about = (f"What the {TITLES[engine]} engine in `_{engine}.py` asks of {attn.name}.", "", *header, "", *SHARED)
     imports = ("from triton.experimental import gluon", "from triton.experimental.gluon import language as gl")
     return _module(about, imports, texts)
 
 
+TITLES: Final = {"hopper": "Hopper", "latent": "latent"}
 SHARED: Final = (
     "args is what a launch has: tensors, their strides, sizes and the scale; s what is known of a query tile, r of its",
     "rows. BM rows and BN keys make a tile; i and j are positions in the sequence.",

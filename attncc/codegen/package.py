@@ -26,14 +26,14 @@ from attncc.codegen.cpu import decodes
 from attncc.codegen.cuda import Cubin
 from attncc.codegen.engine import print_engine
 from attncc.codegen.host import host_expr, host_function
-from attncc.codegen.modules import hopper_module, kernels_module
+from attncc.codegen.modules import engine_module, kernels_module
 from attncc.codegen.parameters import engine_launch, engine_parameters, kernel_parameters, mapping, parameters_name
 from attncc.codegen.source import Writer, filled, module_text
 from attncc.codegen.tensors import TORCH_DTYPE, axes_of, size_bounds, strided
 from attncc.codegen.triton import lower_name, print_kernels
 from attncc.ir.attention import SIZE_NAMES, Attention
 from attncc.ir.cache import beside
-from attncc.ir.expr import WORD, Dtype, Expr, const, eq, name
+from attncc.ir.expr import WORD, Dtype, Expr, const, eq, ew, name
 from attncc.ir.tile import Kernel, Launch, Program, Scratch
 from attncc.ir.widths import entry_width, exit_width
 
@@ -41,6 +41,11 @@ SCRATCH_DTYPE: Final[Mapping[Dtype, str]] = {
     "i32": "int32", "i64": "int64", "i8": "int8", "u8": "uint8", "f16": "float16", "bf16": "bfloat16", "f32": "float32",
     "bool": "bool", "f8e4m3": "uint8", "f8e5m2": "uint8",
 }  # fmt: skip
+ENGINE_FILES: Final[Mapping[str, tuple[str, ...]]] = {
+    "hopper": ("_hopper", "_consumer", "_steps", "_softmax"),
+    "latent": ("_latent", "_latent_consumer", "_latent_steps", "_softmax"),
+}
+"""An engine's own source."""
 INDEX_AXES: Final[Mapping[str, str]] = {
     "cu_seqlens_q": '("B + 1",)', "cu_seqlens_k": '("B + 1",)', "seqused_k": '("B",)',
 }  # fmt: skip
@@ -91,12 +96,12 @@ def emit(
     texts, flags = print_kernels(with_append(program))
     header = _header(attn, program, made_by, digest)
     engine = program.engine
-    hopper: dict[str, str | bytes] = (
+    beside: dict[str, str | bytes] = (
         {}
         if engine is None
         else {
-            "hopper.py": hopper_module(attn, print_engine(engine), header),
-            **_copied("_hopper", "_consumer", "_steps", "_softmax", "_engine", "_persistent"),
+            f"{engine.name}.py": engine_module(attn, engine.name, print_engine(engine), header),
+            **_copied(*ENGINE_FILES[engine.name], "_engine", "_persistent"),
         }
     )
     gpu: dict[str, str | bytes] = {
@@ -114,7 +119,7 @@ def emit(
     return {
         "__init__.py": _init(attn, program, flags, targets, header, bool(libraries), cubins, ahead),
         **_copied("_runtime", "_checks"),
-        **(gpu | hopper if targets else {}),
+        **(gpu | beside if targets else {}),
         **(cpu if libraries else {}),
         **(cuda if cubins else {}),
         "spec.yaml": spec_text,
@@ -156,7 +161,8 @@ def _init(
     w.block(["import math", ""] if "math." in body.text() else [])
     w.block(["import torch", ""])
     with_engine = program.engine is not None
-    with_triton = {"_engine": with_engine, "_hopper": with_engine, "kernels": bool(targets)}
+    engine = {} if program.engine is None else {f"_{program.engine.name}": True}
+    with_triton = {"_engine": with_engine, **engine, "kernels": bool(targets)}
     appending = program.append if targets else None
     sides = {
         "_append": appending is not None,
@@ -288,7 +294,8 @@ def _launches(program: Program) -> tuple[list[Launch], list[Launch]]:
     engine = program.engine
     if engine is None:
         return [*program.launches], []
-    idle, busy = eq(name("ENGINE"), const(0)), name("ENGINE") > 0
+    busy = engine.is_due
+    idle = eq(name("ENGINE"), const(0)) if engine.serves is None else ew("not", busy)
     before = [_only(x, idle) if x.kernel in engine.replaces else x for x in program.launches]
     return [*before, *(_only(x, busy) for x in engine.before)], [_only(x, busy) for x in engine.after]
 

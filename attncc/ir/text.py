@@ -318,6 +318,10 @@ def _ends(engine: Engine) -> Iterator[tuple[str, str]]:
         yield "operands", ", ".join(engine.tensors)
     if engine.output != "o":
         yield "output", engine.output
+    if engine.states:
+        yield "states", ", ".join(engine.states)
+    if engine.serves is not None:
+        yield "serves", text(engine.serves)
 
 
 def _knob(knob: Knob) -> str:

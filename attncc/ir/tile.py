@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from attncc.ir.expr import Dim, Dtype, Expr, Shape
+from attncc.ir.expr import Dim, Dtype, Expr, Shape, name
 from attncc.ir.rewrite import buffers
 
 Role = Literal["operand", "buffer", "scalar", "value", "constexpr"]
@@ -268,6 +268,18 @@ class Engine:
     """Where its tiles of outputs go to."""
     lost: str = ""
     """The list of query tiles into which a hidden NaN may have leaked, where it keeps one."""
+    job: tuple[Expr, ...] = ()
+    """What tells of the keys that a program has, where it has not all of them."""
+    states: tuple[str, ...] = ()
+    """Where it leaves the states of rows that others end: greatest scores, sums, and outputs as sums."""
+    serves: Expr | None = None
+    """The calls that it is for, over sizes and knobs; None for all whose config asks for it."""
+
+    @property
+    def is_due(self) -> Expr:
+        """Whether it does a call, over sizes and knobs."""
+        asked = name("ENGINE") > 0
+        return asked if self.serves is None else asked & self.serves
 
     @property
     def launches(self) -> tuple[Launch, ...]:

@@ -17,7 +17,7 @@ from attncc.ir.attention import Attention
 from attncc.ir.cache import quantizer
 from attncc.ir.expr import TRUE
 from attncc.ir.rewrite import buffers, names
-from attncc.passes.lower import cache, quantize, short, storage
+from attncc.passes.lower import cache, latent, quantize, short, storage
 from attncc.passes.lower.group import members
 from attncc.passes.lower.hopper import gap, is_exact
 from attncc.passes.lower.knobs import E_GROUP
@@ -294,6 +294,8 @@ def default_configs(attn: Attention, device: Device, with_engine: bool = True) -
     whole = {"SPLIT": 0, "FILL": filling(device, FILLING)}
     brief = _splitting(attn, {**config, **whole}, device)
     small, large = {**small, **whole}, {**large, **whole}
+    if with_engine:
+        brief = [*_latent_rows(attn, brief[-1], device), *brief]
     if attn.is_apart:  # pairs are counted over the batch
         return (*brief, ({}, large)), rule.why
     return (({"pairs": SMALL, "Sk": WORTH_SPLITTING}, small), *brief, ({"pairs": SMALL}, small), ({}, large)), rule.why
@@ -329,6 +331,22 @@ def _splitting(attn: Attention, config: Config, device: Device) -> list[Row]:
         for most in sorted(bounds)
         if most
     ]
+
+
+def _latent_rows(attn: Attention, row: Row, device: Device) -> list[Row]:
+    """Rows for the calls that the latent engine serves: a block a multiprocessor; else as `row` has it."""
+    if not device.has_wgmma or latent.gap(attn):
+        return []
+    bounds, config = row
+    most = {"Sq": 1} if latent.serves_one(attn) else bounds
+    tiles = (FIXED_SHARE if attn.is_apart else SHARE) // latent.HEIGHT
+    width = latent.knobs(attn)[0].choices[0]
+    return [(most, {**config, **beside_latent({"L_WIDTH": width, "SPLIT": tiles, "FILL": device.sms})})]
+
+
+def beside_latent(choice: Config) -> Config:
+    """What the latent engine is told, with the knobs of the portable kernels beside it, whose tiles are its own."""
+    return {"BM": latent.HEIGHT, "BN": latent.HEIGHT, "num_warps": 8, "TMA": 1, "ENGINE": 1, **choice}
 
 
 def _pace(attn: Attention, rows: int, device: Device) -> Config:

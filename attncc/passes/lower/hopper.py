@@ -12,28 +12,22 @@ from dataclasses import replace
 from typing import Final
 
 from attncc.ir.attention import Attention
-from attncc.ir.build import Builder, function, quotient, read, row
-from attncc.ir.expr import FLOATS, Expr, cast_to, const, eq, maximum, name, where
-from attncc.ir.rewrite import names, substitute, transform, walk
+from attncc.ir.build import Builder, function, quotient, read
+from attncc.ir.expr import Expr, const, eq, maximum, name, where
+from attncc.ir.rewrite import names, substitute
 from attncc.ir.tile import (
     Engine,
     Function,
     Launch,
     Let,
-    Note,
     Param,
     Program,
     Scratch,
     Statement,
-    binds,
-    block,
-    reads,
-    reads_memory,
 )
 from attncc.passes.lower import again, classify, quantize, skew, stored
 from attncc.passes.lower.chains import output, source
-from attncc.passes.lower.ends import with_end
-from attncc.passes.lower.fragments import Formulas, formulas_of, may_hide_values, read_early
+from attncc.passes.lower.fragments import formulas_of, may_hide_values
 from attncc.passes.lower.gap import Gap, first
 from attncc.passes.lower.grid import (
     CU_K,
@@ -52,10 +46,20 @@ from attncc.passes.lower.grid import (
     split_head,
 )
 from attncc.passes.lower.knobs import E_POLY, ENGINE_KNOBS
-from attncc.passes.lower.normalizers import TOTAL, M, Rule, rule_of
+from attncc.passes.lower.normalizers import rule_of
 from attncc.passes.lower.pieces import pieces
+from attncc.passes.lower.roles import (
+    WALK,
+    around,
+    floats_first,
+    is_over_rows,
+    numbered,
+    ramp_of,
+    shift_of,
+    told,
+)
 from attncc.passes.lower.scores import input_param, share_reads
-from attncc.passes.lower.walk import BN, Run, key_tiles_of, number_tiles, solve_runs, tile_at
+from attncc.passes.lower.walk import BN, key_tiles_of, solve_runs
 
 NAME: Final = "hopper"
 ROWS: Final = 64
@@ -69,7 +73,6 @@ WIDEST_QUANTISED: Final = 128
 """Their values take accumulators twice: wgmma's own keep some 14 bits, sums of them are ours."""
 FIXED: Final = (name("c", "f32"), name("Sq"), name("Sk"))
 """What the engine itself reads of a tile: the factor from scores to units of log 2, how many queries, how many keys."""
-RAMP: Final = name("ramp", "f32", ("BN",))
 DENSE_AT: Final = ("b", "h", "number", "row0")
 """What tells where a query tile is."""
 
@@ -90,7 +93,7 @@ GAPS: Final = (
     Gap(
         "relative positions beside listed tiles", lambda a: bool(skew.split_diagonals(a)[1]) and key_tiles_of(a).listed
     ),
-    Gap("ranges over all rows of a tile", lambda a: any(map(_is_over_rows, _bounds(a)))),
+    Gap("ranges over all rows of a tile", lambda a: any(map(is_over_rows, _bounds(a)))),
 )
 
 
@@ -150,29 +153,15 @@ def engine(attn: Attention) -> Engine:
         b.let("c", formulas.c, "to units of log 2")
     cut, whole = _walk(b, attn, t)
 
-    score, keep, finish = _score(b, formulas), _keep(b, formulas), _finish(b, attn, t, rule)
-    ramp, shift = _ramp(b, formulas), _shift(b, formulas)
-    if not (reads_memory(score) or reads_memory(keep)):
-        keep = _keep(b, replace(formulas, mask=with_end(formulas.mask)), "")
-    of_tile, of_rows = _parted(b.body)
-    wanted = {*_parameters((score, keep, finish, shift))}
-    given = name("rows", "i32", ("BM",))
-    shaped = [e for e in (given, *_bound(of_rows)) if str(e.attr) in wanted] or [given]
-    rows = _function("rows", b, of_rows, shaped, "What the formulas know of rows, [rows] or [rows, 1] each.")
     place = _place(attn)
     at = place.results[: len(PACKED_AT if is_varlen(attn) else DENSE_AT)]
-    numbers = {str(e.attr): e for e in (*at, *_bound(of_tile), *FIXED)}
-    used = dict.fromkeys(
-        (*(str(e.attr) for e in FIXED), *_parameters((rows, score, keep, finish, cut, whole, ramp, shift)))
-    )
-    own = [numbers[text] for text in used if text in numbers]
-    known = _known(of_tile, own, {p.name for p in params})
-    tile = (*known, *(e for e in own if e not in known and e.dtype in FLOATS))
-    tile = (*tile, *(e for e in own if e not in tile))
-    assert all(e.dtype in ("i32", "f32") for e in tile), tile
-    walk_ = _function("walk", b, of_tile, [name("cuts"), name("wholes"), *tile], WALK)
-    known_ = _function("known", b, of_tile, known, "What is known before any query tile is.")
-    functions = (known_, place, walk_, cut, whole, _beside(attn, diagonals), rows, ramp, shift, score, keep, finish)
+    ramp, shift = ramp_of(b, formulas), shift_of(b, formulas)
+    made = told(b, attn, t, rule, formulas, at, FIXED, (cut, whole, ramp, shift))
+    known = _known(made.numbers, made.tile, {p.name for p in params})
+    tile = (*known, *floats_first(e for e in made.tile if e not in known))
+    walk_ = around("walk", b, made.numbers, [name("cuts"), name("wholes"), *tile], WALK)
+    known_ = around("known", b, made.numbers, known, "What is known before any query tile is.")
+    functions = (known_, place, walk_, cut, whole, _beside(attn, diagonals), ramp, shift, *made.functions)
     return Engine(
         NAME,
         (),
@@ -181,7 +170,7 @@ def engine(attn: Attention) -> Engine:
         known,
         at,
         tile,
-        (*shaped, *ramp.results),
+        (*made.rows, *ramp.results),
         tuple(p.width for p in pieces(attn.dims.qk, PIECES)),
         tuple(p.width for p in pieces(attn.dims.v, PIECES)),
         substitute(programs(attn), {"BM": name("E_CONSUMERS") * ROWS}),
@@ -199,9 +188,6 @@ def _known(body: Iterable[Statement], wanted: Sequence[Expr], given: set[str]) -
         if bound[str(s.var.attr)] == 1 and names(s.value) <= known:
             known.add(str(s.var.attr))
     return tuple(e for e in wanted if str(e.attr) in known)
-
-
-WALK: Final = "Tiles cut by the mask or by the end of the keys, whole tiles, and what is known of the query tile."
 
 
 def _bounds(attn: Attention) -> Iterator[Expr]:
@@ -232,10 +218,6 @@ def _per(attn: Attention, operand: str) -> str:
     return "" if found is None else found.per
 
 
-def _is_over_rows(e: Expr) -> bool:
-    return any(node.op in ("rows_min", "rows_max") for node in walk(e))
-
-
 # -- functions -----------------------------------------------------------------------------------
 
 
@@ -259,7 +241,7 @@ def _place(attn: Attention) -> Function:
     number = again.number_of(attn, head, before + quotient(t.row0, name("BM")))
     b.let("again", substitute(number, {"BM": name("AGAIN")}))
     coordinates = ("batch", "h", "hk", "hv", "first_query", "first_key", "row0", "again")
-    return _function("place", b, b.body, [name(text) for text in (*at, *coordinates)], PLACE)
+    return around("place", b, b.body, [name(text) for text in (*at, *coordinates)], PLACE)
 
 
 PLACE: Final = "Where a query tile is: in the sequence; batch entry, heads and rows by which TMA finds it; its number."
@@ -272,8 +254,8 @@ def _walk(b: Builder, attn: Attention, t: QueryTile) -> tuple[Function, Function
         cut, whole, cuts = _listed(b, attn, t)
     else:
         runs = solve_runs(b, key_tiles, t.keys, lambda e: share_reads(b, e, t.scope))
-        cut, cuts = _numbered(b, runs.masked, "cut")
-        whole, wholes = _numbered(b, runs.full, "whole")
+        cut, cuts = numbered(b, runs.masked, "cut")
+        whole, wholes = numbered(b, runs.full, "whole")
         b.let("wholes", wholes)
     b.let("cuts", where(eq(maximum(cuts, name("wholes")), const(0)), 1, cuts), "one at least, that hides all")
     return cut, whole
@@ -300,117 +282,3 @@ def _beside(attn: Attention, diagonals: Sequence[skew.Diagonal]) -> Function:
         table, column = skew.place(d, attn, name("b"), name("h"), name("row0"), name("n"), ROWS)
         doc = f"Where the block of {d.name} is that goes with {ROWS} rows and the keys from n on."
     return function("beside", b, [b.let("table", table), b.let("column", column)], (), doc)
-
-
-def _numbered(b: Builder, runs: tuple[Run, ...], text: str) -> tuple[Function, Expr]:
-    """The function from a tile's number to its first key, and how many tiles there are."""
-    n, t = Builder(b.params), name("t")
-    count: Expr = const(0)
-    if runs:
-        ends = number_tiles(b, runs, text)
-        count = ends[-1]
-        n.let("n", tile_at(t, runs, ends))
-    else:
-        n.let("n", const(0))
-    return function(text, n, [name("n")], ("BN",), f"The first key of {text} tile t."), count
-
-
-def _score(b: Builder, formulas: Formulas) -> Function:
-    inner = Builder(b.params)
-    qk = name("qk", "f32", ("BM", "BN"))
-    scope = formulas.scope.with_(j=row(name("j", "i32", ("BN",))))
-    score = read_early(inner, formulas, scope, lambda d: name("beside", d.dtype, ("BM", "BN")))
-    score = scope.with_(qk=qk).bind(score)
-    inner.let("x", score if formulas.sloped is None else score + row(RAMP), "[rows, BN]")
-    return function("score", inner, [name("x", "f32", ("BM", "BN"))], (), "Scores of products, but for the factor c.")
-
-
-def _ramp(b: Builder, formulas: Formulas) -> Function:
-    inner = Builder(b.params)
-    found: list[Expr] = []
-    if formulas.sloped is not None:
-        found = [inner.let("ramp", formulas.sloped.slope * cast_to(name("u", "i32", ("BN",)), "f32"), "[BN]")]
-    return function("ramp", inner, found, (), "What scores grow by along a key tile, if they do so alike for all.")
-
-
-def _shift(b: Builder, formulas: Formulas) -> Function:
-    """A line's own height where a tile begins: it moves a row's maximum, and no weight."""
-
-    def without_columns(e: Expr) -> Expr | None:
-        return e.args[0] if e.op == "expand" else None
-
-    inner = Builder(b.params)
-    found: list[Expr] = []
-    if formulas.sloped is not None:
-        line = transform(formulas.scope.with_(j=name("n")).bind(formulas.sloped.line), without_columns)
-        found = [inner.let("shift", line)]
-    return function("shift", inner, found, (), "What scores of the key tile from n on have beside in a row.")
-
-
-def _keep(b: Builder, formulas: Formulas, but: str = "; keys behind the last aside") -> Function:
-    inner = Builder(b.params)
-    mask = formulas.scope.with_(j=row(name("j", "i32", ("BN",)))).bind(formulas.mask)
-    kept = inner.let("keep", mask)
-    return function("keep", inner, [kept], (), f"Which pairs count{but}.")
-
-
-def _finish(b: Builder, attn: Attention, t: QueryTile, rule: Rule) -> Function:
-    inner = Builder(b.params)
-    sink = attn.part.normalizer.sink
-    end = rule.finish(inner, M, TOTAL, None if sink is None else t.scope.bind(sink))
-    assert end.lse is not None
-    factor = 1.0 / end.divisor if end.divisor is not None else end.factor
-    assert factor is not None
-    factor, lse = quantize.ended(attn, factor, end.lse)
-    results = [inner.let("factor", factor), inner.let("lse", lse)]
-    return function("finish", inner, results, (), "What a row's accumulator is multiplied by, and its lse.")
-
-
-def _function(text: str, b: Builder, body: Iterable[Statement], results: Sequence[Expr], doc: str) -> Function:
-    """A function around some of a builder's statements, less those that no result needs."""
-    used = {str(e.attr) for e in results}
-    kept: list[Statement] = []
-    for s in reversed([*body]):
-        bound = {str(e.attr) for e in (*binds(s), *_bound(block(s)))}
-        if bound & used:
-            inside = [e for inner in block(s) for e in reads(inner)]
-            used = (used - bound if isinstance(s, Let) else used).union(*map(names, (*reads(s), *inside)))
-            kept.insert(0, s)
-    inner = Builder(b.params, [kept])
-    return function(text, inner, results, ("BM", "BN", "GROUP", "AGAIN"), doc)
-
-
-# -- statements ----------------------------------------------------------------------------------
-
-
-def _parted(body: Iterable[Statement]) -> tuple[list[Statement], list[Statement]]:
-    """Statements that make numbers, and those that make vectors of rows; the rows themselves are given."""
-    numbers: list[Statement] = []
-    vectors: list[Statement] = []
-    shaped = {"rows"}
-    for s in body:
-        match s:
-            case Note():
-                continue
-            case Let(var) if str(var.attr) == "rows":
-                continue
-            case Let(var) if var.shape or any(shaped & names(e) for e in reads(s)):
-                assert var.shape, f"{var.attr} is a number made of rows"
-                shaped.add(str(var.attr))
-                vectors.append(s)
-            case Let():
-                numbers.append(s)
-            case _:
-                raise AssertionError(f"{type(s).__name__} among what no key moves")
-    return numbers, vectors
-
-
-def _bound(body: Iterable[Statement]) -> Iterator[Expr]:
-    for s in body:
-        if isinstance(s, Let):
-            yield s.var
-
-
-def _parameters(functions: Iterable[Function]) -> Iterator[str]:
-    for f in functions:
-        yield from (p.name for p in f.params)

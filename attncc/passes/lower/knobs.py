@@ -39,6 +39,7 @@ ENGINE_KNOBS: Final = (
     E_POLY,
     Knob("E_DRAWN", (1, 0), "1: blocks draw query tiles from a counter; 0: they are dealt out beforehand"),
 )
+LATENT_KNOBS: Final = (Knob("L_WIDTH", (128, 64, 256), "columns of the pieces in which key tiles are copied"),)
 
 
 def largest(knob: str) -> int:

@@ -8,7 +8,7 @@ from typing import Final
 from attncc.ir.attention import Attention
 from attncc.ir.expr import Expr, eq, name
 from attncc.ir.tile import Launch, Program
-from attncc.passes.lower import care, split, stream
+from attncc.passes.lower import care, latent, split, stream
 from attncc.passes.lower.fragments import may_hide_values, may_see_the_same
 from attncc.passes.lower.gap import Gap, first
 from attncc.passes.lower.knobs import FILL, SPLIT
@@ -57,13 +57,14 @@ def with_short(attn: Attention, dense: Program) -> Program:
     passes = care.passes(sharer.name, may_see_the_same=alike) if may_hide_values(attn) else (Launch(sharer.name),)
     launches = (*(Launch(k.name) for k in before), *passes, Launch(merging.name))
     idle, busy = eq(name(SPLIT.name), 0), name(SPLIT.name) > 0
-    return replace(
+    made = replace(
         dense,
         kernels=(*dense.kernels, *before, sharer, merging),
         launches=(*(_only(x, idle) for x in dense.launches), *(_only(x, busy) for x in launches)),
         knobs=(*dense.knobs, SPLIT, FILL),
         scratch=(*dense.scratch, *way.temporaries(attn)),
     )
+    return latent.accelerated(attn, made, streams(attn))
 
 
 def _only(launch: Launch, where: Expr) -> Launch:

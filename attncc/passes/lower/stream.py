@@ -124,8 +124,8 @@ def _walker(attn: Attention, dense: Function) -> Kernel:
         b.let("left_nan", const(0))
         with b.loop("item", name("first_item"), name("end_item")) as item:
             count = b.let("count", read(counts, item))
-            first = b.let("first", maximum(name("range_begin") - name("item_begin"), 0))
-            last = b.let("last", minimum(name("range_end") - name("item_begin"), count))
+            first = b.let("first", first_of(name("range_begin"), name("item_begin")))
+            last = b.let("last", last_of(name("range_end"), name("item_begin"), count))
             t = _place(b, attn, item)
             load_queries(b, attn, t)
             step = step_of(b, attn, t, dense)
@@ -184,9 +184,40 @@ def _add_up(b: Builder, counts: Param, items: Expr, text: str) -> None:
         b.let(text, name(text) + reduce("sum", _some(b, counts, chunk, items)[0], 0))
 
 
+def first_of(begin: Expr, item: Expr) -> Expr:
+    """The first tile that a range has of an item which begins there on the line."""
+    return maximum(begin - item, 0)
+
+
+def last_of(end: Expr, item: Expr, count: Expr) -> Expr:
+    """The one behind the last of them, of so many."""
+    return minimum(end - item, count)
+
+
+def slot_of(range_: Expr, begun_before: Expr) -> Expr:
+    """Where a range leaves the state of an item: one which it does not begin, or one which it does not end."""
+    return range_ * SLOTS + where(begun_before, 0, 1)
+
+
 def _slot(b: Builder, range_: Expr, begun_before: Expr) -> Expr:
-    """Binds where a range leaves the state of an item: one which it does not begin, or one which it does not end."""
-    return b.let("slot", range_ * SLOTS + where(begun_before, 0, 1))
+    return b.let("slot", slot_of(range_, begun_before))
+
+
+def ranges(attn: Attention) -> tuple[Kernel, Scratch]:
+    """What finds the ranges beforehand, for an engine; and where: of each its first item and the one behind its last,
+    its ends, and where that item begins."""
+    counts = _counts(attn)
+    numbers = ("first_item", "end_item", "range_begin", "range_end", "item_begin")
+    found = Param(
+        own_name("line_ranges", attn), "buffer", "i32", rank=2, doc=f"[ranges, {len(numbers)}] {', '.join(numbers)}"
+    )
+    b = Builder(share_parameters(attn, "BM", "BN", SPLIT.name, FILL.name, more=(counts, found)))
+    _bind_range(b, attn, counts)
+    for at, text in enumerate(numbers):
+        b.store(found, (program(), at), name(text))
+    doc = "Finds each range of the line of all key tiles, and its items."
+    kernel = Kernel(f"{attn.name}_ranges", *tidy(b.params.values(), b.body), (), PROGRAMS, doc)
+    return kernel, Scratch(found.name, (PROGRAMS, const(len(numbers))), found.dtype)
 
 
 # -- the merge -----------------------------------------------------------------------------------
