@@ -17,6 +17,7 @@ from attncc.ir.attention import Attention
 from attncc.ir.cache import quantizer
 from attncc.ir.expr import TRUE
 from attncc.ir.rewrite import buffers, names
+from attncc.ir.staircase import staircase
 from attncc.passes.lower import cache, quantize, short, storage
 from attncc.passes.lower.group import members
 from attncc.passes.lower.hopper import gap, is_exact
@@ -261,6 +262,8 @@ CODED: Final = (
 """Warps and stages over a cache of few bits, by the widest head dim and by rows: what registers allow beside numbers
 that are made of codes. One warp of 16 rows is fastest on an H200, eight programs a multiprocessor; the others are those
 of the fewest instructions a key."""
+STEPPED: Final = {16: (4, 1), 32: (8, 1), 64: (8, 1)}
+"""The same over a staircase, whose formats are all kept in mind: the fewest warps that leave none in memory."""
 
 
 def default_configs(attn: Attention, device: Device, with_engine: bool = True) -> tuple[tuple[Row, ...], str]:
@@ -305,6 +308,7 @@ def _splitting(attn: Attention, config: Config, device: Device) -> list[Row]:
     keys = 64 if attn.page_size and _widest(attn) <= 128 else min(64, config["BN"])
     keys = PIECED if device.has_wgmma and _has_pieces(attn) else keys
     keys = (PIECED if _widest(attn) <= 256 else PIECED // 2) if _is_cached(attn) else keys
+    keys = min(keys, config["BN"]) if staircase(attn) else keys  # a tile is in a segment
     tiles = (FIXED_SHARE if attn.is_apart else SHARE) // keys
     heights = [rows for rows in GROUPED if rows <= config["BM"]]
     heights = heights[:1] if _is_cached(attn) and _widest(attn) > 256 else heights
@@ -323,6 +327,9 @@ def _pace(attn: Attention, rows: int, device: Device) -> Config:
 
     Measured on an H200: two warps and two stages are fastest over rows of keys as over pages, but for wide latents.
     """
+    if staircase(attn):
+        warps, stages = STEPPED[rows]
+        return {"num_warps": warps, "num_stages": stages}
     if _is_cached(attn):
         warps, stages = next(pace for dim, pace in CODED if _widest(attn) <= dim)[rows]
         many = {"FILL": filling(device, 8)} if warps == 1 else {}
