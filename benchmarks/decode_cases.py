@@ -19,7 +19,7 @@ BODIES: Final[Mapping[str, str]] = {
 BYTES: Final = 2
 SPLIT: Final = "split_kv(8)"
 """The fixed split that stream-K is compared with."""
-PEERS: Final = ("cuDNN", "FlexAttention")
+PEERS: Final = ("cuDNN", "FlexAttention", "bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,7 @@ class Decode:
     rivals: tuple[str, ...] = ()
     """Other schedules of ours that are measured beside it."""
     peers: tuple[str, ...] = PEERS
+    """By the names that `decode_measure.PEER` has, and what only reads the bytes."""
     table: str = "decode"
 
     @property
@@ -101,20 +102,39 @@ def _rows() -> tuple[Decode, ...]:
     return tuple(dict.fromkeys(out))
 
 
-def _lean() -> tuple[Decode, ...]:
-    """LeanAttention's kind: heads of their own keys, too few for a GPU, and long contexts."""
-    wide = tuple((heads, 1, length, 128) for heads in (8, 16, 32, 56) for length in LENGTHS)
-    narrow = tuple((heads, 1, length, 64) for heads in (8, 56) for length in LENGTHS)
-    several = ((8, 4, 16384, 128), (8, 4, 131072, 128), (56, 4, 16384, 128), (56, 4, 65536, 128))
-    return tuple(
-        Decode("none", h, h, (length,) * b, d=d, rivals=("stream_k", "tile"), peers=LEAN_PEERS, table="lean")
-        for h, b, length, d in (*wide, *narrow, *several)
-    )
+@dataclass(frozen=True, slots=True)
+class Series:
+    """Cases of the same packages, measured by one process after the other: a process takes longer than a case."""
+
+    cases: tuple[Decode, ...]
+
+    @property
+    def shape(self) -> str:
+        """The first one's, for all."""
+        return self.cases[0].shape
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        return self.cases[0].packages
 
 
 LENGTHS: Final = (16384, 65536, 262144, 524288)
 LEAN_PEERS: Final = ("FlashAttention-2", "FlashAttention-2, split", "cuDNN")
 """Without a split, as LeanAttention was compared with it first; and as torch's SDPA has it, which splits by itself."""
 
+
+def _lean(heads: int, d: int, *several: tuple[int, int]) -> Series:
+    """LeanAttention's kind: heads of their own keys, too few for a GPU, and long contexts; `several`: (B, length)."""
+    return Series(
+        tuple(
+            Decode("none", heads, heads, (s,) * b, d=d, rivals=("stream_k", "tile"), peers=LEAN_PEERS, table="lean")
+            for b, s in (*((1, s) for s in LENGTHS), *several)
+        )
+    )
+
+
+LEAN: Final = (
+    _lean(8, 128, (4, 16384), (4, 131072)), _lean(56, 128, (4, 16384), (4, 65536)), _lean(32, 128), _lean(8, 64),
+    _lean(16, 128),
+)  # fmt: skip
 CASES: Final = _rows()
-LEAN: Final = _lean()

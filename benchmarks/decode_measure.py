@@ -18,7 +18,7 @@ from attncc.check.pages import lay_out
 from benchmarks import report
 from benchmarks.cases import SCALE
 from benchmarks.check import LIMITS, Errors, Rejected, poisoned
-from benchmarks.decode_cases import Decode
+from benchmarks.decode_cases import Decode, Series
 from benchmarks.peers import answering
 from benchmarks.timing import Call, interleaved_graphs
 
@@ -34,7 +34,7 @@ def decode(case: Decode, rounds: int) -> Callable[[], list[Row]]:
     ours = {"attncc": call_of(case.package, given)}
     ours |= {f"attncc, {x}": call_of(case.rival_package(x), given) for x in case.rivals}
     calls, absent = answering(case.name, ours, peers(case, given))
-    ways = readers(case, given)
+    ways = readers(case, given) if "bytes" in case.peers else {}
     for call in ways.values():
         call()
 
@@ -51,10 +51,25 @@ def decode(case: Decode, rounds: int) -> Callable[[], list[Row]]:
             if not off.ok:
                 del calls[name]
                 absent.append({"case": case.name, "impl": name, "missing": str(off)})
-        calls["bytes"] = fastest(ways)
+        if ways:
+            calls["bytes"] = fastest(ways)
         rows = report.compared(case.name, interleaved_graphs(calls, rounds), case.bytes, "tbps")
         measured = {"o_error": found["attncc"].o, "lse_error": found["attncc"].lse}
         return [row | (measured if row["impl"] == "attncc" else {}) for row in rows] + absent
+
+    return act
+
+
+def series(cases: Series, rounds: int) -> Callable[[], list[Row]]:
+    """The same of several cases, whose kernels are those of the first: each in turn has memory of its own."""
+    first: list[Callable[[], list[Row]]] = [decode(cases.cases[0], rounds)]
+
+    def act() -> list[Row]:
+        rows = first.pop()()
+        for case in cases.cases[1:]:
+            torch.cuda.empty_cache()
+            rows += decode(case, rounds)()
+        return rows
 
     return act
 
@@ -126,7 +141,7 @@ def peers(case: Decode, given: Mapping[str, Tensor]) -> dict[str, Call]:
     """Those of the case that can do it without a copy."""
     if case.page:
         return {}
-    found = {name: PEER[name](case, *(given[x] for x in "qkv")) for name in case.peers}
+    found = {name: PEER[name](case, *(given[x] for x in "qkv")) for name in case.peers if name in PEER}
     return {name: call for name, call in found.items() if call is not None}
 
 
