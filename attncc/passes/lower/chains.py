@@ -259,6 +259,17 @@ def _runs_of_several(a: Attention) -> bool:
     return any(len({on(step) for step in run}) > 1 for run in runs)
 
 
+def _transforms_oddly(c: Chain) -> bool:
+    """Whether the columns of a rope are no blocks of a Hadamard transform's."""
+    if "hadamard" not in {step.name for step in c.steps}:
+        return False
+    width = c.widths[0]
+    dims = [option(step, "dims") for step in c.steps if step.name == "rope" and option(step, "cos") is None]
+    by_table = any(step.name == "rope" and option(step, "cos") is not None for step in c.steps)
+    turned_ = {width if not isinstance(d, Expr) else int(d.value or 0) for d in dims}
+    return width < MIN_WIDTH or by_table or any(n not in (width, width // 2) or n < 2 * MIN_WIDTH for n in turned_)
+
+
 def _turns_and_absorbs(c: Chain) -> bool:
     return {"rope", "absorb"} <= {step.name for step in c.steps}
 
@@ -270,7 +281,8 @@ def _steps_on_codes(attn: Attention) -> bool:
 LIMITS: Final[tuple[tuple[Callable[[Attention], bool], str], ...]] = (
     (_has_unknown_matrix, "absorb by matrices whose sizes are known when compiled"),
     (_uses("smooth"), "all steps but smooth"),
-    (_uses("hadamard"), "all steps but hadamard"),
+    (_of_each(_transforms_oddly), "hadamard of heads of 16 columns or more, beside ropes of all of them or of half"),
+    (_of_each(lambda c: {"hadamard", "absorb"} <= {step.name for step in c.steps}), "hadamard or absorb of an operand"),
     (_each(lambda a, step: option(step, "positions") == "packed", "rope"), "rope(positions=logical)"),
     (_each(_has_odd_table, "rope"), "rope by tables of as many columns as it turns pairs"),
     (_ropes_differ, "ropes of one kind on an operand, of as many columns and the same pairs"),
@@ -287,8 +299,8 @@ LIMITS: Final[tuple[tuple[Callable[[Attention], bool], str], ...]] = (
     (_of_each(_turns_and_absorbs), "rope or absorb of an operand"),
     (_of_each(lambda c: max(c.widths) > MAX_DIM), f"operands of up to {MAX_DIM} columns"),
     (
-        lambda a: bool(a.prologue) and any(z.operand != "cache" for z in a.quantize),
-        "no steps on operands that are quantised then",
+        lambda a: _uses("absorb")(a) and any(z.operand != "cache" for z in a.quantize),
+        "all steps but absorb, where operands are quantised then",
     ),
     (_steps_on_codes, "steps on queries alone, where keys and values are codes"),
 )

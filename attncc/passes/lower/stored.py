@@ -18,6 +18,7 @@ from attncc.ir.attention import Attention
 from attncc.ir.build import Builder, column, full, iota, program, quotient, read, reduce, reduce_all, remainder, row
 from attncc.ir.expr import TRUE, Expr, Value, cast_to, const, divide_exactly, eq, ew, maximum, minimum, name, where
 from attncc.ir.tile import Kernel, Param, Scratch
+from attncc.passes.lower.chains import source
 from attncc.passes.lower.grid import cdiv, size_parameters
 from attncc.passes.lower.normalizers import VALUE_DTYPE
 from attncc.passes.lower.quantize import Held, rounded
@@ -147,7 +148,8 @@ def _kernel(attn: Attention, h: Held, b: Builder, what: str, span: int, doc: str
 
 
 def _given(attn: Attention, h: Held) -> Param:
-    return Param(h.operand.upper(), "operand", VALUE_DTYPE[attn.dtype], rank=4, doc="the operand as it came")
+    doc = "the operand as it came, or behind its steps"
+    return Param(source(attn, h.operand), "operand", VALUE_DTYPE[attn.dtype], rank=4, doc=doc)
 
 
 def _stored(h: Held) -> Param:
