@@ -62,4 +62,5 @@ def test_claims_are_read_off_the_file(tmp_path: Path) -> None:
     assert "| 8 | 1 | 524288 | 128 | 0.2500 ms | 0.5000 ms | 4.00 × | 8.00 × | – | 2.00 × |" in text
     assert "- against cuDNN: 2.00 × on average (geometric mean 2.00), 2.00 to 2.00; at 524288 keys 2.00 to 2.00" in text
     assert "- against FlashAttention-2, no split: 8.00 × on average" in text
-    assert "FlashAttention-2, split:" not in text
+    assert "FlashAttention-2 in SDPA:" not in text
+    assert "- against split-KV: 2.00 × on average" in text

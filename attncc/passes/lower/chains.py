@@ -9,11 +9,12 @@ from typing import Final
 
 from attncc.ir.attention import Attention, Call
 from attncc.ir.cache import cached
-from attncc.ir.expr import Expr
+from attncc.ir.expr import Dtype, Expr
 from attncc.ir.primitives import on, pairs_tokens
 from attncc.ir.tile import Param
 from attncc.ir.widths import axis_size, entry_width, matrix
 from attncc.passes.lower.columns import cut
+from attncc.passes.lower.normalizers import VALUE_DTYPE
 from attncc.passes.lower.pieces import MAX_DIM, MIN_WIDTH
 from attncc.passes.lower.scores import KERNEL_SIZES, own_name
 
@@ -73,6 +74,14 @@ def prepared(attn: Attention, given: Param) -> Param:
         return given
     extent = None if given.extent is None else (given.extent[0], c.stored)
     return replace(given, name=c.tensor, extent=extent, doc=f"{given.doc} behind the prologue")
+
+
+def dtype_behind(attn: Attention, operand: str) -> Dtype:
+    """In which an operand stands behind its steps: fp32 where it is quantised then, for numbers that are rounded twice
+    fall to the other side where they were half way."""
+    steps = chain(attn, operand) is not None
+    quantised = any(z.operand == operand for z in attn.quantize)
+    return "f32" if steps and quantised else VALUE_DTYPE[attn.dtype]
 
 
 def source(attn: Attention, operand: str) -> str:

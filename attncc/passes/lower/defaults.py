@@ -262,8 +262,8 @@ CODED: Final = (
 """Warps and stages over a cache of few bits, by the widest head dim and by rows: what registers allow beside numbers
 that are made of codes. One warp of 16 rows is fastest on an H200, eight programs a multiprocessor; the others are those
 of the fewest instructions a key."""
-STEPPED: Final = {16: (4, 1), 32: (8, 1), 64: (8, 1)}
-"""The same over a staircase, whose formats are all kept in mind: the fewest warps that leave none in memory."""
+STEPPED: Final = (4, 1)
+"""The same over a staircase, of 16 rows: the fewest warps that leave nothing of its many formats in memory."""
 
 
 def default_configs(attn: Attention, device: Device, with_engine: bool = True) -> tuple[tuple[Row, ...], str]:
@@ -311,7 +311,7 @@ def _splitting(attn: Attention, config: Config, device: Device) -> list[Row]:
     keys = min(keys, config["BN"]) if staircase(attn) else keys  # a tile is in a segment
     tiles = (FIXED_SHARE if attn.is_apart else SHARE) // keys
     heights = [rows for rows in GROUPED if rows <= config["BM"]]
-    heights = heights[:1] if _is_cached(attn) and _widest(attn) > 256 else heights
+    heights = heights[:1] if staircase(attn) or (_is_cached(attn) and _widest(attn) > 256) else heights
     bounds = {min(rows // members(attn), SHORT): rows for rows in reversed(heights)}
     bounds.setdefault(SHORT, heights[-1])
     few = {**config, "BN": keys, "maxnreg": 0, "SPLIT": tiles}
@@ -328,7 +328,7 @@ def _pace(attn: Attention, rows: int, device: Device) -> Config:
     Measured on an H200: two warps and two stages are fastest over rows of keys as over pages, but for wide latents.
     """
     if staircase(attn):
-        warps, stages = STEPPED[rows]
+        warps, stages = STEPPED
         return {"num_warps": warps, "num_stages": stages}
     if _is_cached(attn):
         warps, stages = next(pace for dim, pace in CODED if _widest(attn) <= dim)[rows]
