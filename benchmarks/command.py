@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -29,6 +30,8 @@ class Table:
     specs: tuple[str, ...]
     """Of all packages that the jobs import."""
     jobs: tuple[Job, ...]
+    page: Callable[[Path], str] | None = None
+    """What is written of a JSON file elsewhere."""
 
 
 def main(table: Table) -> int:
@@ -60,6 +63,10 @@ def parser(table: Table) -> argparse.ArgumentParser:
     plot.add_argument("file", type=Path)
     plot.add_argument("-o", "--output", type=Path, help="an .svg or a .png (default: FILE.svg)")
     plot.set_defaults(step=draw)
+    if table.page is not None:
+        page = steps.add_parser("page", help="print what a document has of a JSON file")
+        page.add_argument("file", type=Path)
+        page.set_defaults(step=written)
     return top
 
 
@@ -129,4 +136,10 @@ def line(result: Result) -> str:
 
 def draw(table: Table, args: argparse.Namespace) -> int:
     import_module("benchmarks.plot").draw(args.file, args.output)
+    return 0
+
+
+def written(table: Table, args: argparse.Namespace) -> int:
+    assert table.page is not None
+    print(table.page(args.file))
     return 0

@@ -19,6 +19,7 @@ BODIES: Final[Mapping[str, str]] = {
 BYTES: Final = 2
 SPLIT: Final = "split_kv(8)"
 """The fixed split that stream-K is compared with."""
+PEERS: Final = ("cuDNN", "FlexAttention", "bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +33,11 @@ class Decode:
     page: int = 0
     """Keys of a page; 0: sequences of one length, in rows."""
     d: int = 128
-    rival: str = ""
-    """Another schedule of ours that is measured beside it."""
+    rivals: tuple[str, ...] = ()
+    """Other schedules of ours that are measured beside it."""
+    peers: tuple[str, ...] = PEERS
+    """By the names that `decode_measure.PEER` has, and what only reads the bytes."""
+    table: str = "decode"
 
     @property
     def b(self) -> int:
@@ -42,7 +46,7 @@ class Decode:
     @property
     def name(self) -> str:
         """Such as decode/B1Hq32Hk8S8192D128."""
-        return f"decode/{self.shape}"
+        return f"{self.table}/{self.shape}"
 
     @property
     def shape(self) -> str:
@@ -53,21 +57,20 @@ class Decode:
 
     @property
     def package(self) -> str:
-        return f"decode_{self.variant}_{self.hq}_{self.hk}_{self.d}_{self.page}"
+        return f"{self.table}_{self.variant}_{self.hq}_{self.hk}_{self.d}_{self.page}"
 
-    @property
-    def rival_package(self) -> str:
-        return f"{self.package}_{self.rival.partition('(')[0]}"
+    def rival_package(self, schedule: str) -> str:
+        return f"{self.package}_{schedule.partition('(')[0]}"
 
     @property
     def packages(self) -> tuple[str, ...]:
         """All that the case is measured with."""
-        return (self.package, self.rival_package) if self.rival else (self.package,)
+        return (self.package, *map(self.rival_package, self.rivals))
 
     @property
     def specs(self) -> tuple[str, ...]:
-        plain = self._spec(self.package)
-        return (plain, f"{self._spec(self.rival_package)}schedule: {self.rival}\n") if self.rival else (plain,)
+        rivals = (f"{self._spec(self.rival_package(x))}schedule: {x}\n" for x in self.rivals)
+        return (self._spec(self.package), *rivals)
 
     def _spec(self, name: str) -> str:
         head = f"attncc: 1\nname: {name}\nheads: {{q: {self.hq}, kv: {self.hk}}}\ndims: {self.d}\nscale: {SCALE}\n"
@@ -93,10 +96,45 @@ def _rows() -> tuple[Decode, ...]:
     )  # fmt: skip
     out = [Decode("none", *row) for row in dense]
     out += [Decode(variant, 32, 8, (length,)) for variant in ("causal", "softcap", "sink") for length in (8192, 131072)]
-    out.append(Decode("none", 32, 8, log_uniform(64, 131072), 64, rival=SPLIT))
+    out.append(Decode("none", 32, 8, log_uniform(64, 131072), 64, rivals=(SPLIT,)))
     out += [Decode("none", 8 * ratio, 8, (131072,)) for ratio in (1, 3, 5, 6, 7, 8, 12, 16)]
     out += [Decode("none", 32, 8, (32768,) * 4, page) for page in (1, 16, 64, 256)]
     return tuple(dict.fromkeys(out))
 
 
+@dataclass(frozen=True, slots=True)
+class Series:
+    """Cases of the same packages, measured by one process after the other: a process takes longer than a case."""
+
+    cases: tuple[Decode, ...]
+
+    @property
+    def shape(self) -> str:
+        """The first one's, for all."""
+        return self.cases[0].shape
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        return self.cases[0].packages
+
+
+LENGTHS: Final = (16384, 65536, 262144, 524288)
+LEAN_PEERS: Final = ("FlashAttention-2", "FlashAttention-2, split", "cuDNN")
+"""Without a split, as LeanAttention was compared with it first; and as torch's SDPA has it, which splits by itself."""
+
+
+def _lean(heads: int, d: int, *several: tuple[int, int]) -> Series:
+    """LeanAttention's kind: heads of their own keys, too few for a GPU, and long contexts; `several`: (B, length)."""
+    return Series(
+        tuple(
+            Decode("none", heads, heads, (s,) * b, d=d, rivals=("stream_k", "tile"), peers=LEAN_PEERS, table="lean")
+            for b, s in (*((1, s) for s in LENGTHS), *several)
+        )
+    )
+
+
+LEAN: Final = (
+    _lean(8, 128, (4, 16384), (4, 131072)), _lean(56, 128, (4, 16384), (4, 65536)), _lean(32, 128), _lean(8, 64),
+    _lean(16, 128),
+)  # fmt: skip
 CASES: Final = _rows()

@@ -18,7 +18,7 @@ from attncc.check.pages import lay_out
 from benchmarks import report
 from benchmarks.cases import SCALE
 from benchmarks.check import LIMITS, Errors, Rejected, poisoned
-from benchmarks.decode_cases import Decode
+from benchmarks.decode_cases import Decode, Series
 from benchmarks.peers import answering
 from benchmarks.timing import Call, interleaved_graphs
 
@@ -32,25 +32,44 @@ def decode(case: Decode, rounds: int) -> Callable[[], list[Row]]:
     """Compiles everything; what it returns then measures with the GPU to itself."""
     given = operands(case, "cuda")
     ours = {"attncc": call_of(case.package, given)}
-    if case.rival:
-        ours[f"attncc, {case.rival}"] = call_of(case.rival_package, given)
+    ours |= {f"attncc, {x}": call_of(case.rival_package(x), given) for x in case.rivals}
     calls, absent = answering(case.name, ours, peers(case, given))
-    ways = readers(case, given)
+    ways = readers(case, given) if "bytes" in case.peers else {}
     for call in ways.values():
         call()
 
     def act() -> list[Row]:
-        calls["bytes"] = fastest(ways)
-        found = {}
+        found: dict[str, Errors] = {}
         for name, call in ours.items():
             with poisoned():
                 o, lse = call()
             found[name] = errors(case, given, o, lse)
             if not found[name].ok:
                 raise Rejected(f"{name}: {found[name]}")
+        for name in calls.keys() - ours.keys():
+            off = errors(case, given, calls[name](), None)
+            if not off.ok:
+                del calls[name]
+                absent.append({"case": case.name, "impl": name, "missing": str(off)})
+        if ways:
+            calls["bytes"] = fastest(ways)
         rows = report.compared(case.name, interleaved_graphs(calls, rounds), case.bytes, "tbps")
         measured = {"o_error": found["attncc"].o, "lse_error": found["attncc"].lse}
         return [row | (measured if row["impl"] == "attncc" else {}) for row in rows] + absent
+
+    return act
+
+
+def series(cases: Series, rounds: int) -> Callable[[], list[Row]]:
+    """The same of several cases, whose kernels are those of the first: each in turn has memory of its own."""
+    first: list[Callable[[], list[Row]]] = [decode(cases.cases[0], rounds)]
+
+    def act() -> list[Row]:
+        rows = first.pop()()
+        for case in cases.cases[1:]:
+            torch.cuda.empty_cache()
+            rows += decode(case, rounds)()
+        return rows
 
     return act
 
@@ -80,9 +99,9 @@ def operands(case: Decode, device: str) -> dict[str, Tensor]:
     return {"q": q, "k": k, "v": v, "block_table": pages.table, "seqused_k": pages.used, **more}
 
 
-def errors(case: Decode, given: Mapping[str, Tensor], o: Tensor, lse: Tensor) -> Errors:
+def errors(case: Decode, given: Mapping[str, Tensor], o: Tensor, lse: Tensor | None) -> Errors:
     """Distances from float64 in some sequences and heads; infinite where a value anywhere is not finite."""
-    if not all(bool(torch.isfinite(x).all()) for x in (o, lse)):
+    if not all(bool(torch.isfinite(x).all()) for x in (o, lse) if x is not None):
         return Errors(math.inf, math.inf, LIMITS["bf16"])
     by_length = sorted(range(case.b), key=lambda n: case.lengths[n])
     picked = {by_length[0], by_length[-1], by_length[case.b // 2]}
@@ -91,7 +110,8 @@ def errors(case: Decode, given: Mapping[str, Tensor], o: Tensor, lse: Tensor) ->
         for h in (0, case.hq - 1):
             want, want_lse = exact(case, given, b, h)
             off = (o[b, h, 0].double() - want).norm() / want.norm()
-            pairs.append((float(off), float((lse[b, h, 0].double() - want_lse).abs())))
+            off_lse = 0.0 if lse is None else float((lse[b, h, 0].double() - want_lse).abs())
+            pairs.append((float(off), off_lse))
     return Errors(max(e for e, _ in pairs), max(e for _, e in pairs), LIMITS["bf16"])
 
 
@@ -118,25 +138,58 @@ def keys_of(case: Decode, given: Mapping[str, Tensor], which: str, b: int, head:
 
 
 def peers(case: Decode, given: Mapping[str, Tensor]) -> dict[str, Call]:
-    """CuDNN and FlexAttention, where they can do the case without a copy."""
+    """Those of the case that can do it without a copy."""
     if case.page:
         return {}
-    out: dict[str, Call] = {}
-    q, k, v = (given[x] for x in "qkv")
-    gqa = case.hq != case.hk
-    if case.variant in ("none", "causal"):  # one query at the end sees all keys
-        attention = torch.nn.functional.scaled_dot_product_attention
+    found = {name: PEER[name](case, *(given[x] for x in "qkv")) for name in case.peers if name in PEER}
+    return {name: call for name, call in found.items() if call is not None}
 
-        def cudnn() -> Any:
-            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-                return attention(q, k, v, scale=SCALE, enable_gqa=gqa)
 
-        out["cuDNN"] = cudnn
-    if case.variant != "sink":
-        score = (lambda s, b, h, i, j: CAP * torch.tanh(s / CAP)) if case.variant == "softcap" else None
-        flex = torch.compile(flex_attention, dynamic=False, mode="max-autotune-no-cudagraphs")
-        out["FlexAttention"] = lambda: flex(q, k, v, score_mod=score, scale=SCALE, enable_gqa=gqa)
-    return out
+def sdpa(case: Decode, q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend) -> Call | None:
+    """One of torch's; a query at the end sees all keys."""
+    if case.variant not in ("none", "causal"):
+        return None
+    attention, gqa = torch.nn.functional.scaled_dot_product_attention, case.hq != case.hk
+
+    def call() -> Any:
+        with sdpa_kernel(backend):
+            return attention(q, k, v, scale=SCALE, enable_gqa=gqa)
+
+    return call
+
+
+def flex(case: Decode, q: Tensor, k: Tensor, v: Tensor) -> Call | None:
+    if case.variant == "sink":
+        return None
+    score = (lambda s, b, h, i, j: CAP * torch.tanh(s / CAP)) if case.variant == "softcap" else None
+    compiled = torch.compile(flex_attention, dynamic=False, mode="max-autotune-no-cudagraphs")
+    return lambda: compiled(q, k, v, score_mod=score, scale=SCALE, enable_gqa=case.hq != case.hk)
+
+
+def whole(case: Decode, q: Tensor, k: Tensor, v: Tensor) -> Call | None:
+    """FlashAttention-2 as torch has it for packed sequences: a program a head, for it splits no keys of those.
+
+    Keys and values are [T, H, D] then: of several sequences these are copies, made beforehand.
+    """
+    if case.variant not in ("none", "causal") or case.hq != case.hk:
+        return None  # a group of heads in one tile is split there, too
+    n, b = case.lengths[0], case.b
+    if b > 1:
+        k, v = (x.transpose(1, 2).contiguous().flatten(0, 1) for x in (k, v))
+    else:
+        k, v = (x[0].transpose(0, 1) for x in (k, v))
+    q = q[:, :, 0]
+    ends = [torch.arange(b + 1, dtype=torch.int32, device=q.device) * rows for rows in (1, n)]
+    flash = torch.ops.aten._flash_attention_forward
+    return lambda: flash(q, k, v, *ends, 1, n, 0.0, False, False, scale=SCALE)[0][:, :, None]
+
+
+PEER: Final[Mapping[str, Callable[[Decode, Tensor, Tensor, Tensor], Call | None]]] = {
+    "cuDNN": lambda *given: sdpa(*given, SDPBackend.CUDNN_ATTENTION),
+    "FlexAttention": flex,
+    "FlashAttention-2": whole,
+    "FlashAttention-2, split": lambda *given: sdpa(*given, SDPBackend.FLASH_ATTENTION),
+}
 
 
 @triton.jit

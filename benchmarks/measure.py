@@ -15,8 +15,8 @@ from torch.nn.attention.flex_attention import create_block_mask
 from benchmarks import report
 from benchmarks.cases import SCALE, Case
 from benchmarks.check import Rejected, errors, poisoned
-from benchmarks.decode_cases import Decode
-from benchmarks.decode_measure import decode
+from benchmarks.decode_cases import Decode, Series
+from benchmarks.decode_measure import decode, series
 from benchmarks.operands import inputs, mask_mod, operands, visible_pairs
 from benchmarks.peers import EAGER_LENGTH, answering, gpu_peers
 from benchmarks.timing import Timing, device_ms, graphed_ms, interleaved, interleaved_host
@@ -25,7 +25,7 @@ Row = dict[str, Any]
 Act = Callable[[], list[Row]]
 
 
-def prepare(kind: str, case: Case | Decode, rounds: int) -> Act:
+def prepare(kind: str, case: Case | Decode | Series, rounds: int) -> Act:
     """Compiles everything; what it returns then measures with the GPU to itself."""
     with torch.no_grad():
         act = PREPARE[kind](case, rounds)
@@ -130,5 +130,5 @@ def _host(case: Case, rounds: int) -> Act:
 
 
 PREPARE: Mapping[str, Callable[[Any, int], Act]] = {
-    "fwd": _attention, "mask": _mask, "host": _host, "decode": decode,
+    "fwd": _attention, "mask": _mask, "host": _host, "decode": decode, "series": series,
 }  # fmt: skip

@@ -13,17 +13,17 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from benchmarks.cases import Case
-from benchmarks.decode_cases import Decode
+from benchmarks.decode_cases import Decode, Series
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A kind of measurement of a case: fwd, mask, host or decode."""
+    """A kind of measurement: fwd, mask, host or decode of a case, or series of several."""
 
     kind: str
-    case: Case | Decode
+    case: Case | Decode | Series
 
     @property
     def name(self) -> str:

@@ -16,6 +16,8 @@ from ._gpu import Plan, Runner, seen, views, widened
 
 OPTIONS = {"num_warps": 4}
 """Triton's, of its one kernel."""
+EXACT = {"enable_fp_fusion": False}
+"""A product and a sum are rounded each, so that what is stored has the same bits everywhere."""
 
 
 class Appender:
@@ -52,6 +54,8 @@ class Appender:
         plan.empty = first.numel() == 0
         if not plan.empty:
             plan.launches = runner.launches(plan, tensors, sizes, OPTIONS, with_lse=False, with_maps=False)
+            for launch in () if plan.interpreted else plan.launches:
+                launch.options |= EXACT
         return plan
 
     def run(self, plan: Plan, tensors: list[Any]) -> None:

@@ -29,6 +29,8 @@ class Tensor:
     """Read by tiles of [rows, columns]: its last axis must be contiguous."""
     words: bool = False
     """Kernels read two of its bytes at once, as an integer."""
+    contiguous: bool = False
+    """Kernels know its strides: all axes must be."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ def check_tensors(
             raise ValueError(
                 f"{where} must be contiguous along its last axis, got strides {tuple(t.stride())}: call .contiguous()"
             )
+        if expected.contiguous and not t.is_contiguous():
+            raise ValueError(f"{where} must be contiguous, got strides {tuple(t.stride())}")
     for axis in [a for a in sizes if a.startswith("Sk / ")]:
         sizes["Sk"] = sizes.pop(axis) * int(axis.removeprefix("Sk / "))
     if "B + 1" in sizes:

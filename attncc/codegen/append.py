@@ -11,7 +11,9 @@ from attncc.codegen.source import Writer
 from attncc.codegen.tensors import TORCH_DTYPE, axes_of, size_bounds, strided
 from attncc.ir.appending import count, places, room, tokens
 from attncc.ir.attention import Attention, Size
-from attncc.ir.cache import BY_TOKEN, Given, beside, cached, row_axes
+from attncc.ir.cache import BY_TOKEN, beside, cached, quantizer, row_axes
+from attncc.ir.given import Given
+from attncc.ir.staircase import staircase
 from attncc.ir.tile import Program
 
 
@@ -25,8 +27,8 @@ def write(w: Writer, attn: Attention, program: Program, ahead: Sequence[str]) ->
         w.line("tensors=(")
         with w.indented():
             for x in given:
-                tiled = ", tiled=True" * (x.name in _axes(attn))
-                w.line(f'Tensor("{x.name}", {axes_of(x.axes)}, torch.{TORCH_DTYPE[x.dtype]}{tiled}),')
+                how = ", tiled=True" * (x.name in _axes(attn)) + ", contiguous=True" * x.contiguous
+                w.line(f'Tensor("{x.name}", {axes_of(x.axes)}, torch.{TORCH_DTYPE[x.dtype]}{how}),')
         w.line("),")
         w.line("output=(),")
         w.line("lse=None,")
@@ -56,9 +58,12 @@ def _function(w: Writer, attn: Attention, given: Sequence[Given]) -> None:
     names = [x.name for x in given]
     w.line(f"def append({', '.join(names[:first])}, *, {', '.join(names[first:])}):")
     with w.indented():
-        how = "as the spec's quantizer holds them" if cached(attn) else "as they are"
+        how = "as the spec's quantizer holds them" if quantizer(attn) else "as they are"
         w.block(opening(f"Writes the keys and values of new tokens into the cache, in place and {how}.", 115))
         w.line()
+        if staircase(attn):
+            w.line("Segments that have aged go down the staircase, each step reading what the one before has left.")
+            w.line()
         if any(c.per not in BY_TOKEN for c in cached(attn)):
             w.line("Scales of whole sequences are read, not found: what is beyond them becomes the greatest number.")
             w.line()
@@ -87,7 +92,7 @@ def _cache_axes(attn: Attention, operand: str) -> tuple[int | str, ...]:
 
 def _written(attn: Attention) -> list[str]:
     """Names of the tensors that it writes: scales of whole sequences are given."""
-    found = any(c.per in BY_TOKEN for c in cached(attn))
+    found = staircase(attn) is not None or any(c.per in BY_TOKEN for c in cached(attn))
     return [*operands(attn)[1:], *(x.name for x in beside(attn) if found or x.name == "k_rope")]
 
 

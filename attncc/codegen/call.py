@@ -13,6 +13,7 @@ from attncc.ir.cache import beside, cached, find
 from attncc.ir.expr import Expr
 from attncc.ir.primitives import pairs_tokens
 from attncc.ir.rewrite import names
+from attncc.ir.staircase import levels
 from attncc.ir.widths import entry_width, exit_width
 
 AXES: Final[Mapping[str, tuple[str, ...]]] = {
@@ -29,12 +30,15 @@ INDEX_DOCS: Final[Mapping[str, str]] = {
 """Tensors that say where sequences lie."""
 
 
+STEPS: Final = (
+    "    of k and v, pages hold the last step of the staircase; in a byte the first columns' codes are lowest"
+)
 PACKED: Final = "    of k and v, byte c holds column c in its low half and that half a row behind it in its high half"
 
 
 def width_of(attn: Attention, operand: str) -> int:
     """Entries of a row of the tensor of keys or values."""
-    c = find(attn, operand)
+    c = next(iter(levels(attn, operand)[-1:]), find(attn, operand))
     return entry_width(attn, operand) if c is None else c.width
 
 
@@ -45,7 +49,7 @@ def cache_rows(attn: Attention) -> tuple[str, ...]:
 
 def dtype_of(attn: Attention, operand: str) -> str:
     """What they are, as the spec names dtypes."""
-    c = find(attn, operand)
+    c = next(iter(levels(attn, operand)[-1:]), find(attn, operand))
     return attn.dtype if c is None else c.codes
 
 
@@ -117,6 +121,8 @@ def _argument_docs(attn: Attention) -> list[str]:
         out.append(f"v: {bare(key_axes(attn, 'Hv', width_of(attn, 'v')))} {dtype_of(attn, 'v')}")
     if any(c.is_packed for c in cached(attn)):
         out.append(PACKED)
+    if levels(attn, "k"):
+        out.append(STEPS)
     out += [f"{x.name}: [{', '.join(map(str, x.axes))}] {x.dtype}, {x.doc}" for x in beside(attn)]
     out += [f"{n}: {INDEX_DOCS[n]}" for n in indices(attn)]
     out += [f"{x.name}: [{', '.join(map(str, x.shape))}] {x.dtype}" for x in attn.inputs]

@@ -342,8 +342,8 @@ def _tensors(attn: Attention, program: Program) -> list[str]:
         *([] if attn.is_latent else [_stored(attn, "v", "Hv", "v" in words)]),
     ]
     for x in beside(attn):
-        tiled = ", tiled=True" * (x.name == "k_rope")
-        out.append(f'Tensor("{x.name}", {axes_of(x.axes)}, torch.{TORCH_DTYPE[x.dtype]}{tiled}),')
+        how = ", tiled=True" * (x.name == "k_rope") + ", contiguous=True" * x.contiguous
+        out.append(f'Tensor("{x.name}", {axes_of(x.axes)}, torch.{TORCH_DTYPE[x.dtype]}{how}),')
     axes = INDEX_AXES | {"block_table": f'("B", "Sk / {attn.page_size}")'}
     out += [f'Tensor("{n}", {axes[n]}, torch.int32),' for n in indices(attn)]
     known = {"Hq": attn.heads.q, "Hk": attn.heads.kv, "Hv": attn.heads.v, "Dqk": attn.dims.qk, "Dv": attn.dims.v}

@@ -10,7 +10,7 @@ from typing import Final
 from attncc.codegen.source import Writer, definitions, filled, function_names
 from attncc.errors import CompilerBug
 from attncc.ir.expr import FLOATS, INTS, STORED, TRUE, WORD, Dim, Dtype, Expr, const
-from attncc.ir.tile import CallFn, For, Function, If, Let, Note, Param, Program, Statement, Store, StoreTile
+from attncc.ir.tile import Barrier, CallFn, For, Function, If, Let, Note, Param, Program, Statement, Store, StoreTile
 
 INFIX: Final[dict[str, tuple[str, int]]] = {
     "mul": ("*", 8), "div": ("/", 8), "add": ("+", 7), "sub": ("-", 7), "and": ("&", 6), "or": ("|", 5),
@@ -57,6 +57,8 @@ def lower_name(tensor: str) -> str:
 
 def strides(p: Param) -> list[str]:
     """Names of the strides that travel with a tensor; an operand's columns are contiguous."""
+    if p.strides:
+        return []
     if p.role == "operand":
         return [f"{lower_name(p.name)}_{axis}" for axis in "bhs"]
     return [f"{lower_name(p.name)}_s{axis}" for axis in range(p.rank)]
@@ -203,9 +205,9 @@ class Printer:
         return p.name if len(p.tiles) < 2 else f"{p.name}_{shape[1]}"
 
     def pointer(self, p: Param, index: Iterable[Expr]) -> str:
-        index, names = tuple(index), strides(p)
+        index, names = tuple(index), strides(p) or [*map(str, p.strides)]
         terms = [
-            s if i.value == 1 else f"{self.expr(i, 8)} * {s}"
+            s if i.value == 1 else self.expr(i, 7) if s == "1" else f"{self.expr(i, 8)} * {s}"
             for i, s in zip(index, names, strict=False)  # an operand's columns, last, have no stride
             if i.value != 0
         ]
@@ -221,6 +223,8 @@ class Printer:
         match s:
             case Note(text):
                 w.line(f"# {text}")
+            case Barrier():
+                w.line("tl.debug_barrier()")
             case Let(var, value, note):
                 w.line(f"{var.attr} = {self.expr(value)}" + (f"  # {note}" if note else ""))
             case Store(tensor, index, value, mask):

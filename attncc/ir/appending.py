@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Final
 
 from attncc.ir.attention import Attention
-from attncc.ir.cache import Given, cached
+from attncc.ir.cache import cached
+from attncc.ir.given import Given
+from attncc.ir.staircase import staircase
 
 OPERANDS: Final = ("k", "v")
 
@@ -52,11 +54,14 @@ def tokens(attn: Attention) -> tuple[Given, ...]:
 
 
 def places(attn: Attention) -> tuple[Given, ...]:
-    """Where it goes."""
+    """Where it goes; behind what a sequence has, where the cache is a staircase."""
     packed, paged = is_packed(attn), attn.page_size > 0
     inside = "row of k" if packed and not paged else "position in its sequence"
     doc = f"the {inside} where a token goes; nowhere below 0 or without room"
     out = [Given("positions", ("Tn",) if packed else ("B", "Sn"), "int32", doc)]
+    if staircase(attn) is not None:
+        doc = "how many keys each sequence has; below 0, none of its tokens is written"
+        out = [Given("lengths", ("B",), "int32", f"{doc}, nor is what there is no room for")]
     if finds_sequences(attn):
         out.append(Given("cu_seqlens_new", ("B + 1",), "int32", "where the new tokens of each sequence begin"))
     if paged:

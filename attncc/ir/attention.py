@@ -159,6 +159,8 @@ class Quantizer:
     staircase: tuple[tuple[int | None, str], ...] = ()
     scales: str = ""
     """Set when lowered: the input that holds the scales of its groups, which the program makes itself."""
+    terms: str = ""
+    """The same of what its mean, which smoothing takes off, adds to products of queries and keys."""
 
 
 @dataclass(frozen=True, slots=True)

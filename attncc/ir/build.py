@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from attncc.ir.expr import Dim, Dtype, Expr, Shape, Value, broadcast, const, lift, name
 from attncc.ir.rewrite import buffers, names
 from attncc.ir.tile import (
+    Barrier,
     CallFn,
     For,
     Function,
@@ -141,6 +142,9 @@ class Builder:
 
     def note(self, text: str) -> None:
         self.stack[-1].append(Note(text))
+
+    def barrier(self) -> None:
+        self.stack[-1].append(Barrier())
 
     def let(self, text: str, value: Value, note: str = "") -> Expr:
         """Binds (or rebinds) a name and returns it."""

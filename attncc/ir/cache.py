@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from attncc.ir.attention import Attention, Quantizer
+from attncc.ir.given import Given
+from attncc.ir.staircase import tensors
 
 FORMATS: Final[Mapping[tuple[str, bool], str]] = {
     ("int8", True): "int8",
@@ -30,16 +32,6 @@ NIBBLE_ZERO: Final = 8
 """The half of a byte that stands for 0 where int4 is symmetric."""
 BY_TOKEN: Final = ("token", "group")
 """Groups whose scales lie beside the keys; those of others hold all of a sequence."""
-
-
-@dataclass(frozen=True, slots=True)
-class Given:
-    """A tensor of a call: a name or number per axis, and its dtype as the spec's inputs have them."""
-
-    name: str
-    axes: tuple[int | str, ...]
-    dtype: str
-    doc: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +91,10 @@ def quantizer(attn: Attention) -> Quantizer | None:
 
 
 def cached(attn: Attention) -> tuple[Cached, ...]:
-    """Keys and values as the cache holds them, keys alone where these hold the values; none without a quantizer."""
+    """Keys and values as the cache holds them, keys alone where these hold the values; none without a quantizer, nor
+    where it is a staircase."""
     z = quantizer(attn)
-    if z is None:
+    if z is None or z.staircase:
         return ()
     per = z.per.name if z.per else "tensor"
     given = z.per.args[0].value if z.per and z.per.args else None
@@ -128,8 +121,8 @@ def scale_axes(attn: Attention, c: Cached) -> tuple[int | str, ...]:
 
 
 def beside(attn: Attention) -> tuple[Given, ...]:
-    """What a call has beside the codes: scales, zero points, rope columns."""
-    out: list[Given] = []
+    """What a call has beside the codes: scales, zero points, rope columns, rings of a staircase."""
+    out = [*tensors(attn)]
     for c in cached(attn):
         axes, what = scale_axes(attn, c), {"k": "keys", "v": "values"}[c.operand]
         offset = f"(code - {c.offset})" if c.offset else "code"

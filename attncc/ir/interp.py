@@ -15,7 +15,7 @@ import numpy as np
 from attncc.errors import CompilerBug
 from attncc.ir.expr import FLOATS, STORED, Expr
 from attncc.ir.meaning import NUMPY, Array, Frame, Tensor, convert, evaluate, place, window
-from attncc.ir.tile import CallFn, For, Function, If, Kernel, Let, Note, Program, Statement, Store, StoreTile
+from attncc.ir.tile import Barrier, CallFn, For, Function, If, Kernel, Let, Note, Program, Statement, Store, StoreTile
 
 Number = bool | int | float
 
@@ -72,7 +72,7 @@ def _block(body: tuple[Statement, ...], frame: Frame, functions: Mapping[str, Fu
 
 def _statement(s: Statement, frame: Frame, functions: Mapping[str, Function]) -> None:
     match s:
-        case Note():
+        case Note() | Barrier():
             pass
         case Let(var, value):
             _bind(frame, var, evaluate(value, frame))

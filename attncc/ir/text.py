@@ -16,6 +16,7 @@ from attncc.ir.attention import Attention, KeyTiles, Part
 from attncc.ir.attention import Call as Primitive
 from attncc.ir.expr import Expr, Shape, const
 from attncc.ir.tile import (
+    Barrier,
     CallFn,
     Engine,
     For,
@@ -358,7 +359,8 @@ def _param(param: Param) -> str:
     shape = _shape(param.shape) if param.shape else ""
     tiles = "".join(f", tile {rows} x {columns}" for rows, columns in param.tiles)
     extent = f", extent {text(param.extent[0])} x {param.extent[1]}" if param.extent else ""
-    return f"{param.role} {param.name}: {param.dtype}{shape}{rank}{tiles}{extent}{_comment(param.doc)}"
+    strides = f", strides {', '.join(map(str, param.strides))}" if param.strides else ""
+    return f"{param.role} {param.name}: {param.dtype}{shape}{rank}{strides}{tiles}{extent}{_comment(param.doc)}"
 
 
 def _typed(var: Expr) -> str:
@@ -379,6 +381,8 @@ def statement_lines(s: Statement) -> Iterator[str]:
     match s:
         case Note(words):
             yield from (f"# {line}" for line in words.splitlines())
+        case Barrier():
+            yield "barrier"
         case Let(var, value, note):
             yield f"{_typed(var)} = {text(value)}{_comment(note)}"
         case Store(buffer, index, value, mask):

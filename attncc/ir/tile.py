@@ -90,7 +90,12 @@ class CallFn:
     args: tuple[Expr, ...]
 
 
-Statement = Note | Let | Store | StoreTile | For | If | CallFn
+@dataclass(frozen=True, slots=True)
+class Barrier:
+    """All that a program read and wrote before this it has read and written before what follows."""
+
+
+Statement = Note | Let | Store | StoreTile | For | If | CallFn | Barrier
 
 
 def reads_memory(f: Function) -> bool:
@@ -101,7 +106,7 @@ def reads_memory(f: Function) -> bool:
 def reads(s: Statement) -> tuple[Expr, ...]:
     """The expressions a statement evaluates itself (those of its block aside)."""
     match s:
-        case Note():
+        case Note() | Barrier():
             return ()
         case Let(_, value):
             return (value,)
@@ -168,6 +173,8 @@ class Param:
     """operand: its number of rows and columns, beyond which it reads as 0 and is not written; None where nothing ever
     reaches beyond."""
     doc: str = ""
+    strides: tuple[int, ...] = ()
+    """buffer: those of a tensor that is contiguous, known when compiled; else they are parameters, too."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from attncc.ir.rewrite import buffers, names, walk
 from attncc.ir.rules import Tensor, Type, faults, leaves_first, malformed, show
 from attncc.ir.text import statement_lines, text
 from attncc.ir.tile import (
+    Barrier,
     CallFn,
     For,
     Function,
@@ -237,12 +238,13 @@ def _argument(scope: Scope, where: str, p: Param, a: Expr) -> None:
         scope.found.append((where, f"{what} is {show(p.dtype, p.shape)}, got {show(a.dtype, a.shape)}"))
 
 
-def _note(scope: Scope, where: str, s: Note) -> None:
-    """A comment breaks no rule."""
+def _note(scope: Scope, where: str, s: Note | Barrier) -> None:
+    """A comment breaks no rule, nor does a barrier."""
 
 
 STATEMENTS: Final[Mapping[type, Callable[..., None]]] = {
     Note: _note,
+    Barrier: _note,
     Let: _let,
     Store: _store,
     StoreTile: _store_tile,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from codegen.emitted import normal, package, passes
 
-from attncc import driver, spec
+from attncc import driver, reference, spec
 from attncc.check.cases import Case
 from attncc.codegen import modules
 from attncc.codegen.aot import Failed, build_all
@@ -39,6 +39,8 @@ ROWS = {
     "lerp": "prologue: ['lerp(x, 0.25, on=q)']\ninputs: {x: {shape: [B, Hq, Sq, Dqk], dtype: fp16}}",
     "lerp to what is shared": "prologue: ['lerp(x, w[hk], on=k)']\n"
     "inputs: {x: {shape: [1, Hk, Sk, 1]}, w: {shape: [Hk]}}",
+    "hadamard": "prologue: [hadamard]",
+    "hadamard of values": "prologue: ['hadamard(on=v)']",
     "several": "prologue: ['rms_norm(weight=w)', rope, 'temperature(2.0, on=q)']\ninputs: {w: {shape: [Dqk]}}",
 }
 
@@ -79,6 +81,46 @@ def test_steps_of_rows(steps: str) -> None:
     p = package(GQA + ROWS[steps]).tiles(16, 16)
     passes(p, Case(2, 21, 37), Case(1, 37, 21, "nan_keys"), Case(2, 5, 37, "nan_around"))
     passes(p.tiles(16, 16, split=1), Case(2, 1, 37))
+
+
+TRANSFORMED = {
+    "behind a rope": "prologue: [rope, hadamard]",
+    "behind a rope of neighbours": "prologue: ['rope(pairs=interleaved)', hadamard]",
+    "before a rope": "prologue: [hadamard, rms_norm, 'rope(dims=32)']",
+    "between ropes of neighbours": "prologue: ['rope(dims=32, pairs=interleaved)', hadamard, "
+    "'rope(dims=32, pairs=interleaved)']",
+    "before a convolution": "prologue: [hadamard, 'causal_conv(w, groups=heads)', hadamard]\n"
+    "inputs: {w: {shape: [6, 64, 64, 2]}}",
+}
+
+
+@pytest.mark.parametrize("steps", TRANSFORMED)
+def test_all_columns_beside_steps_of_some(steps: str) -> None:
+    p = package(GQA.replace("16", "64") + TRANSFORMED[steps]).tiles(16, 16)
+    passes(p, Case(2, 21, 37), Case(1, 5, 37, "nan_keys"))
+
+
+QUANTISED = {
+    "hadamard": "prologue: [hadamard]\nquantize: {q: fp8_e4m3(per=head), k: fp8_e4m3(per=head), "
+    "v: fp8_e4m3(per=head), p: fp8_e4m3}",
+    "several": "prologue: [rms_norm, rope]\nquantize: {q: int8(per=token), k: int8(per=block(16))}",
+    "of one operand": "prologue: ['silu(on=v)']\nquantize: {k: int8, v: int8(per=channel)}",
+}
+
+
+@pytest.mark.parametrize("steps", QUANTISED)
+def test_operands_are_quantised_behind_their_steps(steps: str) -> None:
+    p = package(GQA.replace("fp32", "fp16").replace("16\n", "32\n") + QUANTISED[steps]).tiles(16, 16)
+    passes(p, Case(2, 21, 37), Case(1, 37, 70, "nan_around"))
+
+
+def test_numbers_are_rounded_once_on_their_way_into_few_bits() -> None:
+    """Of numbers of 16 bits many lie half way between two of fp8: such as are made there first fall otherwise."""
+    few = "prologue: [hadamard]\nquantize: {q: fp8_e4m3(per=head), k: fp8_e4m3(per=head)}"
+    p = package(f"heads: 2\ndims: 32\ndtype: fp16\nmask: causal\n{few}")
+    q, k, v = (normal(1, 2, 90, 32, seed=n).half() for n in range(3))
+    lse = p.tiles(16, 16)(q, k, v, return_lse=True)[1]
+    assert (lse - reference.outputs(p.attn, q.double(), k.double(), v.double()).lse).abs().max() < 1e-5
 
 
 # -- steps that look at other tokens, or at all columns ----------------------------------------------
@@ -188,7 +230,6 @@ def test_all_operands_absorb() -> None:
 
 REFUSED = {
     "prologue: [smooth]": "all steps but smooth",
-    "prologue: [hadamard]": "all steps but hadamard",
     "prologue: ['rope(positions=packed)']": "positions=logical",
     "prologue: [rope, 'rope(dims=4, on=k)']": "ropes of one kind",
     "prologue: ['rope(cos=c, sin=c)']\ninputs: {c: {shape: [9, n]}}": "tables of as many columns",
@@ -208,7 +249,9 @@ REFUSED = {
     "prologue: ['absorb(w)']\ninputs: {w: {shape: [16, n]}}": "known when compiled",
     "prologue: ['absorb(w)']\ninputs: {w: {shape: [2, 16, 16]}}": "of the operand's heads",
     "prologue: ['absorb(w)']\ninputs: {w: {shape: [600, 8]}}": "of up to 576 columns",
-    "prologue: [silu]\nquantize: {q: int8}": "quantised",
+    "prologue: ['absorb(w)']\ninputs: {w: {shape: [16, 16]}}\nquantize: {q: int8}": "are quantised then",
+    "prologue: ['hadamard(on=k)', 'rope(dims=12, on=k)']": "beside ropes of all of them or of half",
+    "prologue: [hadamard, 'absorb(w)']\ninputs: {w: {shape: [16, 16]}}": "hadamard or absorb",
     "prologue: [silu]\nquantize: {cache: int8(per=token)}": "keys and values are codes",
 }
 
@@ -227,7 +270,7 @@ def test_cpus_have_no_kernels_of_steps(tmp_path: Path) -> None:
             driver.compile(spec.loads(f"attncc: 1\nname: odd\n{GQA}{key}\n"), tmp_path, ["cpu"])
 
 
-@pytest.mark.parametrize("example", ["llama", "qwen3", "cca", "ccgqa", "mla_absorbed", "softpag"])
+@pytest.mark.parametrize("example", ["llama", "qwen3", "cca", "ccgqa", "mla_absorbed", "softpag", "fp8_attention"])
 def test_kernels_of_steps_compile_without_spills(example: str, tmp_path: Path) -> None:
     loaded = driver.load(Path(__file__).parents[2] / "examples" / f"{example}.yaml")
     loaded = replace(loaded, attention=replace(loaded.attention, modes=("prefill",)))

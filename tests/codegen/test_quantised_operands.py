@@ -26,6 +26,12 @@ OPERANDS = [
     "q: int8(per=token), k: int8(per=head)",
     "q: fp8_e4m3(per=head), k: fp8_e5m2(per=head), v: fp8_e4m3(per=head)",
 ]
+SMOOTHED = [
+    *("k: int8(smooth=mean)", "k: 'int8(per=token, smooth=mean)'", "k: 'fp8_e4m3(per=head, smooth=mean)'"),
+    *("q: 'int8(per=block(16), smooth=mean)'", "q: 'int8(smooth=mean)', k: 'int8(per=token, smooth=mean)'"),
+    "q: int8(per=block), k: 'int8(per=block, smooth=mean)', v: fp8_e4m3(per=channel), p: fp8_e4m3",
+    "q: 'fp8_e4m3(per=token, smooth=mean)', k: int8(per=head)",
+]
 WEIGHTS = [
     *("p: fp8_e4m3", "p: fp8_e5m2(per=token)", "p: int8"),
     "q: fp8_e4m3(per=head), k: fp8_e4m3(per=head), v: fp8_e4m3(per=head), p: fp8_e4m3",
@@ -102,6 +108,38 @@ def test_dims(dims: str) -> None:
 def test_shapes(shape: tuple[int, int, int]) -> None:
     """Also of several spans of tokens, and of several groups of peaks' spans."""
     passes(quantised("q: int8, k: fp8_e4m3(per=head), v: int8(per=channel)").tiles(16, 64), Case(*shape))
+
+
+@pytest.mark.parametrize("quantizers", SMOOTHED)
+def test_means_are_taken_off(quantizers: str) -> None:
+    """And come back as terms of the products, whatever the score makes of these."""
+    p = quantised(quantizers)
+    passes(p.tiles(16, 32), Case(2, 21, 37), Case(1, 300, 290))
+    passes(quantised(quantizers, more=VARIANTS["softcap"]).tiles(16, 32), Case(2, 21, 37))
+
+
+@pytest.mark.parametrize("variant", ["alibi", "bshd", "no mask", "documents", "sink"])
+def test_means_in_other_variants(variant: str) -> None:
+    p = quantised("q: 'int8(per=token, smooth=mean)', k: 'int8(per=head, smooth=mean)'", more=VARIANTS[variant])
+    passes(p.tiles(16, 32), Case(2, 21, 37), Case(2, 1, 37), Case(0, 16, 16), Case(1, 4, 0), Case(2, 0, 16))
+
+
+def test_means_of_heads_that_are_served_in_turn() -> None:
+    more = "heads: {q: 4, kv: 2, v: 4, map: tile}\ndims: 24\ndtype: fp32\nmask: causal\n"
+    p = package(f"{more}quantize: {{q: 'int8(smooth=mean)', k: 'int8(smooth=mean)'}}")
+    passes(p.tiles(16, 32), Case(2, 21, 37))
+
+
+def test_means_of_what_stands_off() -> None:
+    """A channel of the keys far from 0 takes all of an int8's range, unless its mean is taken off."""
+    q, k, v = normal(1, 4, 40, 24), normal(1, 2, 40, 24, seed=1), normal(1, 2, 40, 24, seed=2)
+    k[..., 5] += 100.0
+    off: list[float] = []
+    for how in ("k: int8(per=token)", "k: 'int8(per=token, smooth=mean)'"):
+        o = quantised(how).tiles(16, 32)(q, k, v)
+        s = (q @ k.repeat_interleave(2, 1).mT / 24**0.5).masked_fill(torch.ones(40, 40).triu(1).bool(), -math.inf)
+        off.append(float((o - s.softmax(-1) @ v.repeat_interleave(2, 1)).norm()))
+    assert off[1] * 5 < off[0]
 
 
 # -- answers that would be wrong -----------------------------------------------------------------

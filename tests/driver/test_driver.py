@@ -167,7 +167,6 @@ QUANTISED = [
     ("k: nvfp4", "fp8_e4m3, fp8_e5m2, int8"),
     ("p: int4", "fp8_e4m3, fp8_e5m2, int8"),
     ("k: int8(symmetric=false)", "symmetric formats"),
-    ("k: int8(smooth=mean)", "operands whose mean stays in them"),
     ("q: int8(per=thread)", "q and k per tensor, head, block, token"),
     ("k: int8(per=channel)", "q and k per tensor, head, block, token"),
     ("v: int8(per=token)", "v per tensor, head, channel"),

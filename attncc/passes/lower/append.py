@@ -16,22 +16,20 @@ from attncc.ir.appending import appends, count, finds_sequences, is_packed, room
 from attncc.ir.attention import Attention
 from attncc.ir.build import Builder, column, full, iota, program, quotient, read, reduce, remainder, row
 from attncc.ir.cache import Cached, beside, find
-from attncc.ir.expr import Expr, cast_to, const, divide_exactly, eq, ew, maximum, minimum, name, where
+from attncc.ir.expr import Expr, cast_to, const, eq, ew, maximum, name, where
+from attncc.ir.staircase import levels
 from attncc.ir.tile import Kernel, Launch, Param, Program
-from attncc.passes.lower import storage
+from attncc.passes.lower import descent, storage
 from attncc.passes.lower.cache import CODES, NIBBLES, ROPE, buffer
 from attncc.passes.lower.grid import cdiv
 from attncc.passes.lower.normalizers import VALUE_DTYPE
-from attncc.passes.lower.quantize import FORMATS, WHOLE_BEYOND
+from attncc.passes.lower.rounding import code_of, scale_of
 from attncc.passes.lower.tidy import tidy
 
 AT_ONCE: Final = 2048
 """Entries that a program holds."""
 TOKENS: Final = 16
 """Tokens of a program, of narrow heads."""
-LEVELS: Final = {"int8": 255, "int4": 15}
-"""The greatest code of an integer with a zero point."""
-MOST: Final = {"int4": 7.0, **{text: form.most for text, form in FORMATS.items()}}
 POSITIONS: Final = "positions"
 SEQUENCES: Final = Param("cu_seqlens_new", "buffer", "i32", rank=1, doc="[B + 1] where each sequence's tokens begin")
 
@@ -54,7 +52,7 @@ def program_of(attn: Attention) -> Program | None:
     """The program of the call, where there is one."""
     if not appends(attn):
         return None
-    kernel = _kernel(attn)
+    kernel = descent.kernel(attn) if levels(attn, "k") else _kernel(attn)
     return Program(f"{attn.name}_append", (kernel,), (Launch(kernel.name),), ())
 
 
@@ -155,7 +153,7 @@ def _write(b: Builder, attn: Attention, text: str, place: Place) -> None:
     b.let("inside", row(_columns(c) < c.width))
     halves = [_read(b, c, place, half) for half in range(2 if c.is_packed else 1)]
     scale, zero = SCALES[c.per](b, attn, c, place, halves) if c.per in SCALES else _given(b, c, place, halves)
-    codes = [_code(b, c, x, s, z) for x, s, z in zip(halves, scale, zero, strict=True)]
+    codes = [code_of(b, c, x, s, z) for x, s, z in zip(halves, scale, zero, strict=True)]
     code = codes[0] + codes[1] * NIBBLES if c.is_packed else codes[0]
     first, last = place.index
     into = _row_of(first, place, last, _columns(c))
@@ -241,18 +239,11 @@ def _found(b: Builder, c: Cached, halves: Numbers, masks: list[Expr]) -> tuple[E
 
     pairs = [*zip(halves, masks, strict=True)]
     sizes = [b.let(f"size_{n}", where(mask, ew("abs", x), 0.0)) for n, (x, mask) in enumerate(pairs)]
-    peak = b.let("peak", over("max", [where(size < math.inf, size, math.inf) for size in sizes]))
-    spread, most = peak, MOST.get(c.dtype, 1.0)
-    if c.has_zeros:
-        b.let("low", over("min", [where(mask, x, math.inf) for x, mask in pairs]))
-        high = over("max", [where(mask, x, -math.inf) for x, mask in pairs])
-        spread, most = b.let("spread", high - name("low", "f32", peak.shape)), float(LEVELS[c.dtype])
-    known = b.let("known", (peak < math.inf) & (spread < math.inf))
-    scale = b.let("scale", divide_exactly(spread, most))
-    scale = b.let("scale", where(known, where(eq(scale, 0.0), 1.0, scale), math.nan))
+    peak = over("max", [where(size < math.inf, size, math.inf) for size in sizes])
     if not c.has_zeros:
-        return scale, None
-    return scale, b.let("zero", where(known, name("low", "f32", peak.shape), math.nan))
+        return scale_of(b, c, peak, None, None)
+    low = over("min", [where(mask, x, math.inf) for x, mask in pairs])
+    return scale_of(b, c, peak, low, over("max", [where(mask, x, -math.inf) for x, mask in pairs]))
 
 
 def _store(b: Builder, c: Cached, place: Place, scale: Expr, zero: Expr | None, *group: int) -> None:
@@ -280,14 +271,3 @@ def _given(b: Builder, c: Cached, place: Place, halves: Numbers) -> tuple[Number
 
     numbers = range(len(halves))
     return [of(c.scales, n) for n in numbers], [of(c.zeros, n) if c.has_zeros else None for n in numbers]
-
-
-def _code(b: Builder, c: Cached, x: Expr, scale: Expr, zero: Expr | None) -> Expr:
-    """Entries as the format holds them; what is no number, or has no scale, is 1."""
-    y = b.let("y", divide_exactly(x if zero is None else x - zero, scale))
-    low, high = (0.0, float(LEVELS[c.dtype])) if c.has_zeros else (-MOST[c.dtype], MOST[c.dtype])
-    y = b.let("y", where(eq(y, y), maximum(minimum(y, high), low), 1.0))
-    if c.dtype not in LEVELS:
-        return cast_to(y, CODES[c.codes])
-    y = b.let("y", (y + WHOLE_BEYOND) - WHOLE_BEYOND, "past 2**23 numbers are whole, and sums round half to even")
-    return b.let(b.fresh("code"), cast_to(y, "i32") + c.offset)

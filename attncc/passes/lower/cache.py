@@ -15,16 +15,18 @@ from typing import Final
 
 from attncc.ir.attention import Attention, Quantizer
 from attncc.ir.build import Builder, column, expand, iota, quotient, read, reduce, remainder, reshape, row
-from attncc.ir.cache import FORMATS, Cached, Given, beside, cached, find
+from attncc.ir.cache import FORMATS, Cached, beside, cached, find
 from attncc.ir.expr import WORD, Dtype, Expr, cast_to, const, eq, minimum, name, where
+from attncc.ir.given import Given
 from attncc.ir.tile import Param
-from attncc.passes.lower import storage, words
+from attncc.passes.lower import staircase, storage, words
 from attncc.passes.lower.grid import QueryTile, is_varlen
 from attncc.passes.lower.normalizers import VALUE_DTYPE
 from attncc.passes.lower.pieces import Piece, pieces
 from attncc.passes.lower.words import WHOLE, has_words, joins
 
 CODES: Final[Mapping[str, Dtype]] = {"int8": "i8", "uint8": "u8", "fp8_e4m3": "f8e4m3", "fp8_e5m2": "f8e5m2"}
+DTYPES: Final[Mapping[str, Dtype]] = {**VALUE_DTYPE, **CODES}
 PER: Final = ("tensor", "head", "channel", "token", "group")
 """What may share a scale: blocks of tokens would be stored again with each that joins them."""
 NIBBLES: Final = 16
@@ -49,8 +51,11 @@ def _is_filled(dim: int) -> bool:
 
 
 LIMITS: Final[tuple[tuple[Callable[[Attention], bool], str], ...]] = (
-    (_held(lambda z: bool(z.staircase)), "caches of one format"),
-    (_held(lambda z: (z.dtype, z.symmetric) not in FORMATS), ", ".join(dict.fromkeys(d for d, _ in FORMATS))),
+    *staircase.LIMITS,
+    (
+        _held(lambda z: not z.staircase and (z.dtype, z.symmetric) not in FORMATS),
+        ", ".join(dict.fromkeys(d for d, _ in FORMATS)),
+    ),
     (_held(lambda z: bool(z.smooth)), "caches whose keys have no mean taken off"),
     (_some(lambda a, c: c.per not in PER), f"caches per {', '.join(PER)}"),
     (lambda a: bool(cached(a)) and len(a.quantize) > 1, "the cache alone, or q, k, v and p"),
@@ -116,8 +121,8 @@ def parameters(attn: Attention, rows: Expr) -> tuple[Param, ...]:
 
 
 def buffer(x: Given) -> Param:
-    """The parameter of scales or zero points."""
-    return Param(f"{x.name}_ptr", "buffer", "f32", rank=len(x.axes), doc=x.doc)
+    """The parameter of scales, zero points or a ring."""
+    return Param(f"{x.name}_ptr", "buffer", DTYPES[x.dtype], rank=len(x.axes), doc=x.doc, strides=x.strides)
 
 
 def _rope(attn: Attention, x: Given, rows: Expr) -> Param:

@@ -9,11 +9,12 @@ from typing import Final
 
 from attncc.ir.attention import Attention, Call
 from attncc.ir.cache import cached
-from attncc.ir.expr import Expr
+from attncc.ir.expr import Dtype, Expr
 from attncc.ir.primitives import on, pairs_tokens
 from attncc.ir.tile import Param
 from attncc.ir.widths import axis_size, entry_width, matrix
 from attncc.passes.lower.columns import cut
+from attncc.passes.lower.normalizers import VALUE_DTYPE
 from attncc.passes.lower.pieces import MAX_DIM, MIN_WIDTH
 from attncc.passes.lower.scores import KERNEL_SIZES, own_name
 
@@ -73,6 +74,14 @@ def prepared(attn: Attention, given: Param) -> Param:
         return given
     extent = None if given.extent is None else (given.extent[0], c.stored)
     return replace(given, name=c.tensor, extent=extent, doc=f"{given.doc} behind the prologue")
+
+
+def dtype_behind(attn: Attention, operand: str) -> Dtype:
+    """In which an operand stands behind its steps: fp32 where it is quantised then, for numbers that are rounded twice
+    fall to the other side where they were half way."""
+    steps = chain(attn, operand) is not None
+    quantised = any(z.operand == operand for z in attn.quantize)
+    return "f32" if steps and quantised else VALUE_DTYPE[attn.dtype]
 
 
 def source(attn: Attention, operand: str) -> str:
@@ -259,6 +268,17 @@ def _runs_of_several(a: Attention) -> bool:
     return any(len({on(step) for step in run}) > 1 for run in runs)
 
 
+def _transforms_oddly(c: Chain) -> bool:
+    """Whether the columns of a rope are no blocks of a Hadamard transform's."""
+    if "hadamard" not in {step.name for step in c.steps}:
+        return False
+    width = c.widths[0]
+    dims = [option(step, "dims") for step in c.steps if step.name == "rope" and option(step, "cos") is None]
+    by_table = any(step.name == "rope" and option(step, "cos") is not None for step in c.steps)
+    turned_ = {width if not isinstance(d, Expr) else int(d.value or 0) for d in dims}
+    return width < MIN_WIDTH or by_table or any(n not in (width, width // 2) or n < 2 * MIN_WIDTH for n in turned_)
+
+
 def _turns_and_absorbs(c: Chain) -> bool:
     return {"rope", "absorb"} <= {step.name for step in c.steps}
 
@@ -270,7 +290,8 @@ def _steps_on_codes(attn: Attention) -> bool:
 LIMITS: Final[tuple[tuple[Callable[[Attention], bool], str], ...]] = (
     (_has_unknown_matrix, "absorb by matrices whose sizes are known when compiled"),
     (_uses("smooth"), "all steps but smooth"),
-    (_uses("hadamard"), "all steps but hadamard"),
+    (_of_each(_transforms_oddly), "hadamard of heads of 16 columns or more, beside ropes of all of them or of half"),
+    (_of_each(lambda c: {"hadamard", "absorb"} <= {step.name for step in c.steps}), "hadamard or absorb of an operand"),
     (_each(lambda a, step: option(step, "positions") == "packed", "rope"), "rope(positions=logical)"),
     (_each(_has_odd_table, "rope"), "rope by tables of as many columns as it turns pairs"),
     (_ropes_differ, "ropes of one kind on an operand, of as many columns and the same pairs"),
@@ -287,8 +308,8 @@ LIMITS: Final[tuple[tuple[Callable[[Attention], bool], str], ...]] = (
     (_of_each(_turns_and_absorbs), "rope or absorb of an operand"),
     (_of_each(lambda c: max(c.widths) > MAX_DIM), f"operands of up to {MAX_DIM} columns"),
     (
-        lambda a: bool(a.prologue) and any(z.operand != "cache" for z in a.quantize),
-        "no steps on operands that are quantised then",
+        lambda a: _uses("absorb")(a) and any(z.operand != "cache" for z in a.quantize),
+        "all steps but absorb, where operands are quantised then",
     ),
     (_steps_on_codes, "steps on queries alone, where keys and values are codes"),
 )

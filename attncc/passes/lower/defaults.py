@@ -17,6 +17,7 @@ from attncc.ir.attention import Attention
 from attncc.ir.cache import quantizer
 from attncc.ir.expr import TRUE
 from attncc.ir.rewrite import buffers, names
+from attncc.ir.staircase import staircase
 from attncc.passes.lower import cache, latent, quantize, short, storage
 from attncc.passes.lower.group import members
 from attncc.passes.lower.hopper import gap, is_exact
@@ -273,6 +274,8 @@ IN_WORDS: Final[Mapping[int, Config]] = {
 }
 """Over codes that are read in words, heads up to 128, by rows: measured on an H200 for 8, the others by the fewest
 instructions a key."""
+STEPPED: Final = (4, 1)
+"""The same over a staircase, of 16 rows: the fewest warps that leave nothing of its many formats in memory."""
 
 
 def default_configs(attn: Attention, device: Device, with_engine: bool = True) -> tuple[tuple[Row, ...], str]:
@@ -319,10 +322,11 @@ def _splitting(attn: Attention, config: Config, device: Device) -> list[Row]:
     keys = 64 if attn.page_size and _widest(attn) <= 128 else min(64, config["BN"])
     keys = PIECED if device.has_wgmma and _has_pieces(attn) else keys
     keys = (PIECED if _widest(attn) <= 256 else PIECED // 2) if _is_cached(attn) else keys
+    keys = min(keys, config["BN"]) if staircase(attn) else keys  # a tile is in a segment
     tiles = (FIXED_SHARE if attn.is_apart else SHARE) // keys
     heights = [rows for rows in GROUPED if rows <= config["BM"]]
     heights = [TURNED, *heights] if _is_turned(attn, device) else heights
-    heights = heights[:1] if _is_cached(attn) and _widest(attn) > 256 else heights
+    heights = heights[:1] if staircase(attn) or (_is_cached(attn) and _widest(attn) > 256) else heights
     bounds = {min(rows // members(attn), SHORT): rows for rows in reversed(heights)}
     bounds.setdefault(SHORT, heights[-1])
     few = {**config, "BN": keys, "maxnreg": 0, "SPLIT": tiles}
@@ -354,6 +358,9 @@ def _pace(attn: Attention, rows: int, device: Device) -> Config:
 
     Measured on an H200: two warps and two stages are fastest over rows of keys as over pages, but for wide latents.
     """
+    if staircase(attn):
+        warps, stages = STEPPED
+        return {"num_warps": warps, "num_stages": stages}
     if _is_turned(attn, device):
         found = IN_WORDS[rows]
         share = (FIXED_SHARE if attn.is_apart else SHARE) // found["BN"]

@@ -11,7 +11,7 @@ from typing import Final
 
 from attncc.ir.attention import Attention, Call
 from attncc.ir.build import Builder, column, fresh, lanes, program, quotient, read, remainder, row
-from attncc.ir.cache import cached
+from attncc.ir.cache import quantizer
 from attncc.ir.expr import Expr, Value, cast_to, const, name
 from attncc.ir.tile import Kernel, Launch, Param, Program, Scratch
 from attncc.ir.widths import axis_size
@@ -74,7 +74,7 @@ LIMITS: Final[tuple[tuple[Callable[[Attention], bool], str], ...]] = (
     (_absorbs_oddly, "absorb by matrices [Dv, n], or [Hq, Dv, n]"),
     (lambda a: _reads_values(a) and a.page_size > 0, "steps that read no values, where these are in pages"),
     (
-        lambda a: _reads_values(a) and (held(a, "v") is not None or bool(cached(a))),
+        lambda a: _reads_values(a) and (held(a, "v") is not None or quantizer(a) is not None),
         "steps that read no values, where these are quantised",
     ),
 )

@@ -15,7 +15,7 @@ from attncc.ir.attention import Attention
 from attncc.ir.build import Builder, column, program, read, reduce, row
 from attncc.ir.expr import Expr, cast_to, name
 from attncc.ir.tile import Function, Kernel, Knob, Launch, Param, Program, Scratch
-from attncc.passes.lower import cache, care, classify, quantize, skew, storage, stored
+from attncc.passes.lower import cache, care, classify, quantize, skew, smoothing, storage, stored
 from attncc.passes.lower.chains import output, source
 from attncc.passes.lower.fragments import (
     FOR_EACH_ROW,
@@ -67,6 +67,7 @@ def dense_forward(attn: Attention) -> Program:
         kernels, scratch = (classify.kernel(attn), *kernels), (*classify.scratch(attn), *scratch)
     for h in quantize.all_held(attn):
         kernels, scratch = (*stored.kernels(attn, h), *kernels), (*stored.scratch(attn, h), *scratch)
+    kernels, scratch = (*smoothing.kernels(attn), *kernels), (*smoothing.scratch(attn), *scratch)
     launches = tuple(Launch(k.name) for k in kernels)
     knobs = tuple(_fitting(attn, k) for k in KNOBS)
     knobs = (*knobs, WRITE_LSE) if writes_lse(attn) else knobs

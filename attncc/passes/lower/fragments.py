@@ -17,8 +17,9 @@ from attncc.ir.cache import cached, find
 from attncc.ir.expr import TRUE, Expr, Value, broadcast, cast_to, const, eq, ew, minimum, name, where
 from attncc.ir.factors import fold_constants, split_multiplier
 from attncc.ir.rewrite import names, transform, walk
+from attncc.ir.staircase import levels
 from attncc.ir.tile import Function, Param
-from attncc.passes.lower import cache, classify, quantize, skew, slope, storage
+from attncc.passes.lower import cache, classify, quantize, skew, slope, staircase, storage
 from attncc.passes.lower.chains import source
 from attncc.passes.lower.grid import QueryTile, is_varlen
 from attncc.passes.lower.normalizers import LOG2E, VALUE_DTYPE, Rule, Tile
@@ -201,6 +202,8 @@ def _read_rows(b: Builder, attn: Attention, which: str, t: QueryTile, head: Expr
             return storage.read_tile(attn, x, head, p, dim)
         return tile(x, t.batch, head, t.first_key + name("n"), p.column, ("BN", p.width))
 
+    if levels(attn, which):
+        return staircase.read_tile(b, attn, which, t, head, p)
     if find(attn, which) is not None:
         return cache.read_tile(b, attn, which, t, head, p, stored)
     if attn.page_size:

@@ -80,6 +80,7 @@ DENSE_AT: Final = ("b", "h", "number", "row0")
 GAPS: Final = (
     Gap("a normalizer other than softmax", lambda a: a.part.normalizer.kind != "softmax"),
     Gap("quantised operands other than q, k, v and p, all of fp8_e4m3", lambda a: _formats(a) not in ({}, MULTIPLIED)),
+    Gap("operands whose mean was taken off", lambda a: any(z.smooth for z in a.quantize)),
     Gap("quantised values per channel", lambda a: _per(a, "v") == "channel"),
     Gap("quantised heads wider than 128", lambda a: bool(a.quantize) and max(a.dims.qk, a.dims.v) > WIDEST_QUANTISED),
     Gap("products of fp32", lambda a: a.dtype == "fp32"),

@@ -18,7 +18,7 @@ from attncc.ir.tile import Kernel, Launch, Param, Program, Scratch
 from attncc.ir.widths import matrix
 from attncc.passes.lower import tokens
 from attncc.passes.lower.absorb import absorbed
-from attncc.passes.lower.chains import Chain, chains
+from attncc.passes.lower.chains import Chain, chains, dtype_behind
 from attncc.passes.lower.columns import Columns
 from attncc.passes.lower.convolution import mixes, stays
 from attncc.passes.lower.flow import Flow, options, tokens_of
@@ -54,7 +54,7 @@ def with_prologue(attn: Attention, made: Program) -> Program:
 def _scratch(attn: Attention, c: Chain) -> Scratch:
     rows = tokens.rows_of(attn, c.operand)
     batch = const(1) if is_varlen(attn) else name("B")
-    return Scratch(c.tensor, (batch, const(c.heads), rows, const(c.stored)), VALUE_DTYPE[attn.dtype])
+    return Scratch(c.tensor, (batch, const(c.heads), rows, const(c.stored)), dtype_behind(attn, c.operand))
 
 
 def _mixes(attn: Attention) -> bool:
@@ -107,7 +107,9 @@ def _kernel(attn: Attention) -> Kernel:
 def _parameters(attn: Attention, found: Sequence[Chain]) -> Mapping[str, Param]:
     dtype = VALUE_DTYPE[attn.dtype]
     given = [Param(x.upper(), "operand", dtype, doc="the operand as it came") for x in "qkv"]
-    made = [Param(c.tensor, "operand", dtype, doc="the operand behind its steps") for c in found]
+    made = [
+        Param(c.tensor, "operand", dtype_behind(attn, c.operand), doc="the operand behind its steps") for c in found
+    ]
     params = [*given, *made, *tokens.index_params(attn), *map(input_param, attn.inputs), *size_parameters(attn)]
     return {p.name: p for p in params}
 
@@ -142,7 +144,7 @@ def _store(f: Flow) -> None:
     places = [column(e) if e.shape else e for e in (t.batch, f.head, t.row)]
 
     def write(columns: Expr, value: Expr, inside: Expr | None) -> None:
-        f.b.store(into, (*places, row(columns)), cast_to(value, f.dtype), lanes(t.inside, inside))
+        f.b.store(into, (*places, row(columns)), cast_to(value, into.dtype), lanes(t.inside, inside))
 
     if c.steps[-1].name == "absorb":
         x = behind(f, len(c.steps) - 1)

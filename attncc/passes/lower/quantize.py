@@ -74,7 +74,6 @@ def _has_group_gap(z: Quantizer) -> bool:
 LIMITS: Final[tuple[tuple[Callable[[Attention], bool], str], ...]] = (
     (_each(lambda z: z.dtype not in FORMATS), ", ".join(FORMATS)),
     (_each(lambda z: not z.symmetric), "symmetric formats"),
-    (_each(lambda z: bool(z.smooth)), "operands whose mean stays in them"),
     (_each(_has_group_gap, "qk"), f"q and k per {', '.join(GROUPS['q'])}"),
     (_each(_has_group_gap, "v"), f"v per {', '.join(GROUPS['v'])}"),
     (_each(_has_group_gap, "p"), "p per token, relative to the greatest weight of its row"),
@@ -103,6 +102,8 @@ class Held:
     heads: int
     dim: int
     tokens: Expr
+    terms: str = ""
+    """Name of what the mean that is taken off adds to products; empty where none is."""
 
     @property
     def width(self) -> int:
@@ -117,18 +118,34 @@ class Held:
 
 def with_scales(attn: Attention) -> Attention:
     """The variant over the operands as they are stored: scales are inputs, and the score has those that rows and keys
-    do not share."""
+    do not share, and what means that were taken off add to qk."""
     quantizers = tuple(
-        replace(z, scales=own_name(f"{z.operand}_scales", attn)) if z.operand in "qkv" else z for z in attn.quantize
+        replace(
+            z,
+            scales=own_name(f"{z.operand}_scales", attn),
+            terms=own_name(f"{z.operand}_terms", attn) if z.smooth else "",
+        )
+        if z.operand in "qkv"
+        else z
+        for z in attn.quantize
     )
     attn = replace(attn, quantize=quantizers)
-    attn = replace(attn, inputs=(*attn.inputs, *(h.scales for h in all_held(attn))))
+    terms = (Input(h.terms, terms_of(h.operand)) for h in all_held(attn) if h.terms)
+    attn = replace(attn, inputs=(*attn.inputs, *(h.scales for h in all_held(attn)), *terms))
     qk = QK
     for h, head, at in ((held(attn, "q"), "h", "row"), (held(attn, "k"), "hk", "j")):
         if h is not None and h.per not in WHOLE:
             qk = qk * load(h.scales.name, name("b"), name(head), quotient(name(at), h.block))
+    for h, at in ((held(attn, "k"), "row"), (held(attn, "q"), "j")):
+        if h is not None and h.terms:
+            qk = qk + load(h.terms, name("b"), name("h"), name(at))
     score = substitute(attn.part.score, {"qk": qk})
     return replace(attn, parts=(replace(attn.part, score=score),))
+
+
+def terms_of(operand: str) -> tuple[str, ...]:
+    """Axes of what the mean of an operand adds to products: one for each row of the other's."""
+    return ("B", "Hq", "Sq" if operand == "k" else "Sk")
 
 
 def held(attn: Attention, operand: str) -> Held | None:
@@ -155,6 +172,7 @@ def held(attn: Attention, operand: str) -> Held | None:
         {"q": attn.heads.q, "k": attn.heads.kv, "v": attn.heads.v}[operand],
         attn.dims.v if operand == "v" else attn.dims.qk,
         name(tokens),
+        z.terms,
     )
 
 

@@ -18,6 +18,7 @@ from attncc.passes.lower.chains import Chain, number, option, rope_of
 from attncc.passes.lower.columns import Columns, Parts, cut, pairs
 from attncc.passes.lower.convolution import AT_ONCE, convolved, mixes, runs_on
 from attncc.passes.lower.flow import Before, Flow, Tiles
+from attncc.passes.lower.hadamard import transformed
 from attncc.passes.lower.rotary import rotated
 from attncc.passes.lower.scores import input_param
 
@@ -59,12 +60,12 @@ def parts_of(attn: Attention, chain: Chain) -> tuple[Parts, ...]:
     A step that mixes columns takes them as they come, and makes those that are asked for.
     """
     found: list[Parts] = []
-    ends = [n for n, step in enumerate(chain.steps) if mixes(step)]
+    ends = [n for n, step in enumerate(chain.steps) if mixes(step) or step.name == "hadamard"]
     start = 0
     for end in (*ends, len(chain.steps)):
         width = chain.widths[end]
         ropes = [rope_of(attn, step, width) for step in chain.steps[start:end] if step.name == "rope"]
-        mixed = end < len(chain.steps)
+        mixed = end < len(chain.steps) and mixes(chain.steps[end])
         if ropes:
             dims, neighbours = ropes[0]
             turned, rest = pairs(width, dims or width, neighbours)
@@ -207,4 +208,5 @@ STEPS: Final[Mapping[str, Step]] = {
     "causal_conv": convolved,
     "mean_residual": _mean_residual,
     "value_shift": _value_shift,
+    "hadamard": transformed,
 }

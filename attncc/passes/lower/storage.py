@@ -9,17 +9,20 @@ Pages of whole tiles are looked up once a tile, and read as any operand is. Of o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
 
 from attncc.ir.attention import Attention
 from attncc.ir.build import Builder, column, iota, quotient, read, remainder, row, tile
-from attncc.ir.expr import Expr, Value, const, maximum, minimum, name
+from attncc.ir.expr import Dtype, Expr, Value, const, maximum, minimum, name
+from attncc.ir.staircase import levels
 from attncc.ir.tile import Param
 from attncc.passes.lower.pieces import Piece
 
 TABLE: Final = Param("block_table", "buffer", "i32", rank=2, doc="[B, pages of a sequence] where each page lies")
 USED: Final = Param("seqused_k", "buffer", "i32", rank=1, doc="[B] how many keys each sequence has")
+BYTES: Final[Mapping[str, Dtype]] = {"int8": "i8", "uint8": "u8"}
 WHOLE: Final = 64
 """Pages of a multiple of so many keys are of whole tiles: narrower ones would keep tensor cores waiting."""
 HELD: Final = name("held", "bool", ("BN",))
@@ -31,8 +34,11 @@ def has_whole_tiles(attn: Attention) -> bool:
 
 
 def fits_tiles(attn: Attention, keys: int) -> bool:
-    """Whether tiles of so many keys will do."""
-    return not has_whole_tiles(attn) or attn.page_size % keys == 0
+    """Whether tiles of so many keys will do: each in a page, a segment and whole groups."""
+    lengths = [attn.page_size] if has_whole_tiles(attn) else []
+    steps = levels(attn, "k")
+    groups = [x.group for x in steps if x.group]
+    return all(n % keys == 0 for n in (*lengths, *(x.segment for x in steps))) and all(keys % n == 0 for n in groups)
 
 
 def index_params(attn: Attention) -> tuple[Param, ...]:
@@ -75,6 +81,9 @@ def as_stored(attn: Attention, given: Param) -> Param:
     """The parameter of keys or values in pages, `given` being that of a tensor of rows."""
     if not attn.page_size:
         return given
+    steps = levels(attn, given.name.lower())
+    if steps:
+        return replace(given, dtype=BYTES[steps[-1].codes], tiles=(), extent=None)
     if has_whole_tiles(attn):
         _, dim = given.extent or (None, 0)
         return replace(given, extent=(const(attn.page_size), dim))

@@ -18,8 +18,9 @@ from attncc.ir.attention import Attention
 from attncc.ir.build import Builder, column, full, iota, program, quotient, read, reduce, reduce_all, remainder, row
 from attncc.ir.expr import TRUE, Expr, Value, cast_to, const, divide_exactly, eq, ew, maximum, minimum, name, where
 from attncc.ir.tile import Kernel, Param, Scratch
+from attncc.passes.lower import smoothing
+from attncc.passes.lower.chains import dtype_behind, source
 from attncc.passes.lower.grid import cdiv, size_parameters
-from attncc.passes.lower.normalizers import VALUE_DTYPE
 from attncc.passes.lower.quantize import Held, rounded
 from attncc.passes.lower.scores import input_param, own_name
 from attncc.passes.lower.tidy import tidy
@@ -137,7 +138,8 @@ def _held(b: Builder, h: Held, x: Expr) -> Expr:
 
 
 def _builder(attn: Attention, h: Held, into: Param) -> Builder:
-    params = [_given(attn, h), _peaks_of(attn, h), into, input_param(h.scales), *size_parameters(attn)]
+    params = [_given(attn, h), smoothing.mean_of(attn, h), _peaks_of(attn, h), into, input_param(h.scales)]
+    params += size_parameters(attn)
     return Builder({p.name: p for p in params})
 
 
@@ -147,7 +149,8 @@ def _kernel(attn: Attention, h: Held, b: Builder, what: str, span: int, doc: str
 
 
 def _given(attn: Attention, h: Held) -> Param:
-    return Param(h.operand.upper(), "operand", VALUE_DTYPE[attn.dtype], rank=4, doc="the operand as it came")
+    doc = "the operand as it came, or behind its steps"
+    return Param(source(attn, h.operand), "operand", dtype_behind(attn, h.operand), rank=4, doc=doc)
 
 
 def _stored(h: Held) -> Param:
@@ -187,8 +190,9 @@ def _read(b: Builder, attn: Attention, h: Held, batch: Expr, head: Expr, tokens:
     tokens = b.let("tokens", tokens, f"[{_rows(h)}]")
     columns = b.let("columns", iota(_padded(h)), f"[{_padded(h)}]")
     inside = column(tokens < end) & row(columns < h.dim)
-    x = read(_given(attn, h), batch, head, column(tokens), row(columns), mask=inside)
-    return b.let("x", cast_to(x, "f32"), f"[{_rows(h)}, {_padded(h)}]")
+    x = cast_to(read(_given(attn, h), batch, head, column(tokens), row(columns), mask=inside), "f32")
+    x = smoothing.taken_off(attn, h, x, (batch, head), columns, inside)
+    return b.let("x", x, f"[{_rows(h)}, {_padded(h)}]")
 
 
 def _tokens(h: Held) -> Expr:
