@@ -105,14 +105,20 @@ def evaluated(e: object, **sizes: int) -> int:
     return eval(host_expr(e), {"n": sizes, "min": min, "max": max})  # type: ignore[arg-type]
 
 
-@given(total=st.integers(1, 400), programs=st.integers(1, 90), least=st.integers(1, 9))
-def test_every_tile_is_in_one_range_and_ranges_are_equal(total: int, programs: int, least: int) -> None:
+def cut(total: int, programs: int, least: int, items: int) -> dict[str, int]:
+    """The numbers by which a line is cut."""
     b = Builder({})
-    stream._bind_cut(b, name("total"))
-    known = {"total": total, "FILL": programs, "SPLIT": least}
+    stream._bind_cut(b, name("total"), name("items"))
+    known = {"total": total, "FILL": programs, "SPLIT": least, "items": items}
     for statement in b.body:
         if hasattr(statement, "var"):
             known[str(statement.var.attr)] = evaluated(statement.value, **known)
+    return known
+
+
+@given(st.integers(1, 400), st.integers(1, 90), st.integers(1, 9), st.integers(1, 99))
+def test_every_tile_is_in_one_range_and_ranges_are_equal(total: int, programs: int, least: int, items: int) -> None:
+    known = cut(total, programs, least, items)
     begin, owner = stream._begin(name("p")), stream._range_of(name("t"))
     ends = [evaluated(begin, p=p, **known) for p in range(known["ranges"] + 1)]
     sizes = [b - a for a, b in pairwise(ends)]
@@ -200,3 +206,14 @@ def test_kernels_compile_for_gpus() -> None:
         assert not isinstance(outcome, Failed), (text, outcome.reason)
         assert outcome.spill_bytes == 0, text
         assert ("mma" in outcome.loop or "wgmma" in outcome.loop) == ("_stream" in text), text
+
+
+@given(st.integers(1, 70), st.integers(1, 40), st.integers(60, 140))
+def test_ranges_end_where_items_of_equal_length_do(items: int, tiles: int, programs: int) -> None:
+    """If that leaves few programs without one, and never more than one of twenty."""
+    known = cut(items * tiles, programs, 1, items)
+    even = programs // items * items
+    assert known["ranges"] >= min(programs * 19 // 20, items * tiles)
+    if even >= programs * 19 / 20 and tiles % (even // items) == 0:
+        assert known["ranges"] == even
+        assert (known["size"] * (even // items), known["longer"]) == (tiles, 0)

@@ -37,6 +37,8 @@ HEIGHT: Final = 64
 """Rows of a query tile, what one wgmma multiplies, and keys of a key tile, of which shared memory holds two."""
 SHARED: Final = 225 * 1024
 """Bytes of shared memory for tiles, of the 227 KiB that a block may have."""
+MERGED_BY: Final = (("num_warps", 4),)
+"""Of a merge, which has a program a row, and not much to do in each: more of them run at once."""
 NARROWEST: Final = 128
 WIDEST_REST: Final = 64
 """Columns of keys behind the values; those of queries are held in registers."""
@@ -110,7 +112,9 @@ def accelerated(attn: Attention, program: Program, streams: bool) -> Program:
     walker, merger = program.kernels[-2].name, program.kernels[-1].name
     count = substitute(split.shares(attn).count, {SPLIT.name: maximum(name(SPLIT.name), 1)})  # asked of all calls
     several = None if streams or attn.is_apart else count > 1
-    made = replace(_engine(attn, streams), replaces=(walker, merger), after=(Launch(merger, when=several),))
+    made = replace(
+        _engine(attn, streams), replaces=(walker, merger), after=(Launch(merger, when=several, options=MERGED_BY),)
+    )
     if not streams:
         return replace(program, engine=made, engine_gap="")
     kernel, ranges = stream.ranges(attn)

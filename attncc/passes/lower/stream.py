@@ -44,6 +44,8 @@ AT_ONCE: Final = 1024
 SLOTS: Final = 2
 """A program's: one for the item in whose midst its range begins, one for the item in whose midst it ends."""
 PROGRAMS: Final = name(FILL.name)
+NEAR: Final = 20
+"""One program of so many may have no range, for the others' to end where items do."""
 
 
 def kernels(attn: Attention, dense: Function) -> tuple[Kernel, Kernel, Kernel]:
@@ -89,10 +91,16 @@ def _plan(attn: Attention) -> Kernel:
     return Kernel(f"{attn.name}_plan", *tidy(b.params.values(), b.body), (), _items(attn), doc)
 
 
-def _bind_cut(b: Builder, total: Expr) -> None:
-    """Binds into how many ranges the line is cut, and their sizes: `longer` of them have one tile more than `size`."""
-    b.note("ranges of equal size, none of fewer than SPLIT tiles while there are more")
-    ranges = b.let("ranges", maximum(minimum(PROGRAMS, quotient(total, name(SPLIT.name))), 1))
+def _bind_cut(b: Builder, total: Expr, items: Expr) -> None:
+    """Binds into how many ranges the line is cut, and their sizes: `longer` of them have one tile more than `size`.
+
+    Where it costs few programs there are as many ranges to an item as to any other: items of equal length then end
+    where ranges do, which leaves fewer states to merge, and those that share their keys are walked side by side.
+    """
+    b.note("ranges of equal size, none of fewer than SPLIT tiles while there are more; whole ones to an item if near")
+    even = b.let("even", quotient(PROGRAMS, maximum(items, 1)) * items)
+    most = b.let("most", where(even * NEAR >= PROGRAMS * (NEAR - 1), even, PROGRAMS))
+    ranges = b.let("ranges", maximum(minimum(most, quotient(total, name(SPLIT.name))), 1))
     b.let("size", quotient(total, ranges))
     b.let("longer", remainder(total, ranges))
 
@@ -152,7 +160,7 @@ def _bind_range(b: Builder, attn: Attention, counts: Param) -> None:
     """Binds the tiles of this program's range, its items, and where the first of them begins."""
     items = b.let("items", _items(attn))
     _add_up(b, counts, items, "line")
-    _bind_cut(b, name("line"))
+    _bind_cut(b, name("line"), name("items"))
     begin = b.let("range_begin", minimum(_begin(program()), name("line")))
     end = b.let("range_end", minimum(_begin(program() + 1), name("line")))
     for text in ("first_item", "item_begin", "end_item", "before"):
@@ -234,7 +242,7 @@ def _merger(attn: Attention) -> Kernel:
     r = b.let("r", query * members(attn) + member(h, per))
     item = b.let("item", (batch * groups(attn) + group(h, per)) * group_tiles(attn) + quotient(r, BM))
     _add_up(b, counts, b.let("items", _items(attn)), "line")
-    _bind_cut(b, name("line"))
+    _bind_cut(b, name("line"), name("items"))
     _add_up(b, counts, item, "item_begin")
     count = b.let("count", read(counts, item))
     b.let("row_of_tile", remainder(r, BM))
