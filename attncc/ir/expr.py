@@ -43,6 +43,8 @@ STRUCTURAL: Final[dict[str, str]] = {
     "expand": "attr: where the new axis of size 1 goes",
     "reshape": "the shape says it",
     "trans": "a matrix, transposed",
+    "half": "attr: 0 or 1; args: a matrix of an even number of columns; value: its first or its second half of them",
+    "joined": "args: two matrices of one shape; value: the columns of the first, then those of the second",
     "cast": "the dtype says it",
     "dot": "args: a [M, K], b [K, N] and, if any, the accumulator [M, N]",
     "reduce": "attr: (max | sum | min, axis), the axis 'all' leaves a scalar",

@@ -21,7 +21,9 @@ from attncc.ir.build import (
     dot,
     expand,
     full,
+    half,
     iota,
+    joined,
     program,
     quotient,
     read,
@@ -55,6 +57,7 @@ Q = Param("Q", "operand", "bf16", tiles=(("BM", 64),), extent=(Sq, 64))
 V = Param("V", "operand", "bf16", tiles=(("BN", 128), ("BN", 64)), extent=(name("Sk"), 192))
 SKEW = Param("skew_0", "operand", "f32", tiles=(("BM", "BN"),))
 BIAS = Param("bias_ptr", "buffer", "f32", rank=2)
+P = name("p", "f32", ("BM", 64))
 CUTS = Param("cuts_ptr", "buffer", "i32", rank=2)
 a, b, c, n = (name(x) for x in "abcn")
 x, y, flag = name("x", "f32"), name("y", "f32"), name("flag", "bool")
@@ -120,6 +123,7 @@ EXPRESSIONS: dict[str, Expr] = {
     "tl.max(p, 1)": reduce("max", name("p", "f32", ("BM", "BN")), 1),
     "tl.sum(p)": reduce_all("sum", name("p", "f32", ("BM", "BN"))),
     "tl.cumsum(v, 0)": Expr("cumsum", (name("v", "i32", ("BN",)),), None, "i32", ("BN",)),
+    "side_by_side(second_half(p), first_half(p))": joined(half(P, 1), half(P, 0)),
     "tl.dot(p, k.T)": dot(name("p", "bf16", ("BM", 64)), trans(name("k", "bf16", ("BN", 64)))),
     'tl.dot(p, v, acc, input_precision="ieee")': dot(
         name("p", "f32", ("BM", "BN")), name("v", "f32", ("BN", 64)), name("acc", "f32", ("BM", 64))
