@@ -1,4 +1,5 @@
-"""The kernel of steps before attention, apart from attention, against a copy of as many bytes.
+"""The kernels of steps before attention, apart from it, against a copy of as many bytes; and all of a prefill by
+compressed attention against attention of the model's width, which has twice as many heads.
 
 `python -m benchmarks.steps emit DIR` writes the packages (any machine with attncc); `run DIR --json FILE` checks a
 small call against plain torch in float64 and measures on the GPU here. A ratio to `copy` is the share of what memory
@@ -24,6 +25,16 @@ from benchmarks.timing import interleaved
 
 EXAMPLES: Final = Path(__file__).parents[1] / "examples"
 HEADS: Final[Mapping[str, tuple[int, int]]] = {"cca": (8, 8), "ccgqa": (8, 2)}
+MHA: Final = 16
+WHOLE: Final = f"""
+attncc: 1
+name: mha
+heads: {MHA}
+dims: 128
+mask: causal
+modes: [prefill]
+"""
+NAMES: Final = ("conv0", "bias0", "conv1", "bias1", "temp")
 DIM: Final = 128
 BATCH: Final = 4
 TOKENS: Final = 16384
@@ -48,6 +59,8 @@ def main() -> int:
 def emit_packages(args: argparse.Namespace) -> int:
     """The examples as they are for prefill."""
     driver: Any = import_module("attncc.driver")
+    spec: Any = import_module("attncc.spec")
+    driver.compile(spec.loads(WHOLE), args.dir, [args.target])
     for name in HEADS:
         loaded = driver.load(EXAMPLES / f"{name}.yaml")
         driver.compile(
@@ -63,7 +76,7 @@ def measure(args: argparse.Namespace) -> int:
         package = import_module(name)
         _check(package, heads)
         tensors = _operands(heads, BATCH, TOKENS)
-        kernels = tuple(k for k in package.VARIANT.kernels if k.function.__name__.endswith("_prologue"))
+        kernels = tuple(k for k in package.VARIANT.kernels if "_prologue" in k.function.__name__)
         runner = type(package._RUNNER)(replace(package.VARIANT, kernels=kernels), package._RUNNER.way)
         source = torch.cat([x.flatten() for x in tensors[:3]])
         goal = torch.empty_like(source)
@@ -72,10 +85,28 @@ def measure(args: argparse.Namespace) -> int:
         case = f"prologue/{name}/B{BATCH}Hq{heads[0]}Hk{heads[1]}S{TOKENS}D{DIM}"
         rows += report.compared(case, times, 2 * source.nbytes, "tbps")
         print(report.line(rows[-2:]), flush=True)
+        del source, goal
+        rows += _prefill(package, name, tensors, args.rounds)
+        print(report.line(rows[-4:]), flush=True)
     print(report.table(rows))
     if args.json:
         report.save(args.json, report.gpu_meta(), rows, [])
     return 0
+
+
+def _prefill(package: ModuleType, name: str, tensors: list[torch.Tensor], rounds: int) -> list[dict[str, Any]]:
+    """All of a call, and calls of the model's width."""
+    mha = import_module("mha")
+    wide = [torch.randn(BATCH, MHA, TOKENS, DIM, device="cuda", dtype=torch.bfloat16) for _ in "qkv"]
+    given = dict(zip(NAMES, tensors[3:], strict=True))
+    calls = {
+        "attncc": lambda: package.attention(*tensors[:3], **given),
+        "mha": lambda: mha.attention(*wide),
+        "sdpa": lambda: scaled_dot_product_attention(*wide, is_causal=True),
+    }
+    case = f"prefill/{name}/B{BATCH}Hq{tensors[0].shape[1]}Hk{tensors[1].shape[1]}S{TOKENS}D{DIM}"
+    flops = 2 * BATCH * tensors[0].shape[1] * TOKENS**2 * DIM
+    return report.compared(case, interleaved(calls, rounds), flops)
 
 
 def _operands(heads: tuple[int, int], batch: int, tokens: int) -> list[torch.Tensor]:
@@ -96,8 +127,7 @@ def _operands(heads: tuple[int, int], batch: int, tokens: int) -> list[torch.Ten
 def _check(package: ModuleType, heads: tuple[int, int]) -> None:
     """A small call, beside the same in float64."""
     x = _operands(heads, 2, 300)
-    names = ("conv0", "bias0", "conv1", "bias1", "temp")
-    o = package.attention(*x[:3], **dict(zip(names, x[3:], strict=True)))
+    o = package.attention(*x[:3], **dict(zip(NAMES, x[3:], strict=True)))
     error = float((o.double() - _plainly(heads, [t.double() for t in x])).abs().max())
     assert error < 3e-2, f"{package.__name__}: {error} from float64"
     print(f"{package.__name__}: {error:.1e} from float64", flush=True)

@@ -181,6 +181,26 @@ def store_tile(
 
 
 @triton.jit
+def first_half(x):
+    """The first half of the columns; they stay in the registers of their threads, where those hold both halves."""
+    a, _ = tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
+    return a
+
+
+@triton.jit
+def second_half(x):
+    """The second half of the columns."""
+    _, b = tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
+    return b
+
+
+@triton.jit
+def side_by_side(a, b):
+    """The columns of a, then those of b."""
+    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), [a.shape[0], 2 * a.shape[1]])
+
+
+@triton.jit
 def floor_div(a, b):
     """a // b rounded down, as in Python; the machine's division rounds towards 0. 0 where b is 0."""
     divisor = tl.where(b == 0, 1, b)

@@ -159,6 +159,10 @@ class Printer:
                 return f"tl.arange(0, {dim(e.shape[0])})"
             case "full":
                 return f"tl.full({shape}, {self.expr(e.args[0])}, {DTYPE[e.dtype]})"
+            case "half":
+                return f"{'second_half' if e.attr else 'first_half'}({self.expr(e.args[0])})"
+            case "joined":
+                return f"side_by_side({', '.join(map(self.expr, e.args))})"
             case "reshape":
                 return f"tl.reshape({self.expr(e.args[0])}, {shape})"
             case "reduce" if isinstance(e.attr, tuple):

@@ -71,6 +71,20 @@ def trans(x: Expr) -> Expr:
     return Expr("trans", (x,), None, x.dtype, x.shape[::-1])
 
 
+def half(x: Expr, which: int) -> Expr:
+    """The first (0) or the second (1) half of a matrix's columns."""
+    rows, columns = x.shape
+    assert isinstance(columns, int), "its columns are counted"
+    return Expr("half", (x,), which, x.dtype, (rows, columns // 2))
+
+
+def joined(a: Expr, b: Expr) -> Expr:
+    """The columns of `a`, then those of `b`, which has as many."""
+    rows, columns = a.shape
+    assert isinstance(columns, int), "its columns are counted"
+    return Expr("joined", (a, b), None, a.dtype, (rows, 2 * columns))
+
+
 def dot(a: Expr, b: Expr, acc: Expr | None = None, *, few: bool = False) -> Expr:
     """a [M, K] @ b [K, N] (+ acc), accumulated in fp32; `few`: M may be less than tensor cores multiply."""
     args = (a, b) if acc is None else (a, b, acc)

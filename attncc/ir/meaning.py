@@ -230,6 +230,8 @@ MEANING: Final[Mapping[str, Callable[[Expr, Frame, list[Array]], Any]]] = {
     "expand": _expand,
     "reshape": lambda e, frame, args: args[0].reshape(frame.shape(e.shape)),
     "trans": lambda e, frame, args: args[0].T,
+    "half": lambda e, frame, args: np.split(args[0], 2, axis=1)[cast(int, e.attr)],
+    "joined": lambda e, frame, args: np.concatenate(args, axis=1),
     "cast": lambda e, frame, args: args[0],
     "unpack": _unpack,
     "dot": _dot,

@@ -224,6 +224,28 @@ def _unpack(e: Expr, tensors: Mapping[str, Tensor]) -> Type:
     return e.dtype, e.args[0].shape
 
 
+def _half(e: Expr, tensors: Mapping[str, Tensor]) -> Type:
+    rows, columns = _columns(e)
+    require(e.attr in (0, 1), f"a matrix has the halves 0 and 1, got {e.attr!r}")
+    require(columns % 2 == 0, f"'half' takes an even number of columns, got {columns}")
+    return e.args[0].dtype, (rows, columns // 2)
+
+
+def _joined_columns(e: Expr, tensors: Mapping[str, Tensor]) -> Type:
+    rows, columns = _columns(e)
+    a, b = e.args
+    require((a.dtype, a.shape) == (b.dtype, b.shape), f"'joined' takes two of one type, got {show(b.dtype, b.shape)}")
+    return a.dtype, (rows, 2 * columns)
+
+
+def _columns(e: Expr) -> tuple[Dim, int]:
+    """Rows and columns of a first argument that is a matrix whose columns are counted."""
+    shape = e.args[0].shape
+    require(len(shape) == 2 and isinstance(shape[1], int), f"'{e.op}' takes a matrix of so many columns, got {shape}")
+    rows, columns = shape
+    return rows, columns if isinstance(columns, int) else 0
+
+
 def _dot(e: Expr, tensors: Mapping[str, Tensor]) -> Type:
     a, b = e.args[:2]
     require(len(a.shape) == len(b.shape) == 2, f"'dot' takes matrices, got {list(a.shape)} and {list(b.shape)}")
@@ -286,6 +308,8 @@ RULES: Final[dict[str, Rule]] = {
     "reshape": Rule(TILE, (1,), _reshape),
     "trans": Rule(TILE, (1,), _trans),
     "unpack": Rule(TILE, (1,), _unpack),
+    "half": Rule(TILE, (1,), _half),
+    "joined": Rule(TILE, (2,), _joined_columns),
     "dot": Rule(TILE, (2, 3), _dot),
     "reduce": Rule(TILE, (1,), _reduce),
     "cumsum": Rule(TILE, (1,), _cumsum),

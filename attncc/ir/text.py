@@ -184,6 +184,8 @@ STRUCTURES: Final[dict[str, Callable[[Expr], tuple[str, int]]]] = {
     "expand": _expand,
     "reshape": lambda e: (f"reshape({_list(e.args)}, {_shape(e.shape)})", ATOM),
     "trans": lambda e: (f"trans({_list(e.args)})", ATOM),
+    "half": lambda e: (f"half({_list(e.args)}, {e.attr})", ATOM),
+    "joined": lambda e: (f"joined({_list(e.args)})", ATOM),
     "cast": lambda e: (f"{e.dtype}({_list(e.args)})", ATOM),
     "unpack": _unpack,
     "dot": _dot,

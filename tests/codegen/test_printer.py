@@ -21,7 +21,9 @@ from attncc.ir.build import (
     dot,
     expand,
     full,
+    half,
     iota,
+    joined,
     program,
     quotient,
     read,
@@ -58,6 +60,7 @@ CODES = Param("K", "operand", "i16", tiles=(("BN", 32),), extent=(name("Sk"), 32
 PAGES = Param("K", "operand", "i16")
 SKEW = Param("skew_0", "operand", "f32", tiles=(("BM", "BN"),))
 BIAS = Param("bias_ptr", "buffer", "f32", rank=2)
+P = name("p", "f32", ("BM", 64))
 CUTS = Param("cuts_ptr", "buffer", "i32", rank=2)
 a, b, c, n = (name(x) for x in "abcn")
 x, y, flag = name("x", "f32"), name("y", "f32"), name("flag", "bool")
@@ -123,6 +126,7 @@ EXPRESSIONS: dict[str, Expr] = {
     "tl.max(p, 1)": reduce("max", name("p", "f32", ("BM", "BN")), 1),
     "tl.sum(p)": reduce_all("sum", name("p", "f32", ("BM", "BN"))),
     "tl.cumsum(v, 0)": Expr("cumsum", (name("v", "i32", ("BN",)),), None, "i32", ("BN",)),
+    "side_by_side(second_half(p), first_half(p))": joined(half(P, 1), half(P, 0)),
     "tl.dot(p, k.T)": dot(name("p", "bf16", ("BM", 64)), trans(name("k", "bf16", ("BN", 64)))),
     'tl.dot(p, v, acc, input_precision="ieee")': dot(
         name("p", "f32", ("BM", "BN")), name("v", "f32", ("BN", 64)), name("acc", "f32", ("BM", 64))

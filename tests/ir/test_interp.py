@@ -19,7 +19,9 @@ from attncc.ir.build import (
     Builder,
     column,
     full,
+    half,
     iota,
+    joined,
     program,
     quotient,
     read,
@@ -255,6 +257,10 @@ def test_shapes() -> None:
     for kind, f in (("max", np.max), ("min", np.min), ("sum", np.sum)):
         for axis in (0, 1):
             np.testing.assert_array_equal(value(reduce(kind, grid, axis)), f(expected, axis=axis))
+    eight = column(iota("BM")) * 10 + row(iota(8))
+    np.testing.assert_array_equal(value(half(eight, 0)), expected[:, :4])
+    np.testing.assert_array_equal(value(half(eight, 1)), expected[:, 4:])
+    np.testing.assert_array_equal(value(joined(half(eight, 0), half(eight, 1))), expected)
     parts = reduce("sum", reshape(grid, ("BM", "BN/4", 4)), 1)
     np.testing.assert_array_equal(value(parts), expected.reshape(4, 2, 4).sum(1))
     np.testing.assert_array_equal(value(Expr("cumsum", (iota("BN"),), None, "i32", ("BN",))), np.arange(8).cumsum())

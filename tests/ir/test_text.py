@@ -17,11 +17,27 @@ from ir_samples import FULL, PLAIN, b, formulas, h, i, j, qk, scale
 from tile_samples import attention, copy
 
 from attncc.ir.attention import Align, Input
-from attncc.ir.build import column, dot, expand, full, iota, program, quotient, reduce, remainder, reshape, row, trans
+from attncc.ir.build import (
+    column,
+    dot,
+    expand,
+    full,
+    half,
+    iota,
+    joined,
+    program,
+    quotient,
+    reduce,
+    remainder,
+    reshape,
+    row,
+    trans,
+)
 from attncc.ir.expr import FALSE, TRUE, Expr, bucket, cast_to, const, divide_exactly, eq, ew, load, maximum, name, where
 from attncc.ir.text import digest, text
 
 SQUARE = name("s", "f32", ("BM", "BM"))
+WIDE = name("w", "f32", ("BM", 64))
 
 EXPRESSIONS = {
     "qk * scale + 1.0": qk * scale + 1.0,
@@ -63,6 +79,7 @@ EXPRESSIONS = {
     ),
     "m[:, None] - m[None, :]": column(name("m", "f32", ("BM",))) - row(name("m", "f32", ("BM",))),
     "dot(s, trans(s), s)": dot(SQUARE, trans(SQUARE), SQUARE),
+    "joined(half(w, 1), half(w, 0))": joined(half(WIDE, 1), half(WIDE, 0)),
     "sum(reshape(s, [BM, BM/8, 8]), axis=1)": reduce("sum", reshape(SQUARE, ("BM", "BM/8", 8)), 1),
     "max(s + s, axis=0)": reduce("max", SQUARE + SQUARE, 0),
     "(s + s)[None, :, :]": expand(SQUARE + SQUARE, 0),

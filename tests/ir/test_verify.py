@@ -55,6 +55,7 @@ def rebound(value: Expr) -> Let:
 
 A = rebound(const(0.0))
 SQUARE = full(("BM", "BN"), 0.0)
+WIDE = full(("BM", 16), 0.0)
 STORED = cast_to(SQUARE, "f8e4m3")
 WORDS = full(("BM", "BN"), 0, "i16")
 
@@ -114,6 +115,14 @@ FAULTS: dict[str, tuple[Write, str]] = {
     "a rounded quotient of integers": (let(Expr("floordiv", (const(3), const(2)), "rounded", "i32")), "no attribute"),
     "dot on a foreign accumulator": (let(dot(SQUARE, trans(SQUARE), SQUARE)), r"'dot' adds to f32\[BM, BM\]"),
     "dot of one": (let(Expr("dot", (SQUARE,))), "'dot' takes"),
+    "halves of a vector": (let(Expr("half", (iota("BM"),), 0, "i32", ("BM",))), "'half' takes a matrix"),
+    "a third half": (let(Expr("half", (WIDE,), 2, "f32", ("BM", 8))), "the halves 0 and 1, got 2"),
+    "halves of 3 columns": (let(Expr("half", (full(("BM", 3), 0.0),), 0, "f32", ("BM", 1))), "even number"),
+    "halves of a knob's columns": (let(Expr("half", (SQUARE,), 0, "f32", ("BM", "BN/2"))), "so many columns"),
+    "tiles of two widths": (
+        let(Expr("joined", (WIDE, full(("BM", 8), 0.0)), None, "f32", ("BM", 24))),
+        "two of one type",
+    ),
     "reshape to another size": (let(reshape(SQUARE, ("BM", "BN/8", 4))), "differ in size"),
     "axis that is not there": (let(Expr("reduce", (iota("BM"),), ("sum", 1), "i32")), "no axis 1"),
     "unknown reduction": (let(Expr("reduce", (iota("BM"),), ("mean", 0), "i32")), "no reduction 'mean'"),

@@ -1,14 +1,15 @@
 """A tile of tokens on its way through steps, in a kernel under construction.
 
 Its columns are in one or several tiles in registers, fp32 from the first step to the store. What a step makes of the
-tokens before these, as convolutions ask for, is found by taking the same steps `back` tokens earlier.
+tokens before these, as convolutions ask for, is found by taking the same steps `back` tokens earlier, or carried
+from there where tiles go along lines of tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol
 
 from attncc.ir.attention import Attention
 from attncc.ir.build import Builder, column, fresh, lanes, read, row
@@ -31,8 +32,12 @@ WARPS: Final[Mapping[bool, int]] = {True: 8, False: 4}
 
 Tiles = Mapping[Columns, Expr]
 """[rows, width] for each part of the columns."""
-Before = Callable[[int], Tiles]
-"""What comes into a step, so many tokens further back."""
+
+
+class Before(Protocol):
+    """What comes into a step, so many tokens further back, and `plus` added to it."""
+
+    def __call__(self, more: int, plus: Tiles | None = None) -> Tiles: ...
 
 
 def tokens_of(columns: int, *, multiplied: bool) -> int:
@@ -68,6 +73,8 @@ class Flow:
     """What steps have made so far, by their number and how many tokens back."""
     shared: dict[Expr, Expr] = field(default_factory=dict[Expr, Expr])
     """What is bound once for all tiles."""
+    line: tuple[Expr, Expr] | None = None
+    """The position [rows] where the lines begin along which tiles go, and how many tokens those are on."""
 
     @property
     def rows(self) -> int:
@@ -79,12 +86,19 @@ class Flow:
         return VALUE_DTYPE[self.attn.dtype]
 
     @property
+    def holds_matrices(self) -> bool:
+        """Whether shared memory holds all matrices of a head at once, so that they are read once."""
+        return self.dtype != "f32"
+
+    @property
     def scope(self) -> Scope:
         """What a step's expressions read."""
         return self.tokens.scope.with_(h=self.head, hk=self.served)
 
     def let(self, text: str, value: Value, note: str = "") -> Expr:
-        return self.b.let(self.reserve(text), value, note)
+        """Binds what has no name yet."""
+        value = lift(value)
+        return value if value.op == "name" else self.b.let(self.reserve(text), value, note)
 
     def once(self, text: str, value: Value, note: str = "") -> Expr:
         """Binds before all tiles what none of them moves, a value only once."""
@@ -95,12 +109,15 @@ class Flow:
 
     def load(self, operand: str, columns: Columns, back: int = 0, head: Expr | None = None) -> Expr:
         """Columns of the call's own q, k or v, so many tokens back; 0 before the first."""
+        return cast_to(self.entered(operand, columns, back, head), "f32")
+
+    def entered(self, operand: str, columns: Columns, back: int = 0, head: Expr | None = None) -> Expr:
+        """The same in the dtype in which they come."""
         t = self.tokens
         mask = lanes(t.own >= back if back else None, columns.inside)
         at = (t.batch, self.head if head is None else head, t.row - back if back else t.row)
         b_, h, s = (column(e) if e.shape else e for e in at)
-        x = read(self.b.params[operand.upper()], b_, h, s, row(columns.at), mask=mask)
-        return cast_to(x, "f32")
+        return read(self.b.params[operand.upper()], b_, h, s, row(columns.at), mask=mask)
 
     def per_head(self, e: Expr) -> Expr:
         """An expression over heads and batch entries, to be multiplied with a tile."""

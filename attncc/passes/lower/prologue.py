@@ -16,11 +16,11 @@ from attncc.ir.build import Builder, column, full, lanes, program, quotient, rem
 from attncc.ir.expr import Expr, cast_to, const, maximum, minimum, name
 from attncc.ir.tile import Kernel, Launch, Param, Program, Scratch
 from attncc.ir.widths import matrix
-from attncc.passes.lower import tokens
+from attncc.passes.lower import lines, tokens
 from attncc.passes.lower.absorb import absorbed
 from attncc.passes.lower.chains import Chain, chains, dtype_behind
 from attncc.passes.lower.columns import Columns
-from attncc.passes.lower.convolution import mixes, stays
+from attncc.passes.lower.convolution import matrices, matrix_kernel, matrix_params, matrix_scratch, mixes, multiplies
 from attncc.passes.lower.flow import Flow, options, tokens_of
 from attncc.passes.lower.grid import cdiv, is_varlen, key_head, size_parameters
 from attncc.passes.lower.normalizers import VALUE_DTYPE
@@ -41,12 +41,16 @@ def with_prologue(attn: Attention, made: Program) -> Program:
     if not attn.prologue:
         return made
     kernel = _kernel(attn)
-    launch = Launch(kernel.name, options=options(_mixes(attn)))
-    scratch = tuple(_scratch(attn, c) for c in chains(attn))
+    own = lines.goes_along(attn) and attn.dtype != "fp32"
+    kernels, launches = (kernel,), (Launch(kernel.name, options=lines.OPTIONS if own else options(_mixes(attn))),)
+    if matrices(attn):
+        first = matrix_kernel(attn)
+        kernels, launches = (first, kernel), (Launch(first.name, options=options(False)), *launches)
+    scratch = (*matrix_scratch(attn), *(_scratch(attn, c) for c in chains(attn)))
     return replace(
         made,
-        kernels=(kernel, *made.kernels),
-        launches=(launch, *made.launches),
+        kernels=(*kernels, *made.kernels),
+        launches=(*launches, *made.launches),
         scratch=(*scratch, *made.scratch),
     )
 
@@ -64,8 +68,7 @@ def _mixes(attn: Attention) -> bool:
 def _rows(attn: Attention, c: Chain) -> int:
     """Tokens of a tile."""
     widest = max(sum(part.width for part in parts) for parts in parts_of(attn, c)[:-1])
-    convolved = [(step, w) for step, w in zip(c.steps, c.widths, strict=False) if step.name == "causal_conv"]
-    loose = any(mixes(step) and not stays(attn, step, w) for step, w in convolved)
+    loose = attn.dtype == "fp32" and any(map(multiplies, c.steps))
     return LOOSE if loose else tokens_of(widest, multiplied=any(map(mixes, c.steps)))
 
 
@@ -77,11 +80,16 @@ def _span(attn: Attention) -> int:
 
 def _tiles(attn: Attention) -> Expr:
     """Programs of a head: of the operand that has most tokens."""
-    most = [tokens.count(attn, c.operand) for c in chains(attn)]
-    longest = most[0]
-    for n in most[1:]:
+    if lines.goes_along(attn):
+        return name("B") * _most([lines.tiles_of(attn, c.operand) for c in chains(attn)])
+    return cdiv(_most([tokens.count(attn, c.operand) for c in chains(attn)]), _span(attn))
+
+
+def _most(counts: Sequence[Expr]) -> Expr:
+    longest = counts[0]
+    for n in counts[1:]:
         longest = longest if n == longest else maximum(longest, n)
-    return cdiv(longest, _span(attn))
+    return longest
 
 
 def _kernel(attn: Attention) -> Kernel:
@@ -89,7 +97,8 @@ def _kernel(attn: Attention) -> Kernel:
     slots = sum(c.heads for c in found)
     b = Builder(_parameters(attn, found))
     slot = b.let("slot", remainder(program(), slots))
-    begin = b.let("begin", quotient(program(), slots) * _span(attn))
+    number = quotient(program(), slots)
+    begin = b.let("part", number) if lines.goes_along(attn) else b.let("begin", number * _span(attn))
     before = 0
     for c in found:
         if len(found) > 1:
@@ -110,19 +119,19 @@ def _parameters(attn: Attention, found: Sequence[Chain]) -> Mapping[str, Param]:
     made = [
         Param(c.tensor, "operand", dtype_behind(attn, c.operand), doc="the operand behind its steps") for c in found
     ]
-    params = [*given, *made, *tokens.index_params(attn), *map(input_param, attn.inputs), *size_parameters(attn)]
+    params = [*given, *made, *matrix_params(attn), *tokens.index_params(attn)]
+    params += [*map(input_param, attn.inputs), *size_parameters(attn)]
     return {p.name: p for p in params}
 
 
 def _of_operand(b: Builder, attn: Attention, c: Chain, head: Expr, begin: Expr) -> None:
     """What a program does that has one of its heads."""
+    if lines.goes_along(attn):
+        lines.go(b, attn, c, _heads(b, attn, c, head), _store)
+        return
     count = b.let("count", tokens.bound(attn, c.operand))
     with b.when(begin < count):
-        head = head if head.op == "name" else b.let("h", head)
-        served = head
-        if c.operand == "q" and attn.heads.kv != attn.heads.q:
-            served = key_head(head, attn, attn.heads.kv)
-            served = served if served.op == "const" else b.let("hk", served)
+        head, served = _heads(b, attn, c, head)
         rows = _rows(attn, c)
         turns = _span(attn) > rows
         ahead, inner = Builder(b.params), Builder(b.params)
@@ -135,6 +144,15 @@ def _of_operand(b: Builder, attn: Attention, c: Chain, head: Expr, begin: Expr) 
             return
         with b.loop("first", begin, minimum(begin + _span(attn), count), rows):
             b.extend(inner.body)
+
+
+def _heads(b: Builder, attn: Attention, c: Chain, head: Expr) -> tuple[Expr, Expr]:
+    """Binds the operand's head, and the key head that goes with it."""
+    head = head if head.op == "name" else b.let("h", head)
+    if c.operand != "q" or attn.heads.kv == attn.heads.q:
+        return head, head
+    served = key_head(head, attn, attn.heads.kv)
+    return head, served if served.op == "const" else b.let("hk", served)
 
 
 def _store(f: Flow) -> None:

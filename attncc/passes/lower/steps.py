@@ -16,10 +16,11 @@ from attncc.ir.expr import Expr, cast_to, const, ew, where
 from attncc.ir.widths import matrix
 from attncc.passes.lower.chains import Chain, number, option, rope_of
 from attncc.passes.lower.columns import Columns, Parts, cut, pairs
-from attncc.passes.lower.convolution import AT_ONCE, convolved, mixes, runs_on
+from attncc.passes.lower.convolution import AT_ONCE, convolved, mixes, multiplies, runs_on
 from attncc.passes.lower.flow import Before, Flow, Tiles
 from attncc.passes.lower.hadamard import transformed
-from attncc.passes.lower.rotary import rotated
+from attncc.passes.lower.pieces import MIN_WIDTH
+from attncc.passes.lower.rotary import rotated, within
 from attncc.passes.lower.scores import input_param
 
 EPS: Final = 1e-6
@@ -31,33 +32,50 @@ def behind(f: Flow, level: int, back: int = 0) -> Tiles:
     """The operand behind so many of its steps, so many tokens before those of the tile."""
     at = level, back
     if at not in f.found:
-        f.found[at] = _taken(f, level - 1, back) if level else _entered(f, back)
+        f.found[at] = _rounded(f, level, _taken(f, level - 1, back)) if level else _entered(f, back)
     return f.found[at]
 
 
 def _entered(f: Flow, back: int) -> Tiles:
-    text = f.chain.operand + (f"_{back}_back" if back else "")
-    return {c: f.let(text, f.load(f.chain.operand, c, back), f"[{f.rows}, {c.width}]") for c in f.parts[0]}
+    """As they come where they are carried or multiplied so, else in fp32."""
+    text, operand = f.chain.operand + (f"_{back}_back" if back else ""), f.chain.operand
+    read_ = f.entered if f.line or multiplies(f.chain.steps[0]) else f.load
+    return {c: f.let(text, read_(operand, c, back), f"[{f.rows}, {c.width}]") for c in f.parts[0]}
 
 
-def _taken(f: Flow, n: int, back: int) -> Tiles:
-    """One step. Before its first token a sequence has zeros; convolutions that follow each other make of them what they
-    make of any token."""
+def _rounded(f: Flow, level: int, x: Tiles) -> Tiles:
+    """What is multiplied next is a product's factor."""
+    if level == len(f.chain.steps) or not multiplies(f.chain.steps[level]):
+        return x
+    return {c: f.let("factor", cast_to(t, f.dtype), f"[{f.rows}, {c.width}]") for c, t in x.items()}
 
-    def before(more: int) -> Tiles:
-        tiles = behind(f, n, back + more)
-        if n == 0 or not back + more or runs_on(f.chain, n):
+
+def _taken(f: Flow, n: int, back: int, plus: Tiles | None = None) -> Tiles:
+    """One step, and `plus`. Before its first token a sequence has zeros; convolutions that follow each other make of
+    them what they make of any token."""
+    step = f.chain.steps[n]
+
+    def before(more: int, plus: Tiles | None = None) -> Tiles:
+        tiles = behind(f, n, back + more) if plus is None or not n else _taken(f, n - 1, back + more, plus)
+        if n and back + more and not runs_on(f.chain, n):
+            seen = column(f.tokens.own >= back + more)
+            tiles = {c: where(seen, x, const(0.0, x.dtype)) for c, x in tiles.items()}
+        if multiplies(step):
             return tiles
-        seen = column(f.tokens.own >= back + more)
-        return {c: where(seen, x, 0.0) for c, x in tiles.items()}
+        tiles = {c: cast_to(x, "f32") for c, x in tiles.items()}
+        return tiles if plus is None or n else {c: x + plus[c] for c, x in tiles.items()}
 
-    return STEPS[f.chain.steps[n].name](f, n, back, before)
+    if step.name == "causal_conv":
+        return convolved(f, n, before, plus)
+    made = STEPS[step.name](f, n, back, before)
+    return made if plus is None else {c: x + plus[c] for c, x in made.items()}
 
 
 def parts_of(attn: Attention, chain: Chain) -> tuple[Parts, ...]:
     """Columns as tiles before each step and behind the last: those that a rope turns lie in tiles of their own.
 
-    A step that mixes columns takes them as they come, and makes those that are asked for.
+    A step that mixes columns takes them as they come, and makes those that are asked for. Of what products make, whole
+    tiles are turned, as far as those halve.
     """
     found: list[Parts] = []
     ends = [n for n, step in enumerate(chain.steps) if mixes(step) or step.name == "hadamard"]
@@ -66,7 +84,9 @@ def parts_of(attn: Attention, chain: Chain) -> tuple[Parts, ...]:
         width = chain.widths[end]
         ropes = [rope_of(attn, step, width) for step in chain.steps[start:end] if step.name == "rope"]
         mixed = end < len(chain.steps) and mixes(chain.steps[end])
-        if ropes:
+        if ropes and start and multiplies(chain.steps[start - 1]) and halves(width, *ropes[0]):
+            parts = cut(0, width, AT_ONCE if mixed else width)
+        elif ropes:
             dims, neighbours = ropes[0]
             turned, rest = pairs(width, dims or width, neighbours)
             parts = (*(c for pair in turned for c in pair[1:]), *rest)
@@ -80,12 +100,20 @@ def parts_of(attn: Attention, chain: Chain) -> tuple[Parts, ...]:
     return tuple(found)
 
 
+def halves(width: int, dims: int | None, neighbours: bool) -> bool:
+    """Whether a rope turns what whole tiles have as halves, or halves of halves."""
+    turned = dims or width
+    return not neighbours and width & (width - 1) == 0 == turned & (turned - 1) and MIN_WIDTH < turned <= width
+
+
 # -- rows --------------------------------------------------------------------------------------------
 
 
 def _rope(f: Flow, n: int, back: int, before: Before) -> Tiles:
     step, x = f.chain.steps[n], before(0)
     dims, neighbours = rope_of(f.attn, step, f.chain.widths[n])
+    if len(x) == 1 and halves(f.chain.widths[n], dims, neighbours):
+        return {c: within(f, step, dims or f.chain.widths[n], t, back) for c, t in x.items()}
     turned, _ = pairs(f.chain.widths[n], dims or f.chain.widths[n], neighbours)
     made = {c: x[c] for c in f.parts[n + 1]}
     for pair, first, second in turned:
@@ -132,7 +160,8 @@ def _silu(f: Flow, n: int, back: int, before: Before) -> Tiles:
 
 
 def _temperature(f: Flow, n: int, back: int, before: Before) -> Tiles:
-    factor = f.let("temperature", f.per_head(f.chain.steps[n].args[0]))
+    value = f.per_head(f.chain.steps[n].args[0])
+    factor = (f.let if value.shape or not f.line else f.once)("temperature", value)
     return _bound(f, "tempered", {c: t * factor for c, t in before(0).items()})
 
 
@@ -160,16 +189,23 @@ def _other(f: Flow, word: str, c: Columns, back: int) -> Expr:
 
 def _mean_residual(f: Flow, n: int, back: int, before: Before) -> Tiles:
     """Sums of a query and its key, before all steps; a key head takes the mean over the queries that it serves."""
-    scale, x = number(f.chain.steps[n], "scale", 0.5), before(0)
+    scale, parts = number(f.chain.steps[n], "scale", 0.5), f.parts[n]
+    behind(f, 0, back)
     if f.chain.operand == "q":
-        pairs_ = {c: f.load("q", c, back) + f.load("k", c, back, f.served) for c in x}
-        return _bound(f, "joined", {c: t + f.let("pair", pairs_[c]) * scale for c, t in x.items()})
-    sums = _served_queries(f, x, back)
-    pair = {c: f.let("pair", f.load("k", c, back) + sums[c]) for c in x}
-    return _bound(f, "joined", {c: t + pair[c] * scale for c, t in x.items()})
+        other = {c: f.load("k", c, back, f.served) for c in parts}
+    else:
+        other = _served_queries(f, parts, back)
+    pair = {c: f.let("pair", _own(f, c, back) + other[c]) * scale for c in parts}
+    return _bound(f, "joined", before(0, pair))
 
 
-def _served_queries(f: Flow, x: Tiles, back: int) -> Tiles:
+def _own(f: Flow, c: Columns, back: int) -> Expr:
+    """Columns of the operand as it came, which may be at hand."""
+    x = f.found.get((0, back), {}).get(c)
+    return f.load(f.chain.operand, c, back) if x is None else cast_to(x, "f32")
+
+
+def _served_queries(f: Flow, x: Parts, back: int) -> Tiles:
     """The mean of the queries that a key head serves, as they came."""
     heads = f.attn.heads
     served = heads.q // heads.kv
@@ -205,7 +241,6 @@ STEPS: Final[Mapping[str, Step]] = {
     "l2_norm": _l2_norm,
     "temperature": _temperature,
     "lerp": _lerp,
-    "causal_conv": convolved,
     "mean_residual": _mean_residual,
     "value_shift": _value_shift,
     "hadamard": transformed,

@@ -64,6 +64,15 @@ def _dense(b: Builder, attn: Attention, operand: str, first: Expr, rows: int) ->
     return _tokens(b, attn, operand, rows, tokens < name("count"), (batch, own, own), values)
 
 
+def along(b: Builder, attn: Attention, operand: str, own: Expr, rows: int) -> Tokens:
+    """Tokens with these numbers [rows] of the sequence `b`; those behind the last are the last again."""
+    length = name("Sq" if operand == "q" else "Sk")
+    known = b.let("own", minimum(own, length - 1), "past the end, the last one again")
+    batch = name("b")
+    values = {"b": batch, "Sq": name("Sq"), "Sk": storage.keys_of(b, attn, batch)}
+    return _tokens(b, attn, operand, rows, own < length, (batch, known, known), values)
+
+
 def _packed(b: Builder, attn: Attention, operand: str, first: Expr, rows: int) -> Tokens:
     """Of packed sequences, each token finds its own."""
     cu = CU_Q if operand == "q" else CU_K

@@ -1,0 +1,103 @@
+"""Tiles whose rows go along lines of tokens, as convolutions that multiply want it.
+
+A line is some tokens of a sequence, one after the other. A program has a tile of lines of one head of one operand, and
+goes along all of them at once, token by token: matrices are read once for all tokens of the lines, and what
+convolutions ask of the tokens before is what the last turns made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Final
+
+from attncc.ir.attention import Attention
+from attncc.ir.build import Builder, iota, quotient, remainder
+from attncc.ir.expr import Expr, maximum, minimum, name
+from attncc.passes.lower import tokens
+from attncc.passes.lower.chains import Chain
+from attncc.passes.lower.columns import Columns
+from attncc.passes.lower.convolution import matrices, reach
+from attncc.passes.lower.flow import Flow, Tiles
+from attncc.passes.lower.grid import cdiv, is_varlen
+from attncc.passes.lower.steps import behind, parts_of
+
+ROWS: Final = 64
+"""Lines of a tile: two tiles and their matrices fit a multiprocessor."""
+LOOSE: Final = 16
+"""Those of tiles of fp32, whose matrices are read for each token."""
+LONGEST: Final = 32
+"""Tokens of a line."""
+TILES: Final = 32
+"""So many tiles of a head fill the machine; more tokens make lines longer."""
+OPTIONS: Final = ("num_warps", 4), ("num_stages", 1), ("maxnreg", 0)
+"""Of the compiler, for tiles of 16 bits. Measured on an H200: 8 warps with 128 lines take a tenth longer, and a token
+fetched ahead, whose memory leaves room for one program only, does not make up for it."""
+PLACED: Final = ("slot", "part", "line", "tiles", "b", "h", "hk", "start", "step")
+"""Names by which a program knows where it is."""
+
+
+def goes_along(attn: Attention) -> bool:
+    """Whether the prologue's tiles do: those of packed sequences, which begin anywhere, do not."""
+    return bool(matrices(attn)) and not is_varlen(attn)
+
+
+def rows_of(attn: Attention) -> int:
+    return LOOSE if attn.dtype == "fp32" else ROWS
+
+
+def tiles_of(attn: Attention, operand: str) -> Expr:
+    """Tiles of a sequence of a head, over sizes."""
+    length = name("Sq" if operand == "q" else "Sk")
+    return cdiv(cdiv(length, _line(attn, length)), rows_of(attn))
+
+
+def _line(attn: Attention, length: Expr) -> Expr:
+    """Tokens of a line: one each, until a head has tiles enough."""
+    return minimum(maximum(quotient(name("B") * length, rows_of(attn) * TILES), 1), LONGEST)
+
+
+def go(b: Builder, attn: Attention, c: Chain, heads: tuple[Expr, Expr], store: Callable[[Flow], None]) -> None:
+    """What a program does with its tile of lines: `store` writes what becomes of a token of each.
+
+    Args:
+        heads: the operand's head, and the key head that goes with it.
+    """
+    rows, length = rows_of(attn), name("Sq" if c.operand == "q" else "Sk")
+    b.let("line", _line(attn, length), "tokens of a line")
+    b.let("tiles", cdiv(cdiv(length, name("line")), rows))
+    with b.when(name("part") < name("B") * name("tiles")):
+        b.let("b", quotient(name("part"), name("tiles")))
+        first = remainder(name("part"), name("tiles")) * rows
+        start = b.let("start", (first + iota(rows)) * name("line"), f"[{rows}] where each line begins")
+        before, inner = Builder(b.params), Builder(b.params)
+        at = tokens.along(before, attn, c.operand, start, rows)
+        begin = before.let("begin", at.position + (start - at.own), "where it is in the sequence")
+        taken = {*PLACED, *before.bound}
+        line = begin, name("step")
+        flow = Flow(attn, c, before, before, at, *heads, parts_of(attn, c), taken, line=line)
+        names = {place: _named(flow, place, behind(flow, *place)) for place in [*_asked(attn, c)]}
+        at = tokens.along(inner, attn, c.operand, start + name("step"), rows)
+        turn = replace(flow, b=inner, tokens=at, taken=flow.taken | inner.bound, found=dict(names))
+        store(turn)
+        for (level, back), tiles in sorted(names.items(), reverse=True):
+            made = behind(turn, level, back - 1)
+            for columns, tile in tiles.items():
+                inner.let(str(tile.attr), made[columns])
+        b.extend(before.body)
+        with b.loop("step", 0, minimum(name("line"), length)):
+            b.extend(inner.body)
+
+
+def _named(f: Flow, place: tuple[int, int], tiles: Tiles) -> dict[Columns, Expr]:
+    """Names by which turns know what the last ones made."""
+    level, back = place
+    text = f"{f.chain.operand}_behind_{level}_{back}_ago"
+    return {columns: f.b.let(f.reserve(text), tile, f"[{f.rows}, {columns.width}]") for columns, tile in tiles.items()}
+
+
+def _asked(attn: Attention, c: Chain) -> Iterator[tuple[int, int]]:
+    """What steps ask of earlier tokens: behind how many steps, and how many tokens back."""
+    for n, step in enumerate(c.steps):
+        for back in range(1, reach(attn, step, c.widths[n]) + 1):
+            yield n, back
