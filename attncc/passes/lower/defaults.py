@@ -77,6 +77,10 @@ def _is_cached(attn: Attention) -> bool:
     return quantizer(attn) is not None
 
 
+def _has_wide_words(attn: Attention) -> bool:
+    return has_words(attn) and 128 < _widest(attn) <= 256
+
+
 def _has_scaled_rows(attn: Attention) -> bool:
     """Whether scores read scales, which differ inside a tile."""
     return any(h.operand in "qk" and h.per not in quantize.WHOLE for h in quantize.all_held(attn))
@@ -153,6 +157,7 @@ HOPPER: Final = (
     Rule("operands of few bits, heads up to 128", _both(_is_quantised, _up_to(128)), _config(64, 64, 4, 1, tma=1)),
     Rule("operands of few bits, heads up to 256", _both(_is_quantised, _up_to(256)), _config(64, 32, 4, 1, tma=1)),
     Rule("a cache of few bits, heads up to 128", _both(_is_cached, _up_to(128)), _config(128, 32, 8, 1, tma=1)),
+    Rule("codes in words, heads from 129 to 256", _has_wide_words, _config(64, 16, 4, 1, tma=1)),
     Rule("a cache of few bits, heads up to 256", _both(_is_cached, _up_to(256)), _config(64, 32, 8, 1, tma=1)),
     Rule("a cache of few bits, the widest heads", _is_cached, _config(64, 32, 8, 1, tma=1)),
     Rule("pages of whole tiles", _both(storage.has_whole_tiles, _up_to(128)), _config(128, 64, 8, 1, tma=1)),
