@@ -280,12 +280,9 @@ def _program(program: Program) -> Iterator[str]:
     for label, words in (("skeleton", program.skeleton), ("why", program.why)):
         if words:
             yield f"{INDENT}{label}: {words!r}"
-    for knob in program.knobs:
-        yield f"{INDENT}{_knob(knob)}"
-    for scratch in program.scratch:
-        yield f"{INDENT}scratch {_scratch(scratch)}"
-    for launch in program.launches:
-        yield f"{INDENT}{_launch(launch)}"
+    yield from (f"{INDENT}{_knob(knob)}" for knob in program.knobs)
+    yield from (f"{INDENT}scratch {_scratch(scratch)}" for scratch in program.scratch)
+    yield from (f"{INDENT}{_launch(launch)}" for launch in program.launches)
     if program.engine_gap:
         yield f"{INDENT}engine: none, because of {program.engine_gap!r}"
     if program.short_gap:

@@ -7,28 +7,48 @@ operands of few bits are the largest tiles whose conversions fit a thread's regi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from attncc.device import Device
 from attncc.errors import Unsupported
 from attncc.ir.attention import Attention
-from attncc.ir.cache import quantizer
-from attncc.ir.expr import TRUE
-from attncc.ir.rewrite import buffers, names
 from attncc.ir.staircase import staircase
-from attncc.passes.lower import cache, latent, quantize, short, storage
+from attncc.passes.lower import latent, short, storage
+from attncc.passes.lower.conditions import (
+    Condition,
+    always,
+    both,
+    fills_shared,
+    fp32_up_to,
+    has_pieces,
+    has_scaled_rows,
+    has_small_tiles,
+    has_wide_words,
+    is_cached,
+    is_fp32,
+    is_latent,
+    is_light,
+    is_listed,
+    is_masked,
+    is_paged,
+    is_quantised,
+    is_unmasked,
+    reads_tiles,
+    reads_wide_tiles,
+    up_to,
+    values_up_to,
+    widest,
+)
 from attncc.passes.lower.group import members
 from attncc.passes.lower.hopper import gap, is_exact
 from attncc.passes.lower.knobs import E_GROUP
 from attncc.passes.lower.pieces import MAX_DIM
-from attncc.passes.lower.skew import split_diagonals
 from attncc.passes.lower.words import has_words
 
 Config = Mapping[str, int]
 Row = tuple[Mapping[str, int], Config]
-Condition = Callable[[Attention], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,181 +75,81 @@ def _engine(
     }  # fmt: skip
 
 
-def _is_light(attn: Attention) -> bool:
-    """Whether scores are the products and no lists are read: nothing else wants registers."""
-    return attn.part.score.op == "mul" and names(attn.part.score) <= {"qk", "scale"} and not _is_listed(attn)
-
-
-def _widest(attn: Attention) -> int:
-    return max(attn.dims.qk, attn.dims.v)
-
-
-def _is_fp32(attn: Attention) -> bool:
-    return attn.dtype == "fp32"
-
-
-def _is_quantised(attn: Attention) -> bool:
-    return bool(attn.quantize) and quantizer(attn) is None
-
-
-def _is_cached(attn: Attention) -> bool:
-    """Whether keys and values are codes, which become numbers in registers."""
-    return quantizer(attn) is not None
-
-
-def _has_wide_words(attn: Attention) -> bool:
-    return has_words(attn) and 128 < _widest(attn) <= 256
-
-
-def _has_scaled_rows(attn: Attention) -> bool:
-    """Whether scores read scales, which differ inside a tile."""
-    return any(h.operand in "qk" and h.per not in quantize.WHOLE for h in quantize.all_held(attn))
-
-
-def _up_to(dim: int) -> Condition:
-    return lambda attn: _widest(attn) <= dim
-
-
-def _always(_: Attention) -> bool:
-    return True
-
-
-def _values_up_to(dim: int) -> Condition:
-    return lambda attn: attn.dims.v <= dim and attn.dims.qk <= 2 * dim
-
-
-def _fp32_up_to(dim: int) -> Condition:
-    return _both(_is_fp32, _up_to(dim))
-
-
-def _both(a: Condition, b: Condition) -> Condition:
-    return lambda attn: a(attn) and b(attn)
-
-
-def _reads_tiles(attn: Attention) -> bool:
-    return bool(split_diagonals(attn)[1])
-
-
-def _reads_wide_tiles(attn: Attention) -> bool:
-    return any(d.dtype == "f32" for d in split_diagonals(attn)[1])
-
-
-def _fills_shared(attn: Attention) -> bool:
-    """Whether two key tiles of 128 and one query tile of 128 are what shared memory holds."""
-    return attn.dims.qk + attn.dims.v <= 320
-
-
-def _is_listed(attn: Attention) -> bool:
-    tiles = attn.parts[0].key_tiles
-    return tiles is not None and tiles.listed
-
-
-def _is_unmasked(attn: Attention) -> bool:
-    return attn.parts[0].mask == TRUE
-
-
-def _is_masked(attn: Attention) -> bool:
-    return not _is_unmasked(attn)
-
-
-def _has_small_tiles(attn: Attention) -> bool:
-    """Scores that read inputs, and masks that start behind the first key."""
-    part = attn.parts[0]
-    ranges = part.key_tiles.ranges if part.key_tiles else ()
-    return attn.dims.qk <= 128 and (bool(buffers(part.score)) or any(r.lo.value != 0 for r in ranges))
-
-
-def _is_paged(attn: Attention) -> bool:
-    return attn.page_size > 0
-
-
-def _is_latent(attn: Attention) -> bool:
-    return attn.is_latent
-
-
-def _has_pieces(attn: Attention) -> bool:
-    return max(len(cache.key_pieces(attn)), len(cache.value_pieces(attn))) > 1
-
-
 HOPPER: Final = (
-    Rule("fp32 products, which take no tensor core", _fp32_up_to(128), _config(64, 32, 4, 1, tma=1)),
-    Rule("fp32 products, wide heads", _is_fp32, _config(32, 16, 4, 1, tma=1)),
-    Rule("operands of few bits, heads up to 128", _both(_is_quantised, _up_to(128)), _config(64, 64, 4, 1, tma=1)),
-    Rule("operands of few bits, heads up to 256", _both(_is_quantised, _up_to(256)), _config(64, 32, 4, 1, tma=1)),
-    Rule("a cache of few bits, heads up to 128", _both(_is_cached, _up_to(128)), _config(128, 32, 8, 1, tma=1)),
-    Rule("codes in words, heads from 129 to 256", _has_wide_words, _config(64, 16, 4, 1, tma=1)),
-    Rule("a cache of few bits, heads up to 256", _both(_is_cached, _up_to(256)), _config(64, 32, 8, 1, tma=1)),
-    Rule("a cache of few bits, the widest heads", _is_cached, _config(64, 32, 8, 1, tma=1)),
-    Rule("pages of whole tiles", _both(storage.has_whole_tiles, _up_to(128)), _config(128, 64, 8, 1, tma=1)),
-    Rule("keys that find their own pages", _both(_is_paged, _up_to(128)), _config(128, 32, 8, 1, tma=1)),
-    Rule(
-        "a bias tile beside the scores", _both(_reads_tiles, _up_to(128)), _config(128, 64, 8, 2, 128, tma=1, group=2)
-    ),
+    Rule("fp32 products, which take no tensor core", fp32_up_to(128), _config(64, 32, 4, 1, tma=1)),
+    Rule("fp32 products, wide heads", is_fp32, _config(32, 16, 4, 1, tma=1)),
+    Rule("operands of few bits, heads up to 128", both(is_quantised, up_to(128)), _config(64, 64, 4, 1, tma=1)),
+    Rule("operands of few bits, heads up to 256", both(is_quantised, up_to(256)), _config(64, 32, 4, 1, tma=1)),
+    Rule("a cache of few bits, heads up to 128", both(is_cached, up_to(128)), _config(128, 32, 8, 1, tma=1)),
+    Rule("codes in words, heads from 129 to 256", has_wide_words, _config(64, 16, 4, 1, tma=1)),
+    Rule("a cache of few bits, heads up to 256", both(is_cached, up_to(256)), _config(64, 32, 8, 1, tma=1)),
+    Rule("a cache of few bits, the widest heads", is_cached, _config(64, 32, 8, 1, tma=1)),
+    Rule("pages of whole tiles", both(storage.has_whole_tiles, up_to(128)), _config(128, 64, 8, 1, tma=1)),
+    Rule("keys that find their own pages", both(is_paged, up_to(128)), _config(128, 32, 8, 1, tma=1)),
+    Rule("a bias tile beside the scores", both(reads_tiles, up_to(128)), _config(128, 64, 8, 2, 128, tma=1, group=2)),
     Rule(
         "listed tiles of heads in several pieces",
-        _both(_both(_is_listed, _has_pieces), _up_to(256)),
+        both(both(is_listed, has_pieces), up_to(256)),
         _config(64, 32, 4, 1, tma=1, group=1),
     ),
-    Rule("heads of several pieces", _both(_has_pieces, _up_to(128)), _config(64, 32, 4, 2, tma=1)),
-    Rule(
-        "listed tiles: one head at a time", _both(_is_listed, _up_to(128)), _config(64, 128, 4, 1, 168, tma=1, group=1)
-    ),
-    Rule("narrow heads, no mask", _both(_is_unmasked, _up_to(64)), _config(64, 128, 4, 1, 160, tma=1)),
-    Rule("narrow heads", _up_to(64), _config(64, 128, 4, 2, 160, tma=1)),
+    Rule("heads of several pieces", both(has_pieces, up_to(128)), _config(64, 32, 4, 2, tma=1)),
+    Rule("listed tiles: one head at a time", both(is_listed, up_to(128)), _config(64, 128, 4, 1, 168, tma=1, group=1)),
+    Rule("narrow heads, no mask", both(is_unmasked, up_to(64)), _config(64, 128, 4, 1, 160, tma=1)),
+    Rule("narrow heads", up_to(64), _config(64, 128, 4, 2, 160, tma=1)),
     Rule(
         "more work a pair, or few keys a row: four programs a multiprocessor",
-        _both(_has_small_tiles, _values_up_to(128)),
+        both(has_small_tiles, values_up_to(128)),
         _config(64, 64, 4, 1, 128, tma=1),
     ),
-    Rule("values up to 128: three programs a multiprocessor", _values_up_to(128), _config(64, 128, 4, 1, 168, tma=1)),
+    Rule("values up to 128: three programs a multiprocessor", values_up_to(128), _config(64, 128, 4, 1, 168, tma=1)),
     Rule(
         "heads of several pieces up to 256, masked",
-        _both(_both(_has_pieces, _is_masked), _up_to(256)),
+        both(both(has_pieces, is_masked), up_to(256)),
         _config(64, 32, 4, 2, tma=1),
     ),
-    Rule("heads up to 160", _up_to(160), _config(64, 64, 4, 2, tma=1)),
-    Rule("heads up to 256", _up_to(256), _config(64, 128, 4, 1, tma=1)),
-    Rule("a wide latent: two stages, without which registers spill", _is_latent, _config(64, 32, 8, 2, tma=1)),
-    Rule("the widest heads", _always, _config(64, 32, 8, 1, tma=1)),
+    Rule("heads up to 160", up_to(160), _config(64, 64, 4, 2, tma=1)),
+    Rule("heads up to 256", up_to(256), _config(64, 128, 4, 1, tma=1)),
+    Rule("a wide latent: two stages, without which registers spill", is_latent, _config(64, 32, 8, 2, tma=1)),
+    Rule("the widest heads", always, _config(64, 32, 8, 1, tma=1)),
 )
 ENGINE: Final = (
-    Rule("listed tiles of several pieces", _both(_is_listed, _has_pieces), _engine(keys=64, consumers=2, q_stages=1)),
-    Rule("operands of few bits, a table beside", _both(_is_quantised, _reads_tiles), _engine(128, 2, q_stages=1)),
-    Rule("operands of few bits, scales of rows or keys", _has_scaled_rows, _engine(64, 2, stages=3)),
-    Rule("operands of few bits", _is_quantised, {**_engine(128, 2, stages=3), "E_POLY": 2}),
-    Rule("heads up to 64", _both(_up_to(64), _is_light), _engine(keys=128, consumers=3, turns=1, registers=160)),
-    Rule("a wide table beside the scores", _both(_reads_wide_tiles, _up_to(128)), _engine(128, 2, q_stages=1)),
-    Rule("heads up to 128", _up_to(128), _engine(keys=128, consumers=2)),
-    Rule("a table beside the scores", _reads_tiles, _engine(keys=64, consumers=2, q_stages=1)),
-    Rule("heads up to 160, or of 192 with values of 128", _fills_shared, _engine(128, 2, q_stages=1)),
-    Rule("heads up to 256", _always, _engine(keys=64, consumers=2, q_stages=1)),
+    Rule("listed tiles of several pieces", both(is_listed, has_pieces), _engine(keys=64, consumers=2, q_stages=1)),
+    Rule("operands of few bits, a table beside", both(is_quantised, reads_tiles), _engine(128, 2, q_stages=1)),
+    Rule("operands of few bits, scales of rows or keys", has_scaled_rows, _engine(64, 2, stages=3)),
+    Rule("operands of few bits", is_quantised, {**_engine(128, 2, stages=3), "E_POLY": 2}),
+    Rule("heads up to 64", both(up_to(64), is_light), _engine(keys=128, consumers=3, turns=1, registers=160)),
+    Rule("a wide table beside the scores", both(reads_wide_tiles, up_to(128)), _engine(128, 2, q_stages=1)),
+    Rule("heads up to 128", up_to(128), _engine(keys=128, consumers=2)),
+    Rule("a table beside the scores", reads_tiles, _engine(keys=64, consumers=2, q_stages=1)),
+    Rule("heads up to 160, or of 192 with values of 128", fills_shared, _engine(128, 2, q_stages=1)),
+    Rule("heads up to 256", always, _engine(keys=64, consumers=2, q_stages=1)),
 )
 """Of the Hopper engine."""
 BLACKWELL: Final = (
-    Rule("fp32 products", _is_fp32, _config(32, 16, 4, 1, tma=1)),
-    Rule("a cache of few bits", _both(_is_cached, _up_to(256)), _config(64, 32, 4, 1, tma=1)),
-    Rule("keys in pages", _both(_is_paged, _up_to(128)), _config(64, 32, 4, 1, tma=1)),
-    Rule("operands of few bits", _both(_is_quantised, _up_to(256)), _config(64, 64, 4, 1, tma=1)),
-    Rule("heads up to 128", _up_to(128), _config(128, 64, 4, 2, tma=1)),
-    Rule("heads up to 256", _up_to(256), _config(64, 64, 4, 1, tma=1)),
-    Rule("the widest heads", _always, _config(64, 32, 8, 1, tma=1)),
+    Rule("fp32 products", is_fp32, _config(32, 16, 4, 1, tma=1)),
+    Rule("a cache of few bits", both(is_cached, up_to(256)), _config(64, 32, 4, 1, tma=1)),
+    Rule("keys in pages", both(is_paged, up_to(128)), _config(64, 32, 4, 1, tma=1)),
+    Rule("operands of few bits", both(is_quantised, up_to(256)), _config(64, 64, 4, 1, tma=1)),
+    Rule("heads up to 128", up_to(128), _config(128, 64, 4, 2, tma=1)),
+    Rule("heads up to 256", up_to(256), _config(64, 64, 4, 1, tma=1)),
+    Rule("the widest heads", always, _config(64, 32, 8, 1, tma=1)),
 )
 AMPERE: Final = (
-    Rule("fp32 products, wide heads", lambda a: _is_fp32(a) and _widest(a) > 128, _config(16, 16, 4, 1)),
-    Rule("fp32 products", _is_fp32, _config(32, 32, 4, 1)),
-    Rule("a cache of few bits", _both(_is_cached, _up_to(128)), _config(64, 32, 4, 1)),
-    Rule("keys in pages", _both(_is_paged, _up_to(128)), _config(64, 32, 4, 1)),
-    Rule("heads up to 128", _up_to(128), _config(64, 64, 4, 2)),
-    Rule("heads up to 256", _up_to(256), _config(64, 32, 4, 1)),
-    Rule("the widest heads", _always, _config(32, 16, 8, 1)),
+    Rule("fp32 products, wide heads", lambda a: is_fp32(a) and widest(a) > 128, _config(16, 16, 4, 1)),
+    Rule("fp32 products", is_fp32, _config(32, 32, 4, 1)),
+    Rule("a cache of few bits", both(is_cached, up_to(128)), _config(64, 32, 4, 1)),
+    Rule("keys in pages", both(is_paged, up_to(128)), _config(64, 32, 4, 1)),
+    Rule("heads up to 128", up_to(128), _config(64, 64, 4, 2)),
+    Rule("heads up to 256", up_to(256), _config(64, 32, 4, 1)),
+    Rule("the widest heads", always, _config(32, 16, 8, 1)),
 )
 CDNA: Final = (
-    Rule("fp32 products", _is_fp32, _config(32, 16, 4, 1)),
-    Rule("a cache of few bits", _both(_is_cached, _up_to(128)), _config(64, 32, 4, 1)),
-    Rule("heads up to 128", _up_to(128), _config(64, 64, 4, 1)),
-    Rule("wide heads", _always, _config(32, 32, 4, 1)),
+    Rule("fp32 products", is_fp32, _config(32, 16, 4, 1)),
+    Rule("a cache of few bits", both(is_cached, up_to(128)), _config(64, 32, 4, 1)),
+    Rule("heads up to 128", up_to(128), _config(64, 64, 4, 1)),
+    Rule("wide heads", always, _config(32, 32, 4, 1)),
 )
-INTERPRETED: Final = (Rule("Triton's interpreter: few, large steps", _always, _config(64, 64, 4, 1)),)
+INTERPRETED: Final = (Rule("Triton's interpreter: few, large steps", always, _config(64, 64, 4, 1)),)
 RULES: Final[Mapping[str, tuple[Rule, ...]]] = {
     "sm_80": AMPERE,
     "sm_86": AMPERE,
@@ -291,7 +211,7 @@ def default_configs(attn: Attention, device: Device, with_engine: bool = True) -
     if device.arch not in RULES:
         raise Unsupported(f"nothing is known of launches on {device.arch}", hint=f"supported: {', '.join(RULES)}")
     rule = next(r for r in RULES[device.arch] if r.applies(attn))
-    config = {**rule.config, "GROUP": min(2, rule.config["GROUP"])} if _is_unmasked(attn) else rule.config
+    config = {**rule.config, "GROUP": min(2, rule.config["GROUP"])} if is_unmasked(attn) else rule.config
     config = {**config, "BN": max(n for n in KEYS if n <= config["BN"] and storage.fits_tiles(attn, n))}
     large = {**config, **_engine_config(attn, device)} if with_engine else config
     small = {**config, **_small(attn, config, device), "ONE_PASS": 1, "TMA": 0, "maxnreg": 0}
@@ -317,21 +237,21 @@ def filling(device: Device, each: int) -> int:
 
 def _small(attn: Attention, config: Config, device: Device) -> Config:
     """What small calls have otherwise."""
-    if device.has_wgmma and _has_pieces(attn):
+    if device.has_wgmma and has_pieces(attn):
         return {"BN": min(PIECED, config["BN"]), "num_stages": 1}
     return {"BN": min(64, config["BN"])}
 
 
 def _splitting(attn: Attention, config: Config, device: Device) -> list[Row]:
     """Rows for calls of few queries, by how many of them with all heads of their group one query tile holds."""
-    keys = 64 if attn.page_size and _widest(attn) <= 128 else min(64, config["BN"])
-    keys = PIECED if device.has_wgmma and _has_pieces(attn) else keys
-    keys = (PIECED if _widest(attn) <= 256 else PIECED // 2) if _is_cached(attn) else keys
+    keys = 64 if attn.page_size and widest(attn) <= 128 else min(64, config["BN"])
+    keys = PIECED if device.has_wgmma and has_pieces(attn) else keys
+    keys = (PIECED if widest(attn) <= 256 else PIECED // 2) if is_cached(attn) else keys
     keys = min(keys, config["BN"]) if staircase(attn) else keys  # a tile is in a segment
     tiles = (FIXED_SHARE if attn.is_apart else SHARE) // keys
     heights = [rows for rows in GROUPED if rows <= config["BM"]]
     heights = [TURNED, *heights] if _is_turned(attn, device) else heights
-    heights = heights[:1] if staircase(attn) or (_is_cached(attn) and _widest(attn) > 256) else heights
+    heights = heights[:1] if staircase(attn) or (is_cached(attn) and widest(attn) > 256) else heights
     bounds = {min(rows // members(attn), SHORT): rows for rows in reversed(heights)}
     bounds.setdefault(SHORT, heights[-1])
     few = {**config, "BN": keys, "maxnreg": 0, "SPLIT": tiles}
@@ -371,20 +291,20 @@ def _pace(attn: Attention, rows: int, device: Device) -> Config:
         share = (FIXED_SHARE if attn.is_apart else SHARE) // found["BN"]
         many = {"FILL": filling(device, 8)} if rows <= GROUPED[0] and device.has_wgmma else {}
         return {**found, "SPLIT": share, **many}
-    if _is_cached(attn):
-        warps, stages = next(pace for dim, pace in CODED if _widest(attn) <= dim)[rows]
+    if is_cached(attn):
+        warps, stages = next(pace for dim, pace in CODED if widest(attn) <= dim)[rows]
         many = {"FILL": filling(device, 8)} if warps == 1 else {}
         return {"num_warps": warps, "num_stages": stages, **many}
-    if not device.has_wgmma or _is_fp32(attn) or _widest(attn) > 128:
+    if not device.has_wgmma or is_fp32(attn) or widest(attn) > 128:
         if attn.is_latent:
             return {"num_warps": 4, "FILL": filling(device, 2)} if device.has_wgmma and rows == GROUPED[0] else {}
-        return {"num_stages": 1, "num_warps": 4} if attn.page_size and _widest(attn) <= 128 else {"num_stages": 1}
+        return {"num_stages": 1, "num_warps": 4} if attn.page_size and widest(attn) <= 128 else {"num_stages": 1}
     return {"num_stages": 2, "num_warps": 2 if rows == GROUPED[0] else 4}
 
 
 def _is_turned(attn: Attention, device: Device) -> bool:
     """Whether tiles of few rows are worth it: where making numbers of codes is what takes the time."""
-    return has_words(attn) and _widest(attn) <= 128 and device.caps_registers
+    return has_words(attn) and widest(attn) <= 128 and device.caps_registers
 
 
 def _engine_config(attn: Attention, device: Device) -> Config:
@@ -393,9 +313,9 @@ def _engine_config(attn: Attention, device: Device) -> Config:
         return {}
     rule = next(r for r in ENGINE if r.applies(attn))
     changes = {"E_POLY": 0} if is_exact(attn) else {}
-    if _is_listed(attn):
+    if is_listed(attn):
         changes["E_GROUP"] = 1
-    elif _is_unmasked(attn):  # tiles take equally long in whatever order: that in which fewest keys are due at a time
+    elif is_unmasked(attn):  # tiles take equally long in whatever order: that in which fewest keys are due at a time
         changes["E_GROUP"] = _sharing(attn)
     return beside_engine(attn, {**rule.config, **changes})
 
@@ -411,10 +331,10 @@ def beside_engine(attn: Attention, engine: Config) -> Config:
     These only do tiles again, 64 rows at a time; where tiles are listed, those of the lists are the engine's.
     """
     portable = {"BM": 64, "num_stages": 1, "maxnreg": 0}
-    if _has_pieces(attn):
+    if has_pieces(attn):
         portable["num_warps"] = 8  # by four, ptxas 12.8 multiplies what lies at undefined addresses (heads of 80, 96)
-    if _is_listed(attn):
+    if is_listed(attn):
         portable |= {"BM": 64 * engine["E_CONSUMERS"], "BN": engine["E_KEYS"], "num_warps": 8}
-        if _has_pieces(attn):
+        if has_pieces(attn):
             portable["num_warps"] = 16  # as above, of tiles as high as the engine's
     return {**portable, "ENGINE": 1, **engine}
