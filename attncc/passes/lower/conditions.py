@@ -8,6 +8,7 @@ from attncc.ir.attention import Attention
 from attncc.ir.cache import quantizer
 from attncc.ir.expr import TRUE
 from attncc.ir.rewrite import buffers, names
+from attncc.ir.staircase import staircase
 from attncc.passes.lower import cache, quantize
 from attncc.passes.lower.skew import split_diagonals
 from attncc.passes.lower.words import has_words
@@ -35,6 +36,10 @@ def is_quantised(attn: Attention) -> bool:
 def is_cached(attn: Attention) -> bool:
     """Whether keys and values are codes, which become numbers in registers."""
     return quantizer(attn) is not None
+
+
+def is_staircase(attn: Attention) -> bool:
+    return staircase(attn) is not None
 
 
 def has_wide_words(attn: Attention) -> bool:

@@ -14,7 +14,6 @@ from typing import Final
 from attncc.device import Device
 from attncc.errors import Unsupported
 from attncc.ir.attention import Attention
-from attncc.ir.staircase import staircase
 from attncc.passes.lower import latent, short, storage
 from attncc.passes.lower.conditions import (
     Condition,
@@ -34,6 +33,7 @@ from attncc.passes.lower.conditions import (
     is_masked,
     is_paged,
     is_quantised,
+    is_staircase,
     is_unmasked,
     reads_tiles,
     reads_wide_tiles,
@@ -75,11 +75,13 @@ def _engine(
     }  # fmt: skip
 
 
+STAIRS: Final = _config(64, 32, 4, 1, tma=1)
 HOPPER: Final = (
     Rule("fp32 products, which take no tensor core", fp32_up_to(128), _config(64, 32, 4, 1, tma=1)),
     Rule("fp32 products, wide heads", is_fp32, _config(32, 16, 4, 1, tma=1)),
     Rule("operands of few bits, heads up to 128", both(is_quantised, up_to(128)), _config(64, 64, 4, 1, tma=1)),
     Rule("operands of few bits, heads up to 256", both(is_quantised, up_to(256)), _config(64, 32, 4, 1, tma=1)),
+    Rule("a staircase, by four warps: by eight, keys of NaN made an H200 read astray", is_staircase, STAIRS),
     Rule("a cache of few bits, heads up to 128", both(is_cached, up_to(128)), _config(128, 32, 8, 1, tma=1)),
     Rule("codes in words, heads from 129 to 256", has_wide_words, _config(64, 16, 4, 1, tma=1)),
     Rule("a cache of few bits, heads up to 256", both(is_cached, up_to(256)), _config(64, 32, 8, 1, tma=1)),
@@ -247,11 +249,11 @@ def _splitting(attn: Attention, config: Config, device: Device) -> list[Row]:
     keys = 64 if attn.page_size and widest(attn) <= 128 else min(64, config["BN"])
     keys = PIECED if device.has_wgmma and has_pieces(attn) else keys
     keys = (PIECED if widest(attn) <= 256 else PIECED // 2) if is_cached(attn) else keys
-    keys = min(keys, config["BN"]) if staircase(attn) else keys  # a tile is in a segment
+    keys = min(keys, config["BN"]) if is_staircase(attn) else keys  # a tile is in a segment
     tiles = (FIXED_SHARE if attn.is_apart else SHARE) // keys
     heights = [rows for rows in GROUPED if rows <= config["BM"]]
     heights = [TURNED, *heights] if _is_turned(attn, device) else heights
-    heights = heights[:1] if staircase(attn) or (is_cached(attn) and widest(attn) > 256) else heights
+    heights = heights[:1] if is_staircase(attn) or (is_cached(attn) and widest(attn) > 256) else heights
     bounds = {min(rows // members(attn), SHORT): rows for rows in reversed(heights)}
     bounds.setdefault(SHORT, heights[-1])
     few = {**config, "BN": keys, "maxnreg": 0, "SPLIT": tiles}
@@ -283,7 +285,7 @@ def _pace(attn: Attention, rows: int, device: Device) -> Config:
 
     Measured on an H200: two warps and two stages are fastest over rows of keys as over pages, but for wide latents.
     """
-    if staircase(attn):
+    if is_staircase(attn):
         warps, stages = STEPPED
         return {"num_warps": warps, "num_stages": stages}
     if _is_turned(attn, device):

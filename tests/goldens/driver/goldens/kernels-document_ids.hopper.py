@@ -102,6 +102,18 @@ def beside(n, row0, at, args):
 
 
 @gluon.jit
+def ramp(u, s, args):
+    """What scores grow by along a key tile, if they do so alike for all."""
+    return ()
+
+
+@gluon.jit
+def shift(n, r, s, args):
+    """What scores of the key tile from n on have beside in a row."""
+    return ()
+
+
+@gluon.jit
 def rows(rows, s, args):
     """What the formulas know of rows, [rows] or [rows, 1] each."""
     (

@@ -234,8 +234,10 @@ def paged_decode_stream(
             is_item = at < items
             some = tl.load(tiles_of + at * tiles_of_s0, mask=is_item, other=0)
             line = line + tl.sum(some, 0)
-        # ranges of equal size, none of fewer than SPLIT tiles while there are more
-        ranges = tl.maximum(tl.minimum(FILL, line // SPLIT), 1)
+        # ranges of equal size, none of fewer than SPLIT tiles while there are more; whole ones to an item if near
+        even = FILL // tl.maximum(items, 1) * items
+        most = tl.where(even * 20 >= FILL * 19, even, FILL)
+        ranges = tl.maximum(tl.minimum(most, line // SPLIT), 1)
         size = line // ranges
         longer = line % ranges
         range_begin = tl.minimum(tl.program_id(0) * size + tl.minimum(tl.program_id(0), longer), line)
@@ -375,8 +377,10 @@ def paged_decode_merge(
         is_item = at < items
         some = tl.load(tiles_of + at * tiles_of_s0, mask=is_item, other=0)
         line = line + tl.sum(some, 0)
-    # ranges of equal size, none of fewer than SPLIT tiles while there are more
-    ranges = tl.maximum(tl.minimum(FILL, line // SPLIT), 1)
+    # ranges of equal size, none of fewer than SPLIT tiles while there are more; whole ones to an item if near
+    even = FILL // tl.maximum(items, 1) * items
+    most = tl.where(even * 20 >= FILL * 19, even, FILL)
+    ranges = tl.maximum(tl.minimum(most, line // SPLIT), 1)
     size = line // ranges
     longer = line % ranges
     item_begin = 0
