@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 from math import gcd
+from typing import Literal
 
 from attncc.check.inputs import expressions
 from attncc.device import Device
@@ -30,13 +31,21 @@ def stand_in(attn: Attention, device: Device, captured: Collection[str] = ()) ->
     notes = ["no GPU here: kernels ran in Triton's interpreter, on small shapes"]
     if attn.dtype not in device.dtypes:
         notes.append(f"{attn.dtype} was checked as fp16: Triton's interpreter multiplies bf16 wrongly")
-        attn = replace(attn, dtype="fp16")
+        attn = _in(attn, "fp16")
     fewer = fewer_heads(attn, captured)
     if fewer != attn.heads:
         old, new = (f"{x.q} query and {x.kv} key heads" for x in (attn.heads, fewer))
         notes.append(f"{old} were checked as {new}: no formula tells them apart")
         attn = replace(attn, heads=fewer)
     return attn, tuple(notes)
+
+
+def _in(attn: Attention, dtype: Literal["fp16"]) -> Attention:
+    """The variant over operands of another dtype; a staircase begins with it."""
+    stairs = {
+        z: tuple((age, dtype if step == attn.dtype else step) for age, step in z.staircase) for z in attn.quantize
+    }
+    return replace(attn, dtype=dtype, quantize=tuple(replace(z, staircase=steps) for z, steps in stairs.items()))
 
 
 def fewer_heads(attn: Attention, captured: Collection[str] = ()) -> Heads:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from attncc import spec
 from attncc.check.stand_in import stand_in
 from attncc.device import find
 from attncc.ir.attention import Attention, Dims, Heads, Input, Normalizer, Part
@@ -62,3 +64,11 @@ def test_heads_that_only_read_what_is_theirs_do_not_differ(at: Expr) -> None:
     attn = replace(LARGE, parts=(Part(QK, mask),), inputs=(Input("table", ("Hk", "Sk")),))
     assert stand_in(attn, CPU)[0].heads == Heads(4, 2, 2)
     assert stand_in(attn, CPU, captured={"table"})[0].heads == LARGE.heads, "the tensor has as many heads"
+
+
+def test_a_staircase_begins_with_the_dtype_that_takes_the_place_of_another() -> None:
+    loaded = spec.load(Path(__file__).parents[2] / "examples" / "saq_staircase.yaml")
+    attn, _ = stand_in(loaded.attention, CPU)
+    (cache,) = attn.quantize
+    assert (attn.dtype, cache.staircase[0][1]) == ("fp16", "fp16")
+    assert [step for _, step in cache.staircase[1:]] == [step for _, step in loaded.attention.quantize[0].staircase[1:]]
