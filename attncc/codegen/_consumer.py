@@ -17,6 +17,7 @@ from ._steps import (
     fetch_own,
     few_bits,
     fill,
+    fixed,
     joined,
     overlap,
     pass_turn,
@@ -142,7 +143,7 @@ def finish(m, l, r, s, known, mail, letter, args, DTYPE: gl.constexpr, ROW: gl.c
     """What rows' accumulators are multiplied by, and their lse."""
     total = gl.convert_layout(gl.sum(l, 1), ROW)
     if few_bits(DTYPE):  # what only the end needs is heard of again, and takes no registers from the loop
-        s_end = known + fetch_own(mail, letter + LETTER, CONFIG[9])
+        s_end = known + fetch_own(mail, letter + LETTER, fixed(CONFIG, "FLOATS"))
         factor, lse = variant.finish(m, total * (1.0 / MOST), r, s_end, args)
     else:
         factor, lse = variant.finish(m, total, r, s, args)
@@ -155,16 +156,16 @@ def consume(NUMBER: gl.constexpr, O, sinks, places, o_s, mail, bars, args, OWN_R
     q_full, q_empty, _, _, v_full, v_empty, _, _, mail_full, mail_empty = bars
     q_s, _, v_s, _ = places
     _, _, _, LSE, lse_h, write_lse, lost, counter = sinks
-    BN: gl.constexpr = CONFIG[0]
-    CONSUMERS: gl.constexpr = CONFIG[1]
-    STAGES: gl.constexpr = CONFIG[2]
-    Q_STAGES: gl.constexpr = CONFIG[3]
+    BN: gl.constexpr = fixed(CONFIG, "BN")
+    CONSUMERS: gl.constexpr = fixed(CONFIG, "CONSUMERS")
+    STAGES: gl.constexpr = fixed(CONFIG, "STAGES")
+    Q_STAGES: gl.constexpr = fixed(CONFIG, "Q_STAGES")
     SIZE: gl.constexpr = mail.shape[0] // 2
     S_LAYOUT: gl.constexpr = accumulator(BN, v_s[0].dtype)
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     read = 0  # tiles of K
     done = 0  # query tiles
-    if CONFIG[4] > 0 and NUMBER == CONSUMERS - 1:
+    if fixed(CONFIG, "TURNS") > 0 and NUMBER == CONSUMERS - 1:
         pass_turn(0)
     known = variant.known(args)
     mbarrier.wait(mail_full.index(0), 0)
@@ -173,8 +174,8 @@ def consume(NUMBER: gl.constexpr, O, sinks, places, o_s, mail, bars, args, OWN_R
         letter = (done & 1) * SIZE
         cuts = fetch(mail, letter + 1)
         row0 = fetch(mail, letter + 2)
-        s = known + fetch_own(mail, letter + LETTER, CONFIG[9])
-        c = s[CONFIG[10]]
+        s = known + fetch_own(mail, letter + LETTER, fixed(CONFIG, "FLOATS"))
+        c = s[fixed(CONFIG, "FACTOR")]
         r = variant.rows(row0 + NUMBER * ROWS + gl.arange(0, ROWS, ROW), s, args)
         r = r + variant.ramp(gl.arange(0, BN, gl.SliceLayout(0, S_LAYOUT)), s, args)
         q_at = (done % Q_STAGES) * CONSUMERS + NUMBER
@@ -206,27 +207,28 @@ def consume(NUMBER: gl.constexpr, O, sinks, places, o_s, mail, bars, args, OWN_R
         acc_sent = add_values(p, v_s, before, acc)
         factor, lse = finish(m, l, r, s, known, mail, letter, args, v_s[0].dtype, ROW, CONFIG)
         b, h, first = fetch(mail, letter + 3), fetch(mail, letter + 4), fetch(mail, letter + 5) + NUMBER * ROWS
-        left, again = fetch(mail, letter + 6) - NUMBER * ROWS, fetch(mail, letter + 7) + NUMBER * ROWS // CONFIG[6]
+        left = fetch(mail, letter + 6) - NUMBER * ROWS
+        again = fetch(mail, letter + 7) + NUMBER * ROWS // fixed(CONFIG, "AGAIN")
         mbarrier.arrive(mail_empty.index(done & 1), count=1)
         done += 1
         mbarrier.wait(mail_full.index(done & 1), (done >> 1) & 1)
         count = fetch(mail, (done & 1) * SIZE)
         acc = joined(arrived(acc_sent), acc, late)
         mbarrier.arrive(v_empty.index(before), count=1)
-        if CONFIG[7]:
+        if fixed(CONFIG, "MARK_LOST"):
             mark_lost(acc, lost, counter, again, left, NUMBER)
         if OWN_ROOM:
             tma.store_wait(0)
             barrier()
-            store(scaled(acc, factor), O, o_s, sinks, NUMBER, b, h, first, left, CONFIG[16])
+            store(scaled(acc, factor), O, o_s, sinks, NUMBER, b, h, first, left, fixed(CONFIG, "COLUMNS"))
         else:
-            store(scaled(acc, factor), O, o_s, sinks, q_at, b, h, first, left, CONFIG[16])
+            store(scaled(acc, factor), O, o_s, sinks, q_at, b, h, first, left, fixed(CONFIG, "COLUMNS"))
         if write_lse > 0:
-            write_rows(LSE + (b * CONFIG[15] + h).to(gl.int64) * lse_h, lse, first, left, ROW)
+            write_rows(LSE + (b * fixed(CONFIG, "HEADS") + h).to(gl.int64) * lse_h, lse, first, left, ROW)
         if Q_STAGES == 1:
             tma.store_wait(0)
             barrier()
             mbarrier.arrive(q_empty.index(NUMBER), count=1)
     tma.store_wait(0)
-    if CONFIG[7]:
+    if fixed(CONFIG, "MARK_LOST"):
         leave(counter, lost, CONSUMERS + 1, True)

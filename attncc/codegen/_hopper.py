@@ -34,7 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from . import hopper as variant
 from ._consumer import consume, leave, load_by_tma
-from ._steps import LETTER, ROWS, few_bits
+from ._steps import LETTER, ROWS, few_bits, fixed
 
 # -- the producer --------------------------------------------------------------------------------
 
@@ -80,9 +80,9 @@ def post(mail, slot, numbers):
 def find(number, tiles, args, CONFIG):
     """Where a query tile is, how many key tiles of it are cut and whole, and what is known of it; the last one's, too,
     for numbers behind that."""
-    BM: gl.constexpr = ROWS * CONFIG[1]
-    at, where = variant.place(gl.minimum(number, tiles - 1), args, BM, CONFIG[5], CONFIG[6])
-    cuts, wholes, s = variant.walk(at, args, BM, CONFIG[0])
+    BM: gl.constexpr = ROWS * fixed(CONFIG, "CONSUMERS")
+    at, where = variant.place(gl.minimum(number, tiles - 1), args, BM, fixed(CONFIG, "GROUP"), fixed(CONFIG, "AGAIN"))
+    cuts, wholes, s = variant.walk(at, args, BM, fixed(CONFIG, "BN"))
     return at, where, cuts, wholes, s
 
 
@@ -93,10 +93,10 @@ def copy(t, copied, done, at, where, cuts, s, maps, places, bars, args, CONFIG):
     Q, K, V, X = maps
     q_s, k_s, v_s, x_s = places
     b, h, hk, hv, first_query, first_key, row0, _ = where
-    BN: gl.constexpr = CONFIG[0]
-    CONSUMERS: gl.constexpr = CONFIG[1]
-    STAGES: gl.constexpr = CONFIG[2]
-    Q_STAGES: gl.constexpr = CONFIG[3]
+    BN: gl.constexpr = fixed(CONFIG, "BN")
+    CONSUMERS: gl.constexpr = fixed(CONFIG, "CONSUMERS")
+    STAGES: gl.constexpr = fixed(CONFIG, "STAGES")
+    Q_STAGES: gl.constexpr = fixed(CONFIG, "Q_STAGES")
     if t < cuts:
         n = variant.cut(t, s, args, BN)
     else:
@@ -129,21 +129,24 @@ def produce(maps, counter, lost, places, mail, bars, tiles, args, CONFIG):
     there, the program that would do the tile again, and the variant's own numbers.
     """
     mail_full, mail_empty = bars[8], bars[9]
-    CONSUMERS: gl.constexpr = CONFIG[1]
-    STAGES: gl.constexpr = CONFIG[2]
+    CONSUMERS: gl.constexpr = fixed(CONFIG, "CONSUMERS")
+    STAGES: gl.constexpr = fixed(CONFIG, "STAGES")
     copied = 0  # tiles of K: slot = copied % STAGES, phase = copied // STAGES % 2
     done = 0  # query tiles
     number = gl.program_id(0)
     at, where, cuts, wholes, s = find(number, tiles, args, CONFIG)
     while number < tiles:
-        if CONFIG[18]:
+        if fixed(CONFIG, "DRAWN"):
             following = gl.atomic_add(counter, 1) + gl.num_programs(0)
         else:
             following = number + gl.num_programs(0)
         b, h, _, _, first_query, _, row0, again = where
         mbarrier.wait(mail_empty.index(done & 1), ((done >> 1) & 1) ^ 1)
         post(
-            mail, done & 1, (cuts + wholes, cuts, row0, b, h, first_query, s[CONFIG[11]] - row0, again) + s[CONFIG[8] :]
+            mail,
+            done & 1,
+            (cuts + wholes, cuts, row0, b, h, first_query, s[fixed(CONFIG, "QUERIES")] - row0, again)
+            + s[fixed(CONFIG, "KNOWN") :],
         )
         mbarrier.arrive(mail_full.index(done & 1), count=1)
         count = cuts + wholes
@@ -161,7 +164,7 @@ def produce(maps, counter, lost, places, mail, bars, tiles, args, CONFIG):
     mbarrier.wait(mail_empty.index(done & 1), ((done >> 1) & 1) ^ 1)
     post(mail, done & 1, (done * 0,))
     mbarrier.arrive(mail_full.index(done & 1), count=1)
-    leave(counter, lost, CONSUMERS * CONFIG[7] + 1, CONFIG[7])
+    leave(counter, lost, CONSUMERS * fixed(CONFIG, "MARK_LOST") + 1, fixed(CONFIG, "MARK_LOST"))
 
 
 # -- the kernel ----------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from . import latent as variant
-from ._latent_steps import KEYS, LINES, LOWEST, ROW, ROWS, SCORES, accumulator, operand, scaled, take_last, turn
+from ._latent_steps import KEYS, LINES, LOWEST, ROW, ROWS, SCORES, accumulator, fixed, operand, scaled, take_last, turn
 from ._softmax import lane_sum
 
 # -- which keys ----------------------------------------------------------------------------------
@@ -14,7 +14,7 @@ from ._softmax import lane_sum
 @gluon.jit
 def job_of(number, args, CONFIG):
     """The query tiles of a program, and what tells of its keys."""
-    first, end, a, b, c = variant.job(number, args, ROWS, KEYS, CONFIG[0], CONFIG[1])
+    first, end, a, b, c = variant.job(number, args, ROWS, KEYS, fixed(CONFIG, "SPLIT"), fixed(CONFIG, "FILL"))
     return first, end, (a, b, c)
 
 
@@ -29,7 +29,9 @@ def next_job(job, count):
 def part_of(number, job, count, wholes, args, CONFIG):
     """The key tiles of a query tile that a program has: the first, the step, how many, and how many of them are whole;
     whether it ends the rows, and where it leaves their state else."""
-    first, last, stride, ends, slot = variant.part(number, job, count, args, ROWS, KEYS, CONFIG[0], CONFIG[1])
+    first, last, stride, ends, slot = variant.part(
+        number, job, count, args, ROWS, KEYS, fixed(CONFIG, "SPLIT"), fixed(CONFIG, "FILL")
+    )
     blocks = (gl.maximum(last - first, 0) + stride - 1) // stride
     whole = gl.minimum((gl.maximum(wholes - first, 0) + stride - 1) // stride, blocks)
     return (first, stride, blocks, whole), ends, slot
@@ -179,7 +181,7 @@ def consume(NUMBER: gl.constexpr, rooms, bars, ready, together, ends, left, prog
             part, is_end, slot = part_of(number, job, cuts + wholes, wholes, args, CONFIG)
             r = variant.rows(row0 + gl.arange(0, ROWS, ROW), s, args)
             b = at[0]
-            q = load_queries(q_s, ends, b, row0, s, args, NUMBER, CONFIG[6], CONFIG[2])
+            q = load_queries(q_s, ends, b, row0, s, args, NUMBER, fixed(CONFIG, "HAS_REST"), fixed(CONFIG, "COLUMNS"))
             mbarrier.arrive(meet, count=1)
             mbarrier.wait(meet, 0)
             state, uses = walk_tiles(

@@ -21,6 +21,12 @@ LOWEST = gl.constexpr(-1.7014118346046923e38)
 
 
 @gluon.constexpr_function
+def fixed(CONFIG, name):
+    """What a launch fixes under this name; `forward` says what each is."""
+    return CONFIG[FIXED.value[name]]
+
+
+@gluon.constexpr_function
 def accumulator(width):
     """The layout of 64 rows of so many columns that wgmma makes."""
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
@@ -37,6 +43,10 @@ ROW = gl.constexpr(gl.SliceLayout(1, accumulator(64)))
 SLACK = gl.constexpr(8.0)
 """By so many units of log 2 scores may exceed the peak that weights are relative to: fewer peaks move, and with them
 the accumulators. Weights reach 2**8 then, whose sums fp32 holds as well."""
+FIXED = gl.constexpr({
+    "SPLIT": 0, "FILL": 1, "COLUMNS": 2, "FACTOR": 3, "KEYS_AT": 4, "READS_KEYS": 5, "HAS_REST": 6,
+})  # fmt: skip
+"""Where what a launch fixes stands in the tuple in which it travels."""
 FIRST_ANSWER = gl.constexpr(12)
 """Of the named barriers by which a consumer's threads answer a question together; Triton takes those from 0 on."""
 LINES = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
@@ -137,9 +147,9 @@ def shrunk(acc, before, peak, answer):
 def kept(n, r, s, args, LAYOUT: gl.constexpr, CONFIG):
     """Keys from n on where reads of them stay inside, even of no keys at all, and which pairs count."""
     j = n + gl.arange(0, KEYS, gl.SliceLayout(0, LAYOUT))
-    if CONFIG[5]:  # `keep` knows of no end then
-        inside = j < s[CONFIG[4]]
-        j = gl.maximum(gl.minimum(j, s[CONFIG[4]] - 1), 0)
+    if fixed(CONFIG, "READS_KEYS"):  # `keep` knows of no end then
+        inside = j < s[fixed(CONFIG, "KEYS_AT")]
+        j = gl.maximum(gl.minimum(j, s[fixed(CONFIG, "KEYS_AT")] - 1), 0)
         keep = inside[None, :] & variant.keep(j, r, s, args)
     else:
         keep = variant.keep(j, r, s, args)
@@ -182,15 +192,15 @@ def turn(
     PIECES: gl.constexpr = len(acc)
     DTYPE: gl.constexpr = k_s.dtype
     z = own & opaque
-    sent = product(q_s, q, k_s, x_s, full, own & 1, z, NUMBER, CONFIG[6])
+    sent = product(q_s, q, k_s, x_s, full, own & 1, z, NUMBER, fixed(CONFIG, "HAS_REST"))
     qk = warpgroup_mma_wait(0, deps=(sent,))
-    if CONFIG[6]:
+    if fixed(CONFIG, "HAS_REST"):
         mbarrier.arrive(empty.index(NUMBER * (2 * PIECES + 1) + 2 * PIECES), count=1)
     if IS_CUT:
         x = masked_scores(qk, n, k_s, row0, r, s, args, NUMBER, CONFIG)
     else:
         x = variant.score(qk, 0, n + gl.arange(0, KEYS, gl.SliceLayout(0, SCORES)), r, s, args)
-    c = s[CONFIG[3]]
+    c = s[fixed(CONFIG, "FACTOR")]
     top = gl.max(x, 1) * c
     before = m
     if TAKES:

@@ -24,6 +24,20 @@ FIRST_ANSWER = gl.constexpr(12)
 """Of the barriers by which a consumer's threads answer a question together."""
 
 
+FIXED = gl.constexpr({
+    "BN": 0, "CONSUMERS": 1, "STAGES": 2, "Q_STAGES": 3, "TURNS": 4, "GROUP": 5, "AGAIN": 6, "MARK_LOST": 7, "KNOWN": 8,
+    "FLOATS": 9, "FACTOR": 10, "QUERIES": 11, "KEYS": 12, "KEEP_ROWS": 13, "READS_KEYS": 14, "HEADS": 15,
+    "COLUMNS": 16, "POLY": 17, "DRAWN": 18,
+})  # fmt: skip
+"""Where what a launch fixes stands in the tuple in which it travels; functions would pass a dozen constants on else."""
+
+
+@gluon.constexpr_function
+def fixed(CONFIG, name):
+    """What a launch fixes under this name; `forward` says what each is."""
+    return CONFIG[FIXED.value[name]]
+
+
 @gluon.constexpr_function
 def _barrier(what, number):
     return f"bar.{what} {number}, 256; mov.u32 $0, 0;"  # the threads of two consumers
@@ -225,11 +239,11 @@ def shrunk(acc, alpha, FEW_BITS: gl.constexpr):
 @gluon.jit
 def masked_scores(qk, n, beside, r, s, args, LAYOUT: gl.constexpr, CONFIG):
     """Scores of the tile of keys from n on, -inf for pairs that the mask hides, or the sequence's end; their shift."""
-    BN: gl.constexpr = CONFIG[0]
+    BN: gl.constexpr = fixed(CONFIG, "BN")
     j = n + gl.arange(0, BN, gl.SliceLayout(0, LAYOUT))
-    if CONFIG[14]:  # reads stay inside, even of no keys at all; `keep` knows of no end then
-        inside = j < s[CONFIG[12]]
-        j = gl.maximum(gl.minimum(j, s[CONFIG[12]] - 1), 0)
+    if fixed(CONFIG, "READS_KEYS"):  # reads stay inside, even of no keys at all; `keep` knows of no end then
+        inside = j < s[fixed(CONFIG, "KEYS")]
+        j = gl.maximum(gl.minimum(j, s[fixed(CONFIG, "KEYS")] - 1), 0)
         kept = inside[None, :] & variant.keep(j, r, s, args)
     else:
         kept = variant.keep(j, r, s, args)
@@ -239,12 +253,12 @@ def masked_scores(qk, n, beside, r, s, args, LAYOUT: gl.constexpr, CONFIG):
 @gluon.jit
 def cut_scores(qk, t, beside, mail, letter, known, r, args, NUMBER: gl.constexpr, LAYOUT: gl.constexpr, CONFIG):
     """Scores of cut tile t. What they need is heard of again, and takes no registers from the loop over whole tiles."""
-    s = known + fetch_own(mail, letter + LETTER, CONFIG[9])
-    if not CONFIG[13]:
+    s = known + fetch_own(mail, letter + LETTER, fixed(CONFIG, "FLOATS"))
+    if not fixed(CONFIG, "KEEP_ROWS"):
         rows = fetch(mail, letter + 2) + NUMBER * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
         r = variant.rows(rows, s, args)
-    if s[CONFIG[12]] > 0:  # a branch, which keeps ptxas from asking the mask before the product is there
-        x, shift = masked_scores(qk, variant.cut(t, s, args, CONFIG[0]), beside, r, s, args, LAYOUT, CONFIG)
+    if s[fixed(CONFIG, "KEYS")] > 0:  # a branch, which keeps ptxas from asking the mask before the product is there
+        x, shift = masked_scores(qk, variant.cut(t, s, args, fixed(CONFIG, "BN")), beside, r, s, args, LAYOUT, CONFIG)
     else:
         x, shift = qk + float("-inf"), variant.shift(0, r, s, args)
     return x, shift
@@ -253,8 +267,8 @@ def cut_scores(qk, t, beside, mail, letter, known, r, args, NUMBER: gl.constexpr
 @gluon.jit
 def whole_scores(qk, t, beside, r, s, args, LAYOUT: gl.constexpr, CONFIG):
     """Scores of whole tile t, which neither mask nor end is asked about."""
-    n = variant.whole(t, s, args, CONFIG[0])
-    j = n + gl.arange(0, CONFIG[0], gl.SliceLayout(0, LAYOUT))
+    n = variant.whole(t, s, args, fixed(CONFIG, "BN"))
+    j = n + gl.arange(0, fixed(CONFIG, "BN"), gl.SliceLayout(0, LAYOUT))
     return variant.score(qk, beside, j, r, s, args), variant.shift(n, r, s, args)
 
 
@@ -263,9 +277,9 @@ def fill(q, cuts, read, places, bars, c, r, s, args, NUMBER: gl.constexpr, S_LAY
     """Scores and weights of the tile that opens the pipeline; its values are still to come."""
     _, _, k_full, k_empty, _, _, _, _, _, _ = bars
     _, k_s, _, _ = places
-    CONSUMERS: gl.constexpr = CONFIG[1]
-    STAGES: gl.constexpr = CONFIG[2]
-    TURNS: gl.constexpr = CONFIG[4]
+    CONSUMERS: gl.constexpr = fixed(CONFIG, "CONSUMERS")
+    STAGES: gl.constexpr = fixed(CONFIG, "STAGES")
+    TURNS: gl.constexpr = fixed(CONFIG, "TURNS")
     slot = read % STAGES
     mbarrier.wait(k_full.index(slot), (read // STAGES) & 1)
     if TURNS:
@@ -277,12 +291,12 @@ def fill(q, cuts, read, places, bars, c, r, s, args, NUMBER: gl.constexpr, S_LAY
     mbarrier.arrive(k_empty.index(slot), count=1)
     beside = read_beside(places, bars, read, NUMBER, S_LAYOUT)
     if cuts > 0:  # a branch keeps ptxas from asking the mask before the product is there, and packing the answers
-        x, shift = masked_scores(qk, variant.cut(0, s, args, CONFIG[0]), beside, r, s, args, S_LAYOUT, CONFIG)
+        x, shift = masked_scores(qk, variant.cut(0, s, args, fixed(CONFIG, "BN")), beside, r, s, args, S_LAYOUT, CONFIG)
     else:
         x, shift = whole_scores(qk, 0, beside, r, s, args, S_LAYOUT, CONFIG)
     FEW_BITS: gl.constexpr = few_bits(k_s[0].dtype)
     m = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, S_LAYOUT))
-    p, alpha, m = softmax(x, shift, m, c, FEW_BITS, CONFIG[17])
+    p, alpha, m = softmax(x, shift, m, c, FEW_BITS, fixed(CONFIG, "POLY"))
     late = ()
     if FEW_BITS:
         late = (alpha,)
@@ -298,9 +312,9 @@ def overlap(
     the softmax of n follows."""
     _, _, k_full, k_empty, v_full, v_empty, _, _, _, _ = bars
     _, k_s, v_s, _ = places
-    CONSUMERS: gl.constexpr = CONFIG[1]
-    STAGES: gl.constexpr = CONFIG[2]
-    TURNS: gl.constexpr = CONFIG[4]
+    CONSUMERS: gl.constexpr = fixed(CONFIG, "CONSUMERS")
+    STAGES: gl.constexpr = fixed(CONFIG, "STAGES")
+    TURNS: gl.constexpr = fixed(CONFIG, "TURNS")
     FEW_BITS: gl.constexpr = few_bits(k_s[0].dtype)
     slot = read % STAGES
     before = (read - 1) % STAGES
@@ -319,7 +333,7 @@ def overlap(
         x, shift = cut_scores(qk, t, beside, mail, letter, known, r, args, NUMBER, S_LAYOUT, CONFIG)
     else:
         x, shift = whole_scores(qk, t, beside, r, s, args, S_LAYOUT, CONFIG)
-    new, alpha, m = softmax(x, shift, m, c, FEW_BITS, CONFIG[17])
+    new, alpha, m = softmax(x, shift, m, c, FEW_BITS, fixed(CONFIG, "POLY"))
     l = l * per_lane(alpha, l) + lane_sum(new)
     got = arrived(acc_sent)
     # not before: what the next product reads must not be written while this one runs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -400,3 +401,18 @@ def test_another_triton_runs_portable_kernels(tmp_path: Path) -> None:
 )
 def test_loops_over_cut_tiles_may_reload_more(turns: tuple[tuple[int, int], ...], expected: bool) -> None:
     assert spills(turns) == expected
+
+
+@pytest.mark.parametrize(("engine", "steps"), [("_hopper", "_steps"), ("_latent", "_latent_steps")])
+def test_what_a_launch_fixes_travels_in_the_order_of_its_names(engine: str, steps: str) -> None:
+    """Consumers find each number by its name; the tuples, which stand in the call as Gluon wants it, have them so."""
+    folder = Path(driver.__file__).parent / "codegen"
+    (table,) = re.findall(r"FIXED = gl\.constexpr\((\{[^}]*\})\)", (folder / f"{steps}.py").read_text())
+    names = ast.literal_eval(table)
+    assert [*names.values()] == [*range(len(names))]
+    text = (folder / f"{engine}.py").read_text()
+    tuples = re.findall(r"\(consume, \(\d, .*?,\s+\(([A-Z_, \n]+|[^()]*)\)\)\)", text, flags=re.DOTALL)
+    travelling = [[part.strip() for part in t.split(",")] for t in tuples]
+    assert travelling
+    for parts in travelling:
+        assert [p if p.isupper() and " " not in p else "HAS_REST" for p in parts] == [*names]
