@@ -56,7 +56,7 @@ def write(w: Writer, attn: Attention, program: Program, ahead: Sequence[str]) ->
 def _function(w: Writer, attn: Attention, given: Sequence[Given]) -> None:
     first = len(tokens(attn)) + len(operands(attn)) - 1
     names = [x.name for x in given]
-    w.line(f"def append({', '.join(names[:first])}, *, {', '.join(names[first:])}):")
+    w.signature("append", [*names[:first], "*", *names[first:]])
     with w.indented():
         how = "as the spec's quantizer holds them" if quantizer(attn) else "as they are"
         w.block(opening(f"Writes the keys and values of new tokens into the cache, in place and {how}.", 115))

@@ -71,9 +71,8 @@ def operands(attn: Attention) -> tuple[str, ...]:
 
 def write_attention(w: Writer, attn: Attention) -> None:
     positional = operands(attn)
-    keywords = "".join(f"{n}, " for n in arguments(attn)[len(positional) :])
-    returns = ", return_lse=False" if has_lse(attn) else ""
-    w.line(f"def attention({', '.join(positional)}, *, {keywords}scale=None{returns}):")
+    keywords = arguments(attn)[len(positional) :]
+    w.signature("attention", [*positional, "*", *keywords, "scale=None", *["return_lse=False"] * has_lse(attn)])
     with w.indented():
         w.block(opening(sentence(attn.doc or attn.name), 115))
         w.line()

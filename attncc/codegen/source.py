@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import itertools
 import re
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from typing import Final
@@ -71,8 +71,8 @@ def _wrapped_call(text: str, width: int) -> list[str]:
 
 
 def _split_cast(body: str) -> tuple[str, str]:
-    """A conversion at the end stays behind the call it converts."""
-    found = re.search(r"(?<=\))\.to\([\w.]+\)$", body)
+    """Conversions and new axes at the end stay behind the call whose value they take."""
+    found = re.search(r"(?<=\))(?:\.to\([\w.]+\)|\[(?:None|:)(?:, (?:None|:))*\])+$", body)
     return (body[: found.start()], found[0]) if found else (body, "")
 
 
@@ -142,6 +142,17 @@ class Writer:
 
     def _add(self, lines: Iterable[str]) -> None:
         self.lines += ["    " * self._depth + line if line else "" for line in lines]
+
+    def signature(self, name: str, parameters: Sequence[str]) -> None:
+        """The line that begins a function, over several where it is too long."""
+        whole = f"def {name}({', '.join(parameters)}):"
+        if 4 * self._depth + len(whole) <= WIDTH:
+            self.line(whole)
+            return
+        self.line(f"def {name}(")
+        with self.indented():
+            self.block(filled(parameters))
+        self.line("):")
 
     def block(self, texts: Iterable[str]) -> None:
         for text in texts:

@@ -60,8 +60,8 @@ def places(attn: Attention) -> tuple[Given, ...]:
     doc = f"the {inside} where a token goes; nowhere below 0 or without room"
     out = [Given("positions", ("Tn",) if packed else ("B", "Sn"), "int32", doc)]
     if staircase(attn) is not None:
-        doc = "how many keys each sequence has; below 0, none of its tokens is written"
-        out = [Given("lengths", ("B",), "int32", f"{doc}, nor is what there is no room for")]
+        doc = "how many keys each sequence has; nothing is written below 0, or without room"
+        out = [Given("lengths", ("B",), "int32", doc)]
     if finds_sequences(attn):
         out.append(Given("cu_seqlens_new", ("B + 1",), "int32", "where the new tokens of each sequence begin"))
     if paged:
