@@ -5,7 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from . import hopper as variant
-from ._softmax import MOST, lane_sum
+from ._softmax import MOST, lane_sum, scaled
 from ._steps import (
     FIRST_ANSWER,
     LETTER,
@@ -21,7 +21,6 @@ from ._steps import (
     joined,
     overlap,
     pass_turn,
-    scaled,
     tile_of,
     width_of,
 )

@@ -5,8 +5,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from . import latent as variant
-from ._latent_steps import KEYS, LINES, LOWEST, ROW, ROWS, SCORES, accumulator, fixed, operand, scaled, take_last, turn
-from ._softmax import lane_sum
+from ._latent_steps import KEYS, LINES, ROW, ROWS, SCORES, accumulator, fixed, operand, take_last, turn
+from ._softmax import LOWEST, lane_sum, scaled
 
 # -- which keys ----------------------------------------------------------------------------------
 

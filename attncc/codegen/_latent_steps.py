@@ -10,14 +10,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from . import latent as variant
-from ._softmax import exp2, lane_sum, per_lane
+from ._softmax import exp2, lane_sum, per_lane, scaled
 
 ROWS = gl.constexpr(64)
 """Of a query tile: what one wgmma multiplies."""
 KEYS = gl.constexpr(64)
 """Of a key tile."""
-LOWEST = gl.constexpr(-1.7014118346046923e38)
-"""Below every finite score in units of log 2, and finite: a row that sees no key keeps it."""
 
 
 @gluon.constexpr_function
@@ -104,16 +102,6 @@ def arrived(sent, empty, BUFFER: gl.constexpr, NUMBER: gl.constexpr):
     for n in gl.static_range(PIECES):
         mbarrier.arrive(empty.index(BUFFER * (2 * PIECES + 1) + NUMBER * PIECES + n), count=1)
     return acc
-
-
-@gluon.jit
-def scaled(acc, factor):
-    """The accumulators, each row by its factor."""
-    made = ()
-    for n in gl.static_range(len(acc)):
-        rows = gl.convert_layout(factor, gl.SliceLayout(1, acc[n].type.layout), assert_trivial=True)
-        made = made + (acc[n] * rows[:, None],)
-    return made
 
 
 @gluon.constexpr_function

@@ -3,6 +3,8 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+LOWEST = gl.constexpr(-1.7014118346046923e38)
+"""Below every finite score in units of log 2, and finite: a row that sees no key keeps it."""
 MOST = gl.constexpr(448.0)
 """Weights of few bits are multiples of it, the greatest number of fp8: their format's range is all used."""
 TOGETHER = gl.constexpr(8)
@@ -66,6 +68,15 @@ def lane_sum(p):
 def per_lane(x, l):
     """A value a row as a column beside the parts of its sum."""
     return gl.convert_layout(x, gl.SliceLayout(1, l.type.layout), assert_trivial=True)[:, None]
+
+
+@gluon.jit
+def scaled(acc, factor):
+    """The accumulators, each row by its factor."""
+    made = ()
+    for n in gl.static_range(len(acc)):
+        made = made + (acc[n] * gl.convert_layout(factor, gl.SliceLayout(1, acc[n].type.layout))[:, None],)
+    return made
 
 
 @gluon.jit

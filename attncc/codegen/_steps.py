@@ -10,14 +10,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from . import hopper as variant
-from ._softmax import lane_sum, per_lane, softmax
+from ._softmax import LOWEST, lane_sum, per_lane, scaled, softmax
 
 ROWS = gl.constexpr(64)
 """Of a consumer: what one wgmma multiplies."""
 LETTER = gl.constexpr(8)
 """Numbers that travel by mail before the variant's own."""
-LOWEST = gl.constexpr(-1.7014118346046923e38)
-"""Below every finite score in units of log 2, and finite: a row that sees no key keeps it."""
 FIRST_TURN = gl.constexpr(9)
 """Named barriers from here on are ours; Triton takes those before."""
 FIRST_ANSWER = gl.constexpr(12)
@@ -203,15 +201,6 @@ def arrived(sent):
     else:
         acc = warpgroup_mma_wait(0, deps=sent)
     return acc
-
-
-@gluon.jit
-def scaled(acc, factor):
-    """The accumulators, each row by its factor."""
-    made = ()
-    for n in gl.static_range(len(acc)):
-        made = made + (acc[n] * gl.convert_layout(factor, gl.SliceLayout(1, acc[n].type.layout))[:, None],)
-    return made
 
 
 @gluon.jit

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from attncc.ir.attention import Attention, Dims, Heads, Input, Part
-from attncc.ir.expr import Expr, Value, bucket, const, eq, ew, load, maximum, minimum, name, where
+from attncc.ir.expr import OPS, Expr, Value, bucket, const, eq, ew, load, maximum, minimum, name, where
 
 i, j, b, h, row, n = (name(text) for text in ("i", "j", "b", "h", "row", "n"))
 causal = j <= i
@@ -25,6 +25,16 @@ INPUTS = (
     Input("bias", ("Sk",), "fp32"),
     Input("sized", ("n",), "fp32"),
 )
+
+
+def value(e: Expr, at: dict[str, np.ndarray]) -> np.ndarray:
+    """What a formula over names comes to; what is converted becomes float64."""
+    if e.op == "const":
+        return np.asarray(e.value)
+    if e.op == "name":
+        return at[str(e.attr)]
+    args = [value(a, at) for a in e.args]
+    return args[0].astype(np.float64) if e.op == "cast" else OPS[e.op].numpy(*args)
 
 
 def window(left: Value, right: Value = 0) -> Expr:

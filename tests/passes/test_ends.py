@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from masks import b, causal, i, j, same
+from masks import b, causal, i, j, same, value
 
-from attncc.ir.expr import OPS, TRUE, Expr, name
+from attncc.ir.expr import TRUE, Expr, name
 from attncc.ir.rewrite import walk
 from attncc.passes.lower.ends import with_end
 
@@ -18,12 +18,6 @@ ORDERS = st.sampled_from([Expr.__lt__, Expr.__le__, Expr.__gt__, Expr.__ge__])
 CONDITIONS = st.builds(
     lambda order, bound, turned: order(bound, j) if turned else order(j, bound), ORDERS, BOUNDS, st.booleans()
 )
-
-
-def value(e: Expr, points: dict[str, np.ndarray]) -> np.ndarray:
-    if e.op == "const":
-        return np.asarray(e.value)
-    return points[str(e.attr)] if e.op == "name" else OPS[e.op].numpy(*(value(a, points) for a in e.args))
 
 
 @given(mask=st.recursive(CONDITIONS, lambda e: st.builds(Expr.__and__, e, e) | st.builds(Expr.__or__, e, e)))

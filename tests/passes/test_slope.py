@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from masks import b, h, i, j
+from masks import b, h, i, j, value
 
-from attncc.ir.expr import OPS, Expr, cast_to, const, load, maximum, name, where
+from attncc.ir.expr import Expr, cast_to, const, load, maximum, name, where
 from attncc.ir.rewrite import names
 from attncc.passes.lower.slope import slope_of, split
 
@@ -28,15 +28,6 @@ LINES = st.recursive(
     max_leaves=4,
 )
 CURVES = st.sampled_from([near * near, maximum(near, 0.0), where(j < i, 1.0, 0.0), near * cast_to(i, "f32")])
-
-
-def value(e: Expr, at: dict[str, np.ndarray]) -> np.ndarray:
-    if e.op == "const":
-        return np.asarray(e.value)
-    if e.op == "name":
-        return at[str(e.attr)]
-    args = [value(a, at) for a in e.args]
-    return args[0].astype(np.float64) if e.op == "cast" else OPS[e.op].numpy(*args)
 
 
 def points(**more: np.ndarray) -> dict[str, np.ndarray]:

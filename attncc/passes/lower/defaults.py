@@ -42,7 +42,7 @@ from attncc.passes.lower.conditions import (
     widest,
 )
 from attncc.passes.lower.group import members
-from attncc.passes.lower.hopper import gap, is_exact
+from attncc.passes.lower.hopper import gap, has_polynomials
 from attncc.passes.lower.knobs import E_GROUP
 from attncc.passes.lower.pieces import MAX_DIM
 from attncc.passes.lower.words import has_words
@@ -314,7 +314,7 @@ def _engine_config(attn: Attention, device: Device) -> Config:
     if not device.has_wgmma or gap(attn):
         return {}
     rule = next(r for r in ENGINE if r.applies(attn))
-    changes = {"E_POLY": 0} if is_exact(attn) else {}
+    changes = {} if has_polynomials(attn) else {"E_POLY": 0}
     if is_listed(attn):
         changes["E_GROUP"] = 1
     elif is_unmasked(attn):  # tiles take equally long in whatever order: that in which fewest keys are due at a time
