@@ -43,7 +43,7 @@ def _barrier(what, number):
 
 @gluon.jit
 def take_turn(NUMBER: gl.constexpr):
-    """Waits until the consumer before this one has issued its products."""
+    """Waits until the consumer before this one has issued its products, or has its scores: as TURNS says."""
     asm: gl.constexpr = _barrier("sync", FIRST_TURN + NUMBER)
     gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
@@ -274,9 +274,11 @@ def fill(q, cuts, read, places, bars, c, r, s, args, NUMBER: gl.constexpr, S_LAY
     if TURNS:
         take_turn(NUMBER)
     qk = product(q, k_s, slot, S_LAYOUT)
-    if TURNS:
+    if TURNS == 1:
         pass_turn((NUMBER + 1) % CONSUMERS)
     qk = warpgroup_mma_wait(0, deps=(qk,))
+    if TURNS == 2:
+        pass_turn((NUMBER + 1) % CONSUMERS)
     mbarrier.arrive(k_empty.index(slot), count=1)
     beside = read_beside(places, bars, read, NUMBER, S_LAYOUT)
     if cuts > 0:  # a branch keeps ptxas from asking the mask before the product is there, and packing the answers
@@ -313,9 +315,11 @@ def overlap(
     qk_sent = product(q, k_s, slot, S_LAYOUT)
     mbarrier.wait(v_full.index(before), ((read - 1) // STAGES) & 1)
     acc_sent = add_values(p, v_s, before, acc)
-    if TURNS:
+    if TURNS == 1:
         pass_turn((NUMBER + 1) % CONSUMERS)
     qk = warpgroup_mma_wait(len(acc), deps=(qk_sent,))
+    if TURNS == 2:
+        pass_turn((NUMBER + 1) % CONSUMERS)
     mbarrier.arrive(k_empty.index(slot), count=1)
     beside = read_beside(places, bars, read, NUMBER, S_LAYOUT)
     if IS_CUT:

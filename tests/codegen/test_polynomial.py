@@ -92,27 +92,26 @@ def test_ends(steps: Any) -> None:
 
 def test_the_tuner_may_choose_where_it_can_pay_unless_functions_are_to_be_exact() -> None:
     few_bits = "quantize: {q: fp8_e4m3, k: fp8_e4m3, v: fp8_e4m3, p: fp8_e4m3}\n"
-    programs = (
+    programs = [
         driver.lower(spec.loads(f"attncc: 1\nname: t\nheads: 2\ndims: 64\n{more}").attention)[1]
         for more in (few_bits, few_bits + "numerics: {exp: exact}\n", "")
-    )
-    choices = [
-        next(k.choices for k in program.engine.knobs if k.name == "E_POLY")  # type: ignore[union-attr]
-        for program in programs
     ]
-    assert choices == [(0, 1, 2, 3), (0,), (0,)]
+
+    def choices(knob: str) -> list[tuple[int, ...]]:
+        return [next(k.choices for k in p.engine.knobs if k.name == knob) for p in programs]  # type: ignore[union-attr]
+
+    assert choices("E_POLY") == [(0, 1, 2, 3), (0,), (0,)]
+    assert choices("E_TURNS") == [(0, 1, 2), (0, 1, 2), (0, 1)]
 
 
-def test_fp8_has_a_share_by_default() -> None:
-    quantised = "quantize: {q: fp8_e4m3, k: fp8_e4m3, v: fp8_e4m3, p: fp8_e4m3}\n"
-
-    def share(more: str) -> int:
+def test_by_default_fp8_takes_turns_that_last_and_no_polynomials() -> None:
+    def defaults(more: str) -> tuple[int, int]:
         attn, _ = driver.lower(spec.loads(f"attncc: 1\nname: t\nheads: 2\ndims: 128\n{more}").attention)
-        return default_configs(attn, find("sm_90"))[0][-1][1]["E_POLY"]
+        config = default_configs(attn, find("sm_90"))[0][-1][1]
+        return config["E_TURNS"], config["E_POLY"]
 
-    assert share(quantised) > 0
-    assert share(f"{quantised}numerics: {{exp: exact}}\n") == 0
-    assert share("") == 0
+    assert defaults("quantize: {q: fp8_e4m3, k: fp8_e4m3, v: fp8_e4m3, p: fp8_e4m3}\n") == (2, 0)
+    assert defaults("") == (0, 0)
 
 
 def test_the_text_is_read_as_it_is_written() -> None:

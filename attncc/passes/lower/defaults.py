@@ -42,7 +42,7 @@ from attncc.passes.lower.conditions import (
     widest,
 )
 from attncc.passes.lower.group import members
-from attncc.passes.lower.hopper import gap, has_polynomials
+from attncc.passes.lower.hopper import gap
 from attncc.passes.lower.knobs import E_GROUP
 from attncc.passes.lower.pieces import MAX_DIM
 from attncc.passes.lower.words import has_words
@@ -118,7 +118,7 @@ ENGINE: Final = (
     Rule("listed tiles of several pieces", both(is_listed, has_pieces), _engine(keys=64, consumers=2, q_stages=1)),
     Rule("operands of few bits, a table beside", both(is_quantised, reads_tiles), _engine(128, 2, q_stages=1)),
     Rule("operands of few bits, scales of rows or keys", has_scaled_rows, _engine(64, 2, stages=3)),
-    Rule("operands of few bits", is_quantised, {**_engine(128, 2, stages=3), "E_POLY": 2}),
+    Rule("operands of few bits", is_quantised, _engine(128, 2, stages=3, turns=2)),
     Rule("heads up to 64", both(up_to(64), is_light), _engine(keys=128, consumers=3, turns=1, registers=160)),
     Rule("a wide table beside the scores", both(reads_wide_tiles, up_to(128)), _engine(128, 2, q_stages=1)),
     Rule("heads up to 128", up_to(128), _engine(keys=128, consumers=2)),
@@ -314,12 +314,12 @@ def _engine_config(attn: Attention, device: Device) -> Config:
     if not device.has_wgmma or gap(attn):
         return {}
     rule = next(r for r in ENGINE if r.applies(attn))
-    changes = {} if has_polynomials(attn) else {"E_POLY": 0}
+    shared = rule.config["E_GROUP"]
     if is_listed(attn):
-        changes["E_GROUP"] = 1
+        shared = 1
     elif is_unmasked(attn):  # tiles take equally long in whatever order: that in which fewest keys are due at a time
-        changes["E_GROUP"] = _sharing(attn)
-    return beside_engine(attn, {**rule.config, **changes})
+        shared = _sharing(attn)
+    return beside_engine(attn, {**rule.config, "E_GROUP": shared})
 
 
 def _sharing(attn: Attention) -> int:

@@ -18,6 +18,7 @@ from attncc.ir.rewrite import names, substitute
 from attncc.ir.tile import (
     Engine,
     Function,
+    Knob,
     Launch,
     Let,
     Param,
@@ -45,7 +46,7 @@ from attncc.passes.lower.grid import (
     size_parameters,
     split_head,
 )
-from attncc.passes.lower.knobs import E_POLY, ENGINE_KNOBS
+from attncc.passes.lower.knobs import E_POLY, E_TURNS, ENGINE_KNOBS
 from attncc.passes.lower.normalizers import rule_of
 from attncc.passes.lower.pieces import pieces
 from attncc.passes.lower.roles import (
@@ -107,9 +108,7 @@ def accelerated(attn: Attention, program: Program) -> Program:
     """The program with the engine beside its kernels, where it carries the variant."""
     if why := gap(attn):
         return replace(program, engine_gap=why)
-    plain = not has_polynomials(attn)
-    knobs = tuple(replace(k, choices=(0,)) if k == E_POLY and plain else k for k in ENGINE_KNOBS)
-    made = replace(engine(attn), replaces=(program.kernels[-1].name,), knobs=knobs)
+    made = replace(engine(attn), replaces=(program.kernels[-1].name,), knobs=_knobs(attn))
     q, k, v = (source(attn, x).lower() for x in "qkv")
     made = replace(made, tensors=(q, k, v), output=output(attn).lower())
     if attn.quantize:
@@ -120,6 +119,20 @@ def accelerated(attn: Attention, program: Program) -> Program:
     entries = Scratch(again.listed(attn).name, (made.grid * name("E_CONSUMERS") + 1,), "i32")
     made = replace(made, after=(Launch(kernel.name),), scratch=(entries,), lost=entries.name)
     return replace(program, engine=made, kernels=(*program.kernels, kernel))
+
+
+def _knobs(attn: Attention) -> tuple[Knob, ...]:
+    """Those of the engine, without the choices that only cost time in this variant.
+
+    Of 16 bits turns that last until scores are there cost 16 to 35 %, and polynomials 3 to 7 % for each eighth
+    (`benchmarks/results/turns-nvidia_h200.json`, `polynomial-nvidia_h200.json`).
+    """
+    left: dict[Knob, tuple[int, ...]] = {}
+    if not attn.quantize:
+        left[E_TURNS] = (0, 1)
+    if not attn.quantize or is_exact(attn):
+        left[E_POLY] = (0,)
+    return tuple(replace(k, choices=left.get(k, k.choices)) for k in ENGINE_KNOBS)
 
 
 def _over_stored(attn: Attention, program: Program, engine: Engine) -> Program:
@@ -199,14 +212,6 @@ def _bounds(attn: Attention) -> Iterator[Expr]:
 def is_exact(attn: Attention) -> bool:
     """Whether exponentials are the GPU's own, and tanh is made of them."""
     return attn.numerics.exp == "exact"
-
-
-def has_polynomials(attn: Attention) -> bool:
-    """Whether exponentials may be polynomials: they pay where products are of few bits, and so twice as fast.
-
-    Of 16 bits they cost 3 to 7 % for each eighth (`benchmarks/results/polynomial-nvidia_h200.json`).
-    """
-    return bool(attn.quantize) and not is_exact(attn)
 
 
 def _formats(attn: Attention) -> dict[str, str]:

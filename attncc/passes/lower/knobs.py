@@ -26,6 +26,7 @@ FILL: Final = Knob(
 )
 
 E_POLY: Final = Knob("E_POLY", (0, 1, 2, 3), "of eight exponentials, how many are polynomials")
+E_TURNS: Final = Knob("E_TURNS", (0, 1, 2), "consumers take turns: 1: to issue products; 2: until scores are there")
 E_GROUP: Final = Knob("E_GROUP", (8, 1, 4, 16), "heads whose keys and values share the L2 cache")
 
 ENGINE_KNOBS: Final = (
@@ -34,7 +35,7 @@ ENGINE_KNOBS: Final = (
     Knob("E_STAGES", (2, 3), "key tiles in shared memory"),
     Knob("E_Q_STAGES", (1, 2), "query tiles in shared memory"),
     E_GROUP,
-    Knob("E_TURNS", (0, 1), "1: consumers issue their products in turn"),
+    E_TURNS,
     Knob("E_REGISTERS", (240, 160), "of a consumer's thread"),
     E_POLY,
     Knob("E_DRAWN", (1, 0), "1: blocks draw query tiles from a counter; 0: they are dealt out beforehand"),
