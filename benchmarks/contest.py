@@ -23,7 +23,7 @@ from attncc.driver import default_config, lower
 from attncc.errors import SpecError
 from benchmarks import report
 from benchmarks.hand_list import autotuned
-from benchmarks.sweep import PAUSE_S, trials_of
+from benchmarks.sweep import PAUSE_S, Sweep, trials_of
 from benchmarks.timing import Timing
 
 Config = Mapping[str, int]
@@ -73,6 +73,27 @@ def sparsity(what: Task, options: Options) -> list[Row]:
             times = alternated(trials, shape, configs)
         for peer in (FULL, UNTUNED):
             rows += against(named(what, shape), times, configs, peer, seconds, ours=(DECLARED,))
+    return rows
+
+
+def shares(what: Task, swept: Sweep, configs: Sequence[Config], impl: str, seconds: float) -> list[Row]:
+    """Rows of what a run of so many seconds chose for each shape of a sweep: how near the sweep's best it comes.
+
+    Raises:
+        SpecError: if the sweep has other shapes, or no time of a config.
+    """
+    if [dict(s) for s in what.shapes] != [dict(s) for s in swept.shapes]:
+        raise SpecError("the sweep has other shapes", hint=f"its own are {[dict(s) for s in swept.shapes]}")
+    times = {frozenset(p.config.items()): p.ms for p in swept.points}
+    rows: list[Row] = []
+    for number, (shape, config) in enumerate(zip(what.shapes, configs, strict=True)):
+        ms = times.get(frozenset(config.items()), (None,) * len(configs))[number]
+        if ms is None:
+            raise SpecError(f"the sweep has no time of {dict(config)} on {dict(shape)}", hint="let it go on for longer")
+        best, default = swept.best_ms[number], swept.default_ms[number]
+        row: Row = {"case": named(what, shape), "impl": impl, "ms": round(ms, 5), "best_ms": round(best, 5)}
+        rows.append(row | {"share": round(best / ms, 4), "default_share": round(best / default, 4), "seconds": seconds})
+        rows[-1]["config"] = dict(config)
     return rows
 
 

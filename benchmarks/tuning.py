@@ -1,7 +1,8 @@
 """The autotuner: how good its search is, and what it gains.
 
 `sweep SPEC -o FILE` measures every config on the GPU here; `replay FILE` then compares searches on it, anywhere.
-`compare SPEC` sets tuning against `triton.autotune`, `sparsity SPEC` tuning on a real map against tuning on full rows.
+`reach SPEC` tunes in a budget and looks up in a sweep how near its best that comes; `compare SPEC` sets tuning against
+`triton.autotune`, `sparsity SPEC` tuning on a real map against tuning on full rows.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from statistics import geometric_mean
 
 from attncc.autotune.declared import shapes_of
 from attncc.autotune.search import SAMPLERS, SEEDS, SLACK
@@ -46,6 +48,10 @@ def parser() -> argparse.ArgumentParser:
     made = _step(steps, "imagine", imagine, "a sweep by the model, with noise: to try replays on")
     made.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
     _replay_step(steps)
+    near = _step(steps, "reach", reach, "tune in a budget; how near the best of a sweep that comes")
+    near.add_argument("--sweep", type=Path, required=True, metavar="FILE", help="of the same spec and shapes")
+    near.add_argument("--budget", type=float, default=300.0, metavar="S", help="seconds")
+    near.add_argument("--json", type=Path, metavar="FILE")
     against = _step(steps, "compare", compare, "tune in several budgets, and by triton.autotune")
     against.add_argument("--budgets", type=numbers, default=(20.0, 60.0, 300.0), metavar="S,S", help="seconds")
     against.add_argument("--json", type=Path, metavar="FILE")
@@ -172,6 +178,23 @@ def _print_replays(rows: list[Row], title: str) -> None:
         for r in rows
     ]
     print_table(heads, lines)
+
+
+def reach(args: argparse.Namespace) -> int:
+    what, swept = what_of(args), sweep.load(args.sweep)
+    found = contest.tuned(what, options_of(args, args.budget))
+    impl = f"attncc, {args.budget:g} s"
+    rows = contest.shares(what, swept, contest.winners(what, found), impl, round(found.seconds, 1))
+    print_table(
+        ("case", "ms", "the sweep's best", "share", "untuned"),
+        [(r["case"], r["ms"], r["best_ms"], f"{r['share']:.1%}", f"{r['default_share']:.1%}") for r in rows],
+    )
+    mean = geometric_mean([r["share"] for r in rows])
+    print(f"{impl}: geometric mean {mean:.1%} of the best of {len(swept.points)} configs, in {found.seconds:.0f} s")
+    if args.json:
+        head = report.tuning_meta(what.device) | {"share of the space": round(swept.share, 4)}
+        report.save(args.json, head, rows, [])
+    return 0
 
 
 def compare(args: argparse.Namespace) -> int:

@@ -254,3 +254,20 @@ def test_progress_is_written_as_it_grows(tmp_path: Path, monkeypatch: pytest.Mon
         progress.add(point)
         assert load(tmp_path / "x.json").points == SWEEP.points[:n]
     assert "2 of 2 configs (2 measured)" in progress.line()
+
+
+def test_how_near_the_best_of_a_sweep_the_configs_of_a_run_come() -> None:
+    best = [min(SWEEP.points, key=lambda p: p.ms[n] or math.inf) for n in (0, 1)]
+    rows = contest.shares(TASK, SWEEP, [best[0].config, best[0].config], "mine", 7.0)
+    assert [r["impl"] for r in rows] == ["mine", "mine"]
+    assert rows[0]["share"] == 1
+    assert rows[1]["share"] == round(SWEEP.best_ms[1] / best[0].ms[1], 4) < 1  # type: ignore[operator]
+    assert rows[1]["default_share"] == round(SWEEP.best_ms[1] / SWEEP.default_ms[1], 4)
+
+
+def test_a_config_or_a_shape_that_the_sweep_does_not_have_is_named() -> None:
+    config = SWEEP.points[0].config
+    with pytest.raises(SpecError, match="no time of"):
+        contest.shares(TASK, SWEEP, [{**config, "BM": 7}, config], "mine", 7.0)
+    with pytest.raises(SpecError, match="other shapes"):
+        contest.shares(replace(TASK, shapes=(SHORT,)), SWEEP, [config], "mine", 7.0)

@@ -124,8 +124,8 @@ def accelerated(attn: Attention, program: Program) -> Program:
 def _knobs(attn: Attention) -> tuple[Knob, ...]:
     """Those of the engine, without the choices that only cost time in this variant.
 
-    Of 16 bits turns that last until scores are there cost 16 to 35 %, and polynomials 3 to 7 % for each eighth
-    (`benchmarks/results/turns-nvidia_h200.json`, `polynomial-nvidia_h200.json`).
+    Of 16 bits turns that last until scores are there cost two consumers 16 to 35 %, and polynomials 3 to 7 % for each
+    eighth (`benchmarks/results/turns-nvidia_h200.json`, `polynomial-nvidia_h200.json`).
     """
     left: dict[Knob, tuple[int, ...]] = {}
     if not attn.quantize:
