@@ -6,6 +6,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from autotune.postgres import pg_ctl
@@ -25,15 +26,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="take what the tests produce as the new goldens")
 
 
+SCRATCH: list[tempfile.TemporaryDirectory[str]] = []
+"""Of this process: removed when pytest ends, also with what processes left that a test killed."""
+
+
 def pytest_configure() -> None:
     """Without a GPU kernels are interpreted, which Triton wants to know before anything imports it.
 
-    Nobody's tuning records are read: the store of the session is an empty one.
+    Temporary files of the session, of its workers and of all that they start lie in one folder. pytest's own stay where
+    they are, to be looked at. Nobody's tuning records are read: the store of the session is an empty one.
     """
-    os.environ["ATTNCC_STORE"] = tempfile.mkdtemp(prefix="attncc-store-")
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+    SCRATCH.append(tempfile.TemporaryDirectory(prefix="attncc-tests-", ignore_cleanup_errors=True))
+    Path(SCRATCH[-1].name).chmod(0o711)  # PostgreSQL's server is another user
+    os.environ["TMPDIR"] = tempfile.tempdir = SCRATCH[-1].name
+    os.environ["ATTNCC_STORE"] = tempfile.mkdtemp(prefix="store-")
     if not _has_gpu():
         os.environ.setdefault("TRITON_INTERPRET", "1")
         hurry()
+
+
+def pytest_unconfigure() -> None:
+    while SCRATCH:
+        SCRATCH.pop().cleanup()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

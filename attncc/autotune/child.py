@@ -38,7 +38,9 @@ class Child:
         self.command = [sys.executable, "-m", module, *arguments]
         self.environment = dict(environment)
         self.process: subprocess.Popen[str] | None = None
-        self.said: IO[str] = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (closed by `close`)
+        self.said: IO[str] = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (closed by `__exit__`)
+        self.scratch = tempfile.TemporaryDirectory(prefix="attncc-child-", ignore_cleanup_errors=True)
+        """For its temporary files: of one that is killed nobody else would remove them."""
 
     def ask(self, question: Mapping[str, Any], patience: float) -> Any:
         """The answer to one question.
@@ -79,7 +81,7 @@ class Child:
         if self.process is None:
             self.process = subprocess.Popen(
                 self.command,
-                env={**os.environ, **self.environment, "PYTHONPATH": _path()},
+                env={**os.environ, **self.environment, "PYTHONPATH": _path(), "TMPDIR": self.scratch.name},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self.said,
@@ -112,6 +114,7 @@ class Child:
     def __exit__(self, *_: object) -> None:
         self.stop()
         self.said.close()
+        self.scratch.cleanup()
 
 
 def _kill(process: subprocess.Popen[str]) -> None:

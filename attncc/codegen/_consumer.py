@@ -5,11 +5,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from . import hopper as variant
+from ._gluon import FIRST_ANSWER, ROWS, barrier, store_by_tma
 from ._softmax import MOST, lane_sum, scaled
 from ._steps import (
-    FIRST_ANSWER,
     LETTER,
-    ROWS,
     accumulator,
     add_values,
     arrived,
@@ -24,11 +23,6 @@ from ._steps import (
     tile_of,
     width_of,
 )
-
-# what newer versions of Triton call otherwise
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier
-load_by_tma = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-store_by_tma = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 # -- a query tile's end --------------------------------------------------------------------------
 

@@ -33,8 +33,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from . import hopper as variant
-from ._consumer import consume, leave, load_by_tma
-from ._steps import LETTER, ROWS, few_bits, fixed
+from ._consumer import consume, leave
+from ._gluon import ROWS, barriers, load_by_tma
+from ._steps import LETTER, few_bits, fixed
 
 # -- the producer --------------------------------------------------------------------------------
 
@@ -203,14 +204,6 @@ def rooms_of_rows(X, COUNT: gl.constexpr):
     for n in gl.static_range(len(X)):
         made = made + (room(X[n], COUNT, ROWS),)
     return made
-
-
-@gluon.jit
-def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for n in gl.static_range(COUNT):
-        mbarrier.init(bars.index(n), count=ARRIVALS)
-    return bars
 
 
 # What numbers are must not make another kernel: this one was looked at.

@@ -24,13 +24,12 @@ spill; so they depend on a number that is 0 but not known to be (`opaque`).
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from . import latent as variant
+from ._gluon import ROWS, barriers, load_by_tma
 from ._latent_consumer import consume, job_of, next_job, part_of
-from ._latent_steps import KEYS, ROWS
-
-load_by_tma = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+from ._latent_steps import KEYS
 
 # -- the producer --------------------------------------------------------------------------------
 
@@ -114,14 +113,6 @@ def produce(K, KX, bars, k_s, x_s, programs, args, CONFIG):
 
 
 # -- the kernel ----------------------------------------------------------------------------------
-
-
-@gluon.jit
-def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for n in gl.static_range(COUNT):
-        mbarrier.init(bars.index(n), count=ARRIVALS)
-    return bars
 
 
 # What numbers are must not make another kernel: this one was looked at.

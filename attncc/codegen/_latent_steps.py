@@ -10,18 +10,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from . import latent as variant
+from ._gluon import FIRST_ANSWER, ROWS, named
 from ._softmax import exp2, lane_sum, per_lane, scaled
 
-ROWS = gl.constexpr(64)
-"""Of a query tile: what one wgmma multiplies."""
 KEYS = gl.constexpr(64)
 """Of a key tile."""
-
-
-@gluon.constexpr_function
-def fixed(CONFIG, name):
-    """What a launch fixes under this name; `forward` says what each is."""
-    return CONFIG[FIXED.value[name]]
 
 
 @gluon.constexpr_function
@@ -45,8 +38,8 @@ FIXED = gl.constexpr({
     "SPLIT": 0, "FILL": 1, "COLUMNS": 2, "FACTOR": 3, "KEYS_AT": 4, "READS_KEYS": 5, "HAS_REST": 6,
 })  # fmt: skip
 """Where what a launch fixes stands in the tuple in which it travels."""
-FIRST_ANSWER = gl.constexpr(12)
-"""Of the named barriers by which a consumer's threads answer a question together; Triton takes those from 0 on."""
+fixed = named(FIXED)
+"""What a launch fixes under a name; `forward` says what each is."""
 LINES = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 """Eight neighbouring columns a thread."""
 LONE = gl.constexpr(gl.BlockedLayout([1, 1], [1, 32], [1, 4], [1, 0]))

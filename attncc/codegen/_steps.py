@@ -10,30 +10,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from . import hopper as variant
+from ._gluon import ROWS, named
 from ._softmax import LOWEST, lane_sum, per_lane, scaled, softmax
 
-ROWS = gl.constexpr(64)
-"""Of a consumer: what one wgmma multiplies."""
 LETTER = gl.constexpr(8)
 """Numbers that travel by mail before the variant's own."""
 FIRST_TURN = gl.constexpr(9)
 """Named barriers from here on are ours; Triton takes those before."""
-FIRST_ANSWER = gl.constexpr(12)
-"""Of the barriers by which a consumer's threads answer a question together."""
-
-
 FIXED = gl.constexpr({
     "BN": 0, "CONSUMERS": 1, "STAGES": 2, "Q_STAGES": 3, "TURNS": 4, "GROUP": 5, "AGAIN": 6, "MARK_LOST": 7, "KNOWN": 8,
     "FLOATS": 9, "FACTOR": 10, "QUERIES": 11, "KEYS": 12, "KEEP_ROWS": 13, "READS_KEYS": 14, "HEADS": 15,
     "COLUMNS": 16, "POLY": 17, "DRAWN": 18,
 })  # fmt: skip
 """Where what a launch fixes stands in the tuple in which it travels; functions would pass a dozen constants on else."""
-
-
-@gluon.constexpr_function
-def fixed(CONFIG, name):
-    """What a launch fixes under this name; `forward` says what each is."""
-    return CONFIG[FIXED.value[name]]
+fixed = named(FIXED)
+"""What a launch fixes under a name; `forward` says what each is."""
 
 
 @gluon.constexpr_function

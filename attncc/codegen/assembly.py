@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Final
 
 
@@ -85,6 +86,7 @@ MATRIX: Final = frozenset({"mma", "wgmma", "tcgen05"})
 def read(text: str, dialect: Dialect) -> Counts:
     """Counts the kinds of `dialect` in disassembled `text`."""
     kinds: list[str | None] = []
+    kind = cache(partial(_kind, dialect=dialect))
     labels: dict[str, int] = {}
     jumps: list[tuple[int, str]] = []
     ends: set[int] = set()
@@ -93,10 +95,11 @@ def read(text: str, dialect: Dialect) -> Counts:
             labels[label[1]] = len(kinds)
         elif found := dialect.instruction.match(line):
             predicate, opcode, operands = found.groups()
-            jumps += [(len(kinds), name) for name in re.findall(r"\.L\w+", operands)]
+            if ".L" in operands:
+                jumps += [(len(kinds), name) for name in re.findall(r"\.L\w+", operands)]
             if opcode.startswith(dialect.ends) and not predicate and "," not in operands:
                 ends.add(len(kinds))
-            kinds.append(_kind(opcode, dialect))
+            kinds.append(kind(opcode))
     edges: Edges = {i: [] if i in ends else [i + 1] for i in range(len(kinds))}
     for source, name in jumps:
         if name in labels:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
-from attncc.codegen.source import WIDTH, Writer, definitions, filled, function_names
+from attncc.codegen.source import WIDTH, Writer, called, definitions, filled
 from attncc.codegen.triton import CALL, Printer, handles, strides
 from attncc.errors import CompilerBug
 from attncc.ir.tile import Engine, Function, Param
@@ -39,8 +39,7 @@ CONSTANTS: Final = frozenset({"BM", "BN", "GROUP", "AGAIN", "SPLIT", "FILL"})
 def print_engine(engine: Engine) -> list[str]:
     """The text of every function, and of the helpers they call."""
     texts = [_print(engine, f) for f in engine.functions]
-    used = frozenset(n for n in function_names("helpers") if any(re.search(rf"\b{n}\(", t) for t in texts))
-    return [as_gluon(t) for t in (*definitions("helpers", used), *texts)]
+    return [as_gluon(t) for t in (*definitions("helpers", called("helpers", texts)), *texts)]
 
 
 def as_gluon(text: str) -> str:

@@ -42,8 +42,8 @@ SCRATCH_DTYPE: Final[Mapping[Dtype, str]] = {
     "bool": "bool", "f8e4m3": "uint8", "f8e5m2": "uint8",
 }  # fmt: skip
 ENGINE_FILES: Final[Mapping[str, tuple[str, ...]]] = {
-    "hopper": ("_hopper", "_consumer", "_steps", "_softmax"),
-    "latent": ("_latent", "_latent_consumer", "_latent_steps", "_softmax"),
+    "hopper": ("_hopper", "_consumer", "_steps", "_softmax", "_gluon"),
+    "latent": ("_latent", "_latent_consumer", "_latent_steps", "_softmax", "_gluon"),
 }
 """An engine's own source."""
 INDEX_AXES: Final[Mapping[str, str]] = {

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 import itertools
 import re
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib.resources import files
 from typing import Final
 
@@ -173,18 +174,35 @@ def module_text(name: str) -> str:
     return files("attncc.codegen").joinpath(f"{name}.py").read_text(encoding="utf-8")
 
 
-def definitions(name: str, wanted: frozenset[str]) -> list[str]:
-    """Source of the wanted top-level functions of a module, decorators included, in its order."""
+@cache
+def _functions(name: str) -> Mapping[str, str]:
+    """Source of the top-level functions of a module by name, decorators included, in its order."""
     text = module_text(name)
     lines = text.splitlines()
-    out: list[str] = []
+    found: dict[str, str] = {}
     for node in ast.parse(text).body:
-        if isinstance(node, ast.FunctionDef) and node.name in wanted:
+        if isinstance(node, ast.FunctionDef):
             start = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-            out.append("\n".join(line.replace("  # fmt: skip", "") for line in lines[start - 1 : node.end_lineno]))
-    return out
+            own = lines[start - 1 : node.end_lineno]
+            found[node.name] = "\n".join(line.replace("  # fmt: skip", "") for line in own)
+    return found
 
 
-def function_names(name: str) -> frozenset[str]:
-    """The top-level functions of a module of this package."""
-    return frozenset(n.name for n in ast.parse(module_text(name)).body if isinstance(n, ast.FunctionDef))
+def definitions(name: str, wanted: frozenset[str]) -> list[str]:
+    """Source of the wanted top-level functions of a module, decorators included, in its order."""
+    return [text for function, text in _functions(name).items() if function in wanted]
+
+
+def called(name: str, texts: Iterable[str]) -> frozenset[str]:
+    """The top-level functions of a module that texts call, and those that these call."""
+    functions = _functions(name)
+    found: set[str] = set()
+    unread = list(texts)
+    while unread:
+        more = {word for word in CALL.findall(unread.pop()) if word in functions} - found
+        found |= more
+        unread += (functions[word] for word in more)
+    return frozenset(found)
+
+
+CALL: Final = re.compile(r"(?<!def )\b(\w+)\(")

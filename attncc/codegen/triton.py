@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from attncc.codegen.source import Writer, definitions, filled, function_names
+from attncc.codegen.source import Writer, called, definitions, filled
 from attncc.errors import CompilerBug
 from attncc.ir.expr import FLOATS, INTS, STORED, TRUE, WORD, Dim, Dtype, Expr, const
 from attncc.ir.tile import Barrier, CallFn, For, Function, If, Let, Note, Param, Program, Statement, Store, StoreTile
@@ -304,19 +303,8 @@ def print_kernels(program: Program) -> tuple[list[str], dict[str, list[str]]]:
         texts.append(_print(f.name, f.params, f.body, f.doc, functions, flags, results=f.results))
     for k in program.kernels:
         texts.append(_print(k.name, k.params, k.body, k.doc, functions, flags))
-    helpers = definitions("helpers", _called(texts))
+    helpers = definitions("helpers", called("helpers", texts))
     return [*helpers, *texts], {k.name: flags[k.name] for k in program.kernels}
-
-
-def _called(texts: list[str]) -> frozenset[str]:
-    """The helpers that texts call, and those that these call."""
-    found = frozenset[str]()
-    while True:
-        seen = [*texts, *definitions("helpers", found)]
-        more = frozenset(n for n in function_names("helpers") if any(re.search(rf"(?<!def )\b{n}\(", t) for t in seen))
-        if more <= found:
-            return found
-        found |= more
 
 
 def _print(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 INSTRUCTION: Final = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(@!?\w+)?\s*([A-Z0-9_.]+)\s*(.*?)\s*;")
@@ -83,7 +84,7 @@ def unwritten(text: str) -> tuple[Undefined, ...]:
     if not code:
         return ()
     follows = _edges(code, labels)
-    may = [_bits(_may_write(x)) for x in code]
+    may = [_may_write(x) for x in code]
     before = [0] * len(code)
     todo = [0]
     seen = {0}
@@ -112,15 +113,18 @@ def _stores(x: Instruction) -> bool:
     return x.opcode.startswith(("ST", "RED", "BAR", "SYNCS", "WARPSYNC", "NANOSLEEP", "CCTL"))
 
 
-def _may_write(x: Instruction) -> Iterator[int]:
-    """Registers of the first operands, of which one may be a predicate, and some behind them: rather too many."""
-    span = SPAN.get(x.opcode.partition(".")[0], 4)
+def _may_write(x: Instruction) -> int:
+    """Registers of the first operands, of which one may be a predicate, and some behind them: rather too many; bits."""
+    written = 0
     if not _stores(x):
+        some = (1 << SPAN.get(x.opcode.partition(".")[0], 4)) - 1
         for operand in x.operands[:2]:
             for found in VECTOR.finditer(operand):
-                yield from range(int(found[1]), int(found[1]) + span)
+                written |= some << int(found[1])
+    return written
 
 
+@lru_cache(maxsize=1)  # both questions are about one text, of some ten thousand instructions
 def _parse(text: str) -> tuple[list[Instruction], dict[str, int]]:
     code: list[Instruction] = []
     labels: dict[str, int] = {}
@@ -143,6 +147,8 @@ def _instruction(predicate: str, opcode: str, rest: str) -> Instruction:
     reads: set[int] = set()
     elected = opcode.startswith("UTMA")  # one lane runs it, and wrote its operands under a predicate
     for operand in () if elected else operands[at + 1 :] if writes else operands:
+        if "UR" not in operand:
+            continue
         for found in DESCRIPTOR.finditer(operand):  # both operands' descriptors; A's is unused where registers hold it
             first = int(found[1])
             a = "".join(operands[1:2])
@@ -159,8 +165,8 @@ def _edges(code: list[Instruction], labels: Mapping[str, int]) -> list[list[int]
     indirect: list[int] = []
     for at, x in enumerate(code):
         kind = x.opcode.partition(".")[0]
-        target = TARGET.search(", ".join(x.operands))
-        if kind == "BRA" and target:
+        target = TARGET.search(", ".join(x.operands)) if kind == "BRA" else None
+        if target:
             may_pass = bool(x.predicate) or any("UP" in operand and "`" not in operand for operand in x.operands)
             follows.append([labels[target[1]], *([at + 1] if may_pass else [])])
         elif kind == "BRX":

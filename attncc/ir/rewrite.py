@@ -23,12 +23,28 @@ def walk(e: Expr) -> Iterator[Expr]:
 
 def names(e: Expr) -> frozenset[str]:
     """The names `e` reads (buffers are not among them)."""
-    return frozenset(str(n.attr) for n in walk(e) if n.op == "name")
+    return _attributes(e, ("name",))
 
 
 def buffers(e: Expr) -> frozenset[str]:
     """The tensors `e` reads."""
-    return frozenset(str(n.attr) for n in walk(e) if n.op in ("load", "bucket", "qdot", "tile"))
+    return _attributes(e, ("load", "bucket", "qdot", "tile"))
+
+
+def _attributes(e: Expr, operators: tuple[str, ...]) -> frozenset[str]:
+    """What the nodes of these operators are called; asked of every statement many times, and so without `walk`."""
+    found: set[str] = set()
+    seen: set[int] = set()
+    stack = [e]
+    while stack:
+        node = stack.pop()
+        if node.op in operators:
+            found.add(str(node.attr))
+        for a in node.args:
+            if id(a) not in seen:
+                seen.add(id(a))
+                stack.append(a)
+    return frozenset(found)
 
 
 def conjuncts(e: Expr) -> tuple[Expr, ...]:

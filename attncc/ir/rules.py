@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Final, Literal
@@ -322,16 +322,15 @@ def _counts(e: Expr) -> bool:
     return not arity or len(e.args) in arity
 
 
-def leaves_first(e: Expr) -> Iterator[Expr]:
+def leaves_first(e: Expr) -> Iterable[Expr]:
     """Every distinct node of `e`, arguments before what uses them."""
-    seen: set[int] = set()
+    found: dict[int, Expr] = {}
 
-    def go(node: Expr) -> Iterator[Expr]:
-        if id(node) in seen:
-            return
-        seen.add(id(node))
-        for a in node.args:
-            yield from go(a)
-        yield node
+    def go(node: Expr) -> None:
+        if id(node) not in found:
+            for a in node.args:
+                go(a)
+            found[id(node)] = node
 
-    return go(e)
+    go(e)
+    return found.values()

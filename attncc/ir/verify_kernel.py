@@ -34,28 +34,42 @@ DIMS_MATTER: Final = ("iota", "full", "reshape", "tile")
 
 
 @dataclass(frozen=True, slots=True)
+class Spot:
+    """A statement in a function. Few are ever spoken of, so none is put into words before that."""
+
+    function: str
+    statement: Statement
+
+    def __str__(self) -> str:
+        """The statement's first line, behind the name of its function."""
+        s = self.statement
+        printable = not any(map(malformed, (n for e in reads(s) for n in walk(e))))
+        return f"{self.function}: {next(statement_lines(s), '')}" if printable else f"{self.function}: {s!r}"
+
+
+Where = str | Spot
+
+
+@dataclass(frozen=True, slots=True)
 class Scope:
     """What a body knows at one point of it, and the faults found so far."""
 
     where: str
     tensors: Mapping[str, Param]
+    typed_tensors: Mapping[str, Tensor]
     functions: Mapping[str, Function]
     constexprs: frozenset[str]
     types: dict[str, Type]
     fixed: frozenset[str] = frozenset()
     """Names bound outside of the innermost loop or run-time branch: they keep their types there."""
-    found: list[Fault] = field(default_factory=list[Fault])
+    found: list[tuple[Where, str]] = field(default_factory=list[tuple[Where, str]])
 
     def inner(self) -> Scope:
         """The scope of a loop's or branch's block: what it binds anew ends with it."""
         return replace(self, types=dict(self.types), fixed=frozenset(self.types))
 
-    @property
-    def typed_tensors(self) -> dict[str, Tensor]:
-        return {
-            p.name: Tensor(p.dtype, 4 if p.role == "operand" else p.rank, p.tiles, p.role == "operand")
-            for p in self.tensors.values()
-        }
+    def faults(self) -> Iterator[Fault]:
+        return ((str(where), what) for where, what in self.found)
 
 
 def kernel_faults(kernel: Kernel) -> Iterator[Fault]:
@@ -69,21 +83,26 @@ def kernel_faults(kernel: Kernel) -> Iterator[Fault]:
         _block(scope, function.body)
         for result in function.results:
             check_expression(scope, f"{where}: return {result.attr}", result)
-        yield from scope.found
+        yield from scope.faults()
         functions[function.name] = function
     scope = _enter(f"kernel {kernel.name}", kernel.params, functions)
     for p in kernel.params:
         if p.role == "value":
             yield f"kernel {kernel.name}", f"'{p.name}' is a tile, which only functions take"
     _block(scope, kernel.body)
-    yield from scope.found
+    yield from scope.faults()
 
 
 def _enter(where: str, params: tuple[Param, ...], functions: Mapping[str, Function]) -> Scope:
     all_names = [p.name for p in params]
+    tensors = {p.name: p for p in params if p.role in TENSORS}
     scope = Scope(
         where,
-        {p.name: p for p in params if p.role in TENSORS},
+        tensors,
+        {
+            p.name: Tensor(p.dtype, 4 if p.role == "operand" else p.rank, p.tiles, p.role == "operand")
+            for p in tensors.values()
+        },
         dict(functions),
         frozenset(p.name for p in params if p.role == "constexpr"),
         {p.name: (p.dtype, p.shape) for p in params if p.role not in TENSORS},
@@ -95,19 +114,13 @@ def _enter(where: str, params: tuple[Param, ...], functions: Mapping[str, Functi
 
 def _block(scope: Scope, body: tuple[Statement, ...]) -> None:
     for s in body:
-        STATEMENTS[type(s)](scope, _where(scope, s), s)
-
-
-def _where(scope: Scope, s: Statement) -> str:
-    """The statement's first line, behind the name of its function."""
-    printable = not any(map(malformed, (n for e in reads(s) for n in walk(e))))
-    return f"{scope.where}: {next(statement_lines(s), '')}" if printable else f"{scope.where}: {s!r}"
+        STATEMENTS[type(s)](scope, Spot(scope.where, s), s)
 
 
 # -- statements ----------------------------------------------------------------------------------
 
 
-def _let(scope: Scope, where: str, s: Let) -> None:
+def _let(scope: Scope, where: Where, s: Let) -> None:
     check_expression(scope, where, s.value)
     if (s.var.dtype, s.var.shape) != (s.value.dtype, s.value.shape):
         given = show(s.value.dtype, s.value.shape)
@@ -115,7 +128,7 @@ def _let(scope: Scope, where: str, s: Let) -> None:
     _bind(scope, where, s.var)
 
 
-def _bind(scope: Scope, where: str, var: Expr) -> None:
+def _bind(scope: Scope, where: Where, var: Expr) -> None:
     name = str(var.attr)
     new: Type = (var.dtype, var.shape)
     if var.op != "name":
@@ -129,7 +142,7 @@ def _bind(scope: Scope, where: str, var: Expr) -> None:
     scope.types[name] = new
 
 
-def _store(scope: Scope, where: str, s: Store) -> None:
+def _store(scope: Scope, where: Where, s: Store) -> None:
     for e in reads(s):
         check_expression(scope, where, e)
     tensor = scope.typed_tensors.get(s.buffer)
@@ -151,7 +164,7 @@ def _store(scope: Scope, where: str, s: Store) -> None:
         scope.found.append((where, f"{list(every)} values go to {list(lanes)} places"))
 
 
-def _broadcast(scope: Scope, where: str, *shapes: Shape) -> Shape:
+def _broadcast(scope: Scope, where: Where, *shapes: Shape) -> Shape:
     try:
         return broadcast(*shapes) if shapes else ()
     except ValueError as error:
@@ -165,7 +178,7 @@ def _kind(dtype: Dtype) -> str:
     return "float" if dtype in FLOATS else "bool" if dtype == "bool" else "int"
 
 
-def _store_tile(scope: Scope, where: str, s: StoreTile) -> None:
+def _store_tile(scope: Scope, where: Where, s: StoreTile) -> None:
     for e in reads(s):
         check_expression(scope, where, e)
     for e in s.index:
@@ -180,13 +193,13 @@ def _store_tile(scope: Scope, where: str, s: StoreTile) -> None:
     _extent(scope, where, p)
 
 
-def _extent(scope: Scope, where: str, p: Param) -> None:
+def _extent(scope: Scope, where: Where, p: Param) -> None:
     """A tile is bounded by its operand's extent, whose names must be at hand."""
     if p.extent is not None:
         check_expression(scope, f"{where} (extent of {p.name})", p.extent[0])
 
 
-def _for(scope: Scope, where: str, s: For) -> None:
+def _for(scope: Scope, where: Where, s: For) -> None:
     for e in reads(s):
         check_expression(scope, where, e)
         check_scalar(scope, where, e, INTS)
@@ -195,7 +208,7 @@ def _for(scope: Scope, where: str, s: For) -> None:
     _block(replace(inner, fixed=inner.fixed | {str(s.var.attr)}), s.body)
 
 
-def _if(scope: Scope, where: str, s: If) -> None:
+def _if(scope: Scope, where: Where, s: If) -> None:
     check_expression(scope, where, s.condition)
     check_scalar(scope, where, s.condition, ("bool", *INTS))
     if names(s.condition) <= scope.constexprs:
@@ -204,7 +217,7 @@ def _if(scope: Scope, where: str, s: If) -> None:
         _block(scope.inner(), s.body)
 
 
-def _call(scope: Scope, where: str, s: CallFn) -> None:
+def _call(scope: Scope, where: Where, s: CallFn) -> None:
     function = scope.functions.get(s.function)
     if function is None:
         scope.found.append((where, f"there is no function '{s.function}' before this"))
@@ -222,7 +235,7 @@ def _call(scope: Scope, where: str, s: CallFn) -> None:
         _bind(scope, where, target)
 
 
-def _argument(scope: Scope, where: str, p: Param, a: Expr) -> None:
+def _argument(scope: Scope, where: Where, p: Param, a: Expr) -> None:
     what = f"parameter '{p.name}'"
     if p.role in TENSORS:
         given = scope.tensors.get(str(a.attr)) if a.op == "name" else None
@@ -238,7 +251,7 @@ def _argument(scope: Scope, where: str, p: Param, a: Expr) -> None:
         scope.found.append((where, f"{what} is {show(p.dtype, p.shape)}, got {show(a.dtype, a.shape)}"))
 
 
-def _note(scope: Scope, where: str, s: Note | Barrier) -> None:
+def _note(scope: Scope, where: Where, s: Note | Barrier) -> None:
     """A comment breaks no rule, nor does a barrier."""
 
 
@@ -257,7 +270,7 @@ STATEMENTS: Final[Mapping[type, Callable[..., None]]] = {
 # -- expressions ---------------------------------------------------------------------------------
 
 
-def check_expression(scope: Scope, where: str, e: Expr) -> None:
+def check_expression(scope: Scope, where: Where, e: Expr) -> None:
     """Every node well typed, every name bound with this type, every dim's knob at hand."""
     tensors = scope.typed_tensors
     for node in leaves_first(e):
@@ -274,7 +287,7 @@ def check_expression(scope: Scope, where: str, e: Expr) -> None:
                     scope.found.append((where, f"the dim '{knob}' is no constexpr here"))
 
 
-def _name(scope: Scope, where: str, node: Expr) -> None:
+def _name(scope: Scope, where: Where, node: Expr) -> None:
     name = str(node.attr)
     bound = scope.types.get(name)
     if bound is None:
@@ -283,7 +296,7 @@ def _name(scope: Scope, where: str, node: Expr) -> None:
         scope.found.append((where, f"'{name}' is {show(*bound)}, read as {show(node.dtype, node.shape)}"))
 
 
-def check_scalar(scope: Scope, where: str, e: Expr, dtypes: tuple[Dtype, ...]) -> None:
+def check_scalar(scope: Scope, where: Where, e: Expr, dtypes: tuple[Dtype, ...]) -> None:
     """No shape, and one of these dtypes."""
     if e.shape or e.dtype not in dtypes:
         scope.found.append((where, f"expected a scalar {' or '.join(dtypes)}, got {show(e.dtype, e.shape)}"))

@@ -59,10 +59,10 @@ def _numbers(program: Program) -> Iterator[Fault]:
     formulas = [(f"kernel {k.name}: grid", k.grid) for k in program.kernels]
     formulas += [(f"scratch {s.name}", e) for s in program.scratch for e in s.shape]
     for where, e in formulas:
-        scope = Scope(where, {}, {}, frozenset(), known)
+        scope = Scope(where, {}, {}, {}, frozenset(), known)
         check_expression(scope, where, e)
         check_scalar(scope, where, e, INTS)
-        yield from scope.found
+        yield from scope.faults()
 
 
 def _scratch_order(program: Program) -> Iterator[Fault]:
@@ -71,13 +71,14 @@ def _scratch_order(program: Program) -> Iterator[Fault]:
     scratch = {s.name: s for s in (*program.scratch, *(engine.scratch if engine else ()))}
     kernels = {k.name: k for k in program.kernels}
     written = {s.name for s in engine.scratch} if engine else set[str]()
+    known: dict[str, dict[str, Effects]] = {k.name: {} for k in program.kernels}
     for launch in (*program.launches, *(engine.launches if engine else ())):
         kernel = kernels.get(launch.kernel)
         if kernel is None:
             continue
         functions = {f.name: f for f in kernel.functions}
-        read, wrote = _effects(kernel.body, dict(launch.constants), functions, {})
-        for name in sorted((read & set(scratch)) - written):
+        read, wrote = _effects(kernel.body, dict(launch.constants), functions, known[kernel.name])
+        for name in sorted((read & scratch.keys()) - written):
             yield f"launch {launch.kernel}", f"scratch '{name}' is read before any launch wrote it"
         written |= wrote
         for p in kernel.params:
@@ -87,28 +88,40 @@ def _scratch_order(program: Program) -> Iterator[Fault]:
                 yield f"kernel {kernel.name}", f"'{p.name}' is scratch {made.dtype} of rank {len(made.shape)}"
 
 
+Effects = tuple[frozenset[str], frozenset[str]]
+"""The tensors that are read, and those that are written."""
+
+
 def _effects(
     body: tuple[Statement, ...],
     constants: Mapping[str, int],
     functions: Mapping[str, Function],
-    known_as: Mapping[str, str],
-) -> tuple[set[str], set[str]]:
-    """The tensors a body reads and writes, dead branches of this launch left out."""
+    known: dict[str, Effects],
+) -> Effects:
+    """What a body reads and writes, dead branches of this launch left out; `known` has what functions do."""
     read: set[str] = set()
     wrote: set[str] = set()
     for s in body:
         if isinstance(s, If) and substitute(s.condition, constants).value in (False, 0):
             continue
-        for e in reads(s):
-            read |= {known_as.get(n, n) for n in buffers(e)}
-        wrote |= {known_as.get(n, n) for n in writes(s)}
-        inner = _effects(block(s), constants, functions, known_as)
+        read.update(*map(buffers, reads(s)))
+        wrote.update(writes(s))
+        inner = (_effects(block(s), constants, functions, known),) if block(s) else ()
         if isinstance(s, CallFn) and s.function in functions:
-            callee = functions[s.function]
-            pairs = zip(callee.params, s.args, strict=False)
-            aliases = {p.name: known_as.get(str(a.attr), str(a.attr)) for p, a in pairs if p.role in TENSORS}
-            others = {n: f for n, f in functions.items() if n != s.function}
-            inner = _effects(callee.body, {}, others, aliases)
-        read |= inner[0]
-        wrote |= inner[1]
-    return read, wrote
+            inner = (_of_call(s, functions, known),)
+        for more_read, more_written in inner:
+            read |= more_read
+            wrote |= more_written
+    return frozenset(read), frozenset(wrote)
+
+
+def _of_call(call: CallFn, functions: Mapping[str, Function], known: dict[str, Effects]) -> Effects:
+    """What a function does, by the names that its tensors have where it is called."""
+    callee = functions[call.function]
+    if callee.name not in known:
+        known[callee.name] = frozenset[str](), frozenset[str]()  # of one that calls itself, which is a fault elsewhere
+        known[callee.name] = _effects(callee.body, {}, functions, known)
+    pairs = zip(callee.params, call.args, strict=False)
+    aliases = {p.name: str(a.attr) for p, a in pairs if p.role in TENSORS}
+    read, wrote = known[callee.name]
+    return frozenset(aliases.get(n, n) for n in read), frozenset(aliases.get(n, n) for n in wrote)

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import tempfile
 import time
 from typing import Any
 
@@ -12,6 +13,9 @@ from attncc.codegen.answer import answer
 def obey(question: dict[str, Any]) -> dict[str, Any]:
     match question["do"]:
         case "hang":
+            time.sleep(60)
+        case "leave":
+            tempfile.mkdtemp()
             time.sleep(60)
         case "crash":
             os.kill(os.getpid(), signal.SIGSEGV)

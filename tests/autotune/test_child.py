@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from golden import TESTS
@@ -46,6 +47,16 @@ def test_a_death_costs_one_question(child: Child, do: str, status: str, words: s
         child.ask({"do": do}, 1 if do == "hang" else 60)
     assert died.value.status == status
     assert child.ask({"do": "tell"}, 60)["pid"] != before
+
+
+def test_a_killed_child_leaves_no_temporary_files(child: Child) -> None:
+    folder = Path(child.scratch.name)
+    child.ask({"do": "tell"}, 60)
+    with pytest.raises(ChildDied, match="no answer"):
+        child.ask({"do": "leave"}, 1)
+    assert [*folder.iterdir()]
+    child.__exit__()
+    assert not folder.exists()
 
 
 def test_last_words_are_those_of_the_child_that_died(child: Child) -> None:

@@ -21,7 +21,7 @@ from attncc.check.cases import Case
 from attncc.check.run import Outcome, check_case
 from attncc.ir.attention import Attention
 
-OUT: Final = Path(tempfile.mkdtemp(prefix="attncc-emitted-"))
+OUT: Final = Path(tempfile.mkdtemp(prefix="emitted-"))  # in the folder of the session, which ends with it
 sys.path.insert(0, str(OUT))
 
 

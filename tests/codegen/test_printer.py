@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from attncc.codegen.host import host_expr, host_function
 from attncc.codegen.signature import types
-from attncc.codegen.source import Writer, definitions, filled, function_names
+from attncc.codegen.source import Writer, called, definitions, filled
 from attncc.codegen.triton import CALL, INFIX, PREFIX, Printer, dim, lower_name, print_kernels, strides
 from attncc.errors import CompilerBug
 from attncc.ir.build import (
@@ -354,7 +354,12 @@ def test_definitions_are_copied_whole_and_in_their_order() -> None:
     assert [ast.parse(t).body[0].name for t in texts] == ["load_tile", "floor_mod"]  # type: ignore[attr-defined]
     assert all(t.startswith("@triton.jit\ndef ") for t in texts)
     assert "fmt: skip" not in "".join(texts)
-    assert {"load_tile", "store_tile", "count_up_to", "power"} <= function_names("helpers")
+
+
+def test_helpers_that_helpers_call_come_along() -> None:
+    assert called("helpers", ["def load_tile(x):\n    return store_tile(x)"]) == {"store_tile"}
+    (text,) = definitions("helpers", frozenset({"floor_mod"}))
+    assert called("helpers", ["x = floor_mod(a, b)"]) == {"floor_mod"} | called("helpers", [text])
 
 
 def test_only_the_helpers_in_use_are_emitted() -> None:
