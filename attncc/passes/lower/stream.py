@@ -21,7 +21,7 @@ from attncc.ir.expr import Expr, cast_to, const, eq, ew, maximum, minimum, name,
 from attncc.ir.tile import Function, Kernel, Param, Scratch
 from attncc.passes.lower import care
 from attncc.passes.lower.fragments import may_hide_values
-from attncc.passes.lower.grid import BM, QueryTile
+from attncc.passes.lower.grid import BM, QueryTile, cdiv
 from attncc.passes.lower.group import by_groups, group_tiles, groups, members, place_group
 from attncc.passes.lower.knobs import FILL, SPLIT, WRITE_LSE
 from attncc.passes.lower.normalizers import rule_of
@@ -49,6 +49,8 @@ AT_ONCE: Final = 1024
 SLOTS: Final = 2
 """A program's: one for the item in whose midst its range begins, one for the item in whose midst it ends."""
 PROGRAMS: Final = name(FILL.name)
+COLLECTORS: Final = 8
+"""To a range, of those that merge states behind an engine: a multiprocessor has so many at once."""
 NEAR: Final = 20
 """One program of so many may have no range, for the others' to end where items do."""
 
@@ -270,7 +272,7 @@ def _merger(attn: Attention) -> Kernel:
     """One program per row: nothing to do where one range has all of its item."""
     counts = _counts(attn)
     b = Builder(share_parameters(attn, "BM", "BN", WRITE_LSE.name, SPLIT.name, FILL.name, more=(counts,)))
-    at, item = _place_row_of_item(b, attn)
+    at, item = _place_row_of_item(b, attn, program())
     _add_up(b, counts, b.let("items", _items(attn)), "line")
     _bind_cut(b, name("line"), name("items"))
     _add_up(b, counts, item, "item_begin")
@@ -283,19 +285,27 @@ def _merger(attn: Attention) -> Kernel:
 
 
 def collector(attn: Attention) -> Kernel:
-    """The same behind an engine, whose ranges were found beforehand."""
+    """The same behind an engine, whose ranges were found beforehand: several rows to a program where they are many, as
+    most of the time there is nothing to do in any."""
     held = _held(attn)
-    b = Builder(share_parameters(attn, "BM", WRITE_LSE.name, more=(held,)))
-    at, item = _place_row_of_item(b, attn)
-    first, count = b.let("first_range", read(held, item, 0)), b.let("held", read(held, item, 1))
-    _merge_and_end(b, attn, at, first, count)
+    b = Builder(share_parameters(attn, "BM", WRITE_LSE.name, FILL.name, more=(held,)))
+    rows = b.let("all_rows", rows_of(attn))
+    each = b.let("each", cdiv(rows, _collectors(attn)))
+    with b.loop("number", program() * each, minimum(program() * each + each, rows)) as number:
+        at, item = _place_row_of_item(b, attn, number)
+        first, count = b.let("first_range", read(held, item, 0)), b.let("held", read(held, item, 1))
+        _merge_and_end(b, attn, at, first, count)
     doc = "Merges what several ranges found of a row, and ends it; which they are is known."
-    return Kernel(f"{attn.name}_collect", *tidy(b.params.values(), b.body), (), rows_of(attn), doc)
+    return Kernel(f"{attn.name}_collect", *tidy(b.params.values(), b.body), (), _collectors(attn), doc)
 
 
-def _place_row_of_item(b: Builder, attn: Attention) -> tuple[tuple[Expr, Expr, Expr], Expr]:
-    """Binds a program's row: batch entry, head and query; and the item that it is in, with its place there."""
-    batch, h, query = place_row(b, attn)
+def _collectors(attn: Attention) -> Expr:
+    return minimum(rows_of(attn), PROGRAMS * COLLECTORS)
+
+
+def _place_row_of_item(b: Builder, attn: Attention, number: Expr) -> tuple[tuple[Expr, Expr, Expr], Expr]:
+    """Binds a row of so many: batch entry, head and query; and the item that it is in, with its place there."""
+    batch, h, query = place_row(b, attn, number)
     tiled = attn.heads.map == "tile"
     group, member = (remainder, quotient) if tiled else (quotient, remainder)
     per = groups(attn) if tiled else members(attn)
