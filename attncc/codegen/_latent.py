@@ -7,7 +7,8 @@ rows: query heads of a group, side by side. What is a variant's own stands in `l
 * two warpgroups, the consumers, own half of the output's columns each. Tiles alternate: each consumer multiplies
   queries by its own tiles alone, and makes weights of the scores, which the other one finds in shared memory, with the
   peak that they are relative to. Each multiplies all weights by its own half of the values. So one has products for
-  the tensor cores while the other has a softmax;
+  the tensor cores while the other has a softmax. The second one takes the other's tile under its softmax, before its
+  own; the first one behind its own, so that a tile on its way to the place of that has the time of these products;
 * a buffer's pieces are given back one by one: there is room for no third tile, and what is left of two must be on its
   way while the rest is still in use;
 * blocks live as long as the kernel. Their programs are shares of query tiles, or ranges of the line of all tiles, as

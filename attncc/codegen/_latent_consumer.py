@@ -5,7 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from . import latent as variant
-from ._latent_steps import KEYS, LINES, ROW, ROWS, SCORES, accumulator, fixed, operand, take_last, turn
+from ._latent_steps import KEYS, LINES, ROW, ROWS, SCORES, accumulator, fixed, operand, take, turn
 from ._softmax import LOWEST, lane_sum, scaled
 
 # -- which keys ----------------------------------------------------------------------------------
@@ -41,10 +41,11 @@ def part_of(number, job, count, wholes, args, CONFIG):
 
 
 @gluon.jit
-def offsets(ends, row0, s, args, LAYOUT: gl.constexpr):
-    """Of a tile's rows in the queries of a sequence, [rows, 1]."""
+def lines(ends, b, row0, s, args, LAYOUT: gl.constexpr):
+    """Where a tile's rows of queries begin, [rows, 1]: on 16 bytes, or there were no tensor maps."""
     r = variant.rows(row0 + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)), s, args)
-    return (r[2].to(gl.int64) * ends[2] + r[1].to(gl.int64) * ends[3])[:, None]
+    rows = (r[2].to(gl.int64) * ends[2] + r[1].to(gl.int64) * ends[3])[:, None]
+    return gl.multiple_of(ends[0] + b.to(gl.int64) * ends[1] + rows, [16, 16])
 
 
 @gluon.jit
@@ -52,18 +53,16 @@ def load_queries(q_s, ends, b, row0, s, args, NUMBER: gl.constexpr, HAS_REST: gl
     """Brings this consumer's half of the values' columns of queries to shared memory; those behind are returned."""
     HALF: gl.constexpr = q_s.shape[0] // 2
     WIDTH: gl.constexpr = q_s.shape[2]
-    base = ends[0] + b.to(gl.int64) * ends[1]
-    rows = offsets(ends, row0, s, args, LINES)
+    begins = lines(ends, b, row0, s, args, LINES)
     for n in gl.static_range(HALF):
         column = (NUMBER * HALF + n) * WIDTH + gl.arange(0, WIDTH, gl.SliceLayout(0, LINES))
-        q_s.index(NUMBER * HALF + n).store(gl.load(base + rows + column[None, :]))
+        q_s.index(NUMBER * HALF + n).store(gl.load(begins + column[None, :]))
     fence_async_shared()
     rest = 0
     if HAS_REST:
         OPERAND: gl.constexpr = operand(64)
-        rows = offsets(ends, row0, s, args, OPERAND)
         column = COLUMNS + gl.arange(0, 64, gl.SliceLayout(0, OPERAND))
-        rest = gl.load(base + rows + column[None, :])
+        rest = gl.load(lines(ends, b, row0, s, args, OPERAND) + column[None, :])
     return rest
 
 
@@ -84,12 +83,13 @@ def leave_state(left, at, state, total, inside, NUMBER: gl.constexpr):
 
 @gluon.jit
 def write(to, place, x, inside, first):
-    """Writes columns of rows from `first` on."""
+    """Writes columns of rows from `first` on; rows begin on 16 bytes."""
     ROWS_OF: gl.constexpr = gl.SliceLayout(1, x.type.layout)
     column = first + gl.arange(0, x.shape[1], gl.SliceLayout(0, x.type.layout))
     rows = gl.convert_layout(place, ROWS_OF, assert_trivial=True)
     kept = gl.convert_layout(inside, ROWS_OF, assert_trivial=True)
-    gl.store(to + rows[:, None] + column[None, :], x.to(to.dtype.element_ty), mask=kept[:, None])
+    begins = gl.multiple_of(to + rows[:, None], [16, 16])
+    gl.store(begins + column[None, :], x.to(to.dtype.element_ty), mask=kept[:, None])
 
 
 @gluon.jit
@@ -138,31 +138,20 @@ def walk_tiles(
     _, _, blocks, whole = part
     state = nothing(rooms[1])
     own, others = uses
-    begin = NUMBER
-    if NUMBER == 0:
-        begin = 2  # the first of all has none before it
-        if blocks > 0:
-            if whole > 0:
-                state = turn(state, key_of(0, part, wholes, s, args, False), q, rooms, bars, ready, (own, 0), opaque,
-                             row0, r, s, args, NUMBER, False, False, CONFIG)  # fmt: skip
-            else:
-                state = turn(state, key_of(0, part, wholes, s, args, True), q, rooms, bars, ready, (own, 0), opaque,
-                             row0, r, s, args, NUMBER, False, True, CONFIG)  # fmt: skip
-            own += 1
-    for n in range(begin, whole, 2):
-        state = turn(state, key_of(n, part, wholes, s, args, False), q, rooms, bars, ready, (own, others), opaque,
-                     row0, r, s, args, NUMBER, True, False, CONFIG)  # fmt: skip
+    for n in range(NUMBER, whole, 2):
+        state = turn(state, key_of(n, part, wholes, s, args, False), n + 1 < blocks, q, rooms, bars, ready,
+                     (own, others), opaque, row0, r, s, args, NUMBER, False, CONFIG)  # fmt: skip
         own += 1
         others += 1
-    for n in range(begin + (gl.maximum(whole - begin, 0) + 1) // 2 * 2, blocks, 2):
-        state = turn(state, key_of(n, part, wholes, s, args, True), q, rooms, bars, ready, (own, others), opaque,
-                     row0, r, s, args, NUMBER, True, True, CONFIG)  # fmt: skip
+    for n in range(NUMBER + (gl.maximum(whole - NUMBER, 0) + 1) // 2 * 2, blocks, 2):
+        state = turn(state, key_of(n, part, wholes, s, args, True), n + 1 < blocks, q, rooms, bars, ready,
+                     (own, others), opaque, row0, r, s, args, NUMBER, True, CONFIG)  # fmt: skip
         own += 1
         others += 1
-    if (blocks > 0) & ((blocks - 1) % 2 != NUMBER):
-        state = take_last(state, rooms, bars, ready, others, NUMBER)
-        others += 1
-    return state, (own, others)
+    if NUMBER == 1:
+        if blocks % 2 == 1:
+            state = take(state, rooms, bars, ready, others, 0, NUMBER)
+    return state, (own, uses[1] + (blocks + NUMBER) // 2)
 
 
 @gluon.jit

@@ -160,16 +160,16 @@ def blank(n, k_s, row0, s, args, NUMBER: gl.constexpr, CONFIG):
 
 @gluon.jit
 def turn(
-    state, n, q, rooms, bars, ready, uses, opaque, row0, r, s, args,
-    NUMBER: gl.constexpr, TAKES: gl.constexpr, IS_CUT: gl.constexpr, CONFIG,
+    state, n, more, q, rooms, bars, ready, uses, opaque, row0, r, s, args,
+    NUMBER: gl.constexpr, IS_CUT: gl.constexpr, CONFIG,
 ):  # fmt: skip
-    """One tile of this consumer, whose first key is n: its scores; the values of the other's tile before it, if
-    it `TAKES` that; its weights, which the other one will take; and its values."""
+    """One tile of this consumer, whose first key is n: its scores; its weights, which the other one will take; and its
+    values. Between them the second consumer has the values of the first one's tile; the first one has those of the
+    second one's behind its own, if there are `more`."""
     m, l, acc = state
     q_s, k_s, x_s, p_s, peaks, _, answers = rooms
     full, empty = bars
     own, others = uses
-    OTHER: gl.constexpr = 1 - NUMBER
     PIECES: gl.constexpr = len(acc)
     DTYPE: gl.constexpr = k_s.dtype
     z = own & opaque
@@ -184,35 +184,41 @@ def turn(
     c = s[fixed(CONFIG, "FACTOR")]
     top = gl.max(x, 1) * c
     before = m
-    if TAKES:
-        mbarrier.wait(ready.index(OTHER), others & 1)
-        before = peaks.index(OTHER).load(ROW)
-        acc = shrunk(acc, m, before, answers.index(OTHER))
-        taken = add_values(p_s.index(OTHER + z), k_s, acc, z, OTHER, NUMBER)
+    if NUMBER == 1:
+        mbarrier.wait(ready.index(0), others & 1)
+        before = peaks.index(0).load(ROW)
+        acc = shrunk(acc, m, before, answers.index(0))
+        taken = add_values(p_s.index(0 + z), k_s, acc, z, 0, NUMBER)
     peak = gl.where(top > before + SLACK, top, before)
     p = exp2(x * c - peak[:, None])
     l = l * per_lane(exp2(m - peak), l) + lane_sum(p)
     weights = p.to(DTYPE)
     # free: its tile came after the other consumer was done with the values of the one before
-    p_s.index(NUMBER).store(weights)
-    peaks.index(NUMBER).store(peak)
     answers.index(NUMBER).store(moved(before, peak, NUMBER))
-    fence_async_shared()
-    mbarrier.arrive(ready.index(NUMBER), count=1)
-    if TAKES:
-        acc = arrived(taken, empty, OTHER, NUMBER)
+    if NUMBER == 1:
+        acc = arrived(taken, empty, 0, NUMBER)
     acc = shrunk(acc, before, peak, answers.index(NUMBER))
     added = add_values(gl.convert_layout(weights, operand(acc[0].shape[1])), k_s, acc, z, NUMBER, NUMBER)
-    return peak, l, arrived(added, empty, NUMBER, NUMBER)
+    # the other one gets them while these products are made: the fence takes hundreds of cycles
+    p_s.index(NUMBER).store(weights)
+    peaks.index(NUMBER).store(peak)
+    fence_async_shared()
+    mbarrier.arrive(ready.index(NUMBER), count=1)
+    state = peak, l, arrived(added, empty, NUMBER, NUMBER)
+    if NUMBER == 0:
+        if more:
+            state = take(state, rooms, bars, ready, others, z, NUMBER)
+    return state
 
 
 @gluon.jit
-def take_last(state, rooms, bars, ready, others, NUMBER: gl.constexpr):
-    """The values of the other consumer's tile, if that is the last."""
+def take(state, rooms, bars, ready, others, z, NUMBER: gl.constexpr):
+    """The values of the other consumer's tile."""
     m, l, acc = state
-    _, k_s, _, p_s, peaks, _, _ = rooms
+    _, k_s, _, p_s, peaks, _, answers = rooms
     OTHER: gl.constexpr = 1 - NUMBER
     mbarrier.wait(ready.index(OTHER), others & 1)
     peak = peaks.index(OTHER).load(ROW)
-    added = add_values(p_s.index(OTHER), k_s, scaled(acc, exp2(m - peak)), 0, OTHER, NUMBER)
+    acc = shrunk(acc, m, peak, answers.index(OTHER))
+    added = add_values(p_s.index(OTHER + z), k_s, acc, z, OTHER, NUMBER)
     return peak, l * per_lane(exp2(m - peak), l), arrived(added, bars[1], OTHER, NUMBER)

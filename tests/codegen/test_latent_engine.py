@@ -21,7 +21,7 @@ from attncc.device import A100, H200, find
 from attncc.ir.tile import Program
 from attncc.passes.lower.defaults import default_configs
 from attncc.passes.lower.latent import gap
-from attncc.passes.lower.stream import ranges
+from attncc.passes.lower.stream import collector, ranges
 
 DIMS = "dims: {qk: 576, v: 512}\n"
 FEW = f"heads: {{q: 16, kv: 1}}\n{DIMS}"
@@ -122,8 +122,9 @@ def cut_line(v: Any, counts: list[int], fill: int) -> np.ndarray:
     """What the kernel `ranges` finds, plainly."""
     ends = np.cumsum(counts)
     line = int(ends[-1])
-    number = max(min(fill, line // SPLIT), 1)
-    bounds = [min(p * (line // number) + min(p, line % number), line) for p in range(fill + 1)]
+    most = fill // len(counts) * len(counts)
+    number = max(min(most if most * 20 >= fill * 19 else fill, line // SPLIT), 1)
+    bounds = [min(p * line // number, line) for p in range(fill + 1)]
     rows = []
     for begin, end in pairwise(bounds):
         first = int((ends <= begin).sum())
@@ -151,10 +152,11 @@ def test_each_visible_pair_is_in_one_range(lengths: list[int], fill: int) -> Non
 def test_ranges_are_found_by_the_portable_kernels_rule() -> None:
     attn, program = lowered(f"{FEW}mask: causal\nkv: latent(rope=64, page_size=64)")
     assert program.engine is not None
-    kernel, scratch = ranges(attn)
+    kernel, tables = ranges(attn)
     assert kernel in program.kernels
     assert [x.kernel for x in program.engine.before] == [kernel.name]
-    assert scratch in program.engine.scratch
+    assert program.engine.scratch == tables
+    assert [x.kernel for x in program.engine.after] == [collector(attn).name]
 
 
 GAPS = {

@@ -119,7 +119,7 @@ def cut(total: int, programs: int, least: int, items: int) -> dict[str, int]:
 @given(st.integers(1, 400), st.integers(1, 90), st.integers(1, 9), st.integers(1, 99))
 def test_every_tile_is_in_one_range_and_ranges_are_equal(total: int, programs: int, least: int, items: int) -> None:
     known = cut(total, programs, least, items)
-    begin, owner = stream._begin(name("p")), stream._range_of(name("t"))
+    begin, owner = stream._begin(name("p")), stream._range_of(name("t"), name("total"))
     ends = [evaluated(begin, p=p, **known) for p in range(known["ranges"] + 1)]
     sizes = [b - a for a, b in pairwise(ends)]
     assert (ends[0], ends[-1]) == (0, total)

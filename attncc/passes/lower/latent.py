@@ -117,16 +117,18 @@ def accelerated(attn: Attention, program: Program, streams: bool) -> Program:
     )
     if not streams:
         return replace(program, engine=made, engine_gap="")
-    kernel, ranges = stream.ranges(attn)
-    made = replace(made, before=(Launch(kernel.name),), scratch=(ranges,))
-    return replace(program, engine=made, engine_gap="", kernels=(*program.kernels, kernel))
+    kernel, tables = stream.ranges(attn)
+    collector = stream.collector(attn)
+    after = (Launch(collector.name, options=MERGED_BY),)
+    made = replace(made, before=(Launch(kernel.name),), after=after, scratch=tables)
+    return replace(program, engine=made, engine_gap="", kernels=(*program.kernels, kernel, collector))
 
 
 def _engine(attn: Attention, streams: bool) -> Engine:
     """What the engine asks of a variant."""
     seen = by_groups(attn)
     rule = rule_of(seen)
-    line = [stream.ranges(attn)[1]] if streams else []
+    line = [stream.ranges(attn)[1][0]] if streams else []
     tensors = [*storage.index_params(seen), *map(input_param, seen.inputs)]
     tensors += [Param(s.name, "buffer", s.dtype, rank=len(s.shape)) for s in line]
     params = [*tensors, *size_parameters(seen), Param("scale", "scalar", "f32")]
@@ -149,7 +151,7 @@ def _engine(attn: Attention, streams: bool) -> Engine:
     tile = floats_first(made.tile)
     walk = around("walk", b, made.numbers, [name("cuts"), name("wholes"), *tile], WALK)
     job, part = _of_line(attn, b) if streams else _of_shares(attn)
-    functions = (job, part, _place(seen), walk, cut, whole, _locate(seen), state, *made.functions)
+    functions = (job, part, _place(seen, streams), walk, cut, whole, _locate(seen), state, *made.functions)
     due = name(SPLIT.name) > 0
     jobs = stream.PROGRAMS if streams else _items(attn) * split.shares(attn).count
     key, place = source(attn, "k").lower(), output(attn).lower()
@@ -212,7 +214,7 @@ def _of_shares(attn: Attention) -> tuple[Function, Function]:
 
 def _of_line(attn: Attention, params: Builder) -> tuple[Function, Function]:
     """Of a program that has a range of the line of all key tiles."""
-    ranges = params.params[stream.ranges(attn)[1].name]
+    ranges = params.params[stream.ranges(attn)[1][0].name]
     b = Builder({ranges.name: ranges})
     results = [name("first_item"), name("end_item"), *JOB]
     for at, e in enumerate(results):
@@ -232,14 +234,19 @@ PART: Final = ("first", "last", "stride", "ends", "slot")
 PARTS: Final = "Which of so many key tiles are a program's; whether it ends the rows, or where it leaves their state."
 
 
-def _place(attn: Attention) -> Function:
+def _place(attn: Attention, streams: bool) -> Function:
     """Results: what tells where a query tile is, then its keys' head, its first row, and how many rows there are."""
     b = Builder({p.name: p for p in size_parameters(attn)})
-    tiles = b.let("tiles", group_tiles(attn))
-    rest = b.let("rest", quotient(name("number"), tiles))
-    b.let("b", quotient(rest, groups(attn)))
-    b.let("of_group", remainder(rest, groups(attn)))
-    b.let("of_tiles", remainder(name("number"), tiles))
+    if streams:
+        each = b.let("each", stream.of_a_tile(attn))
+        rest, of_tiles = remainder(name("number"), each), quotient(name("number"), each)
+    else:
+        tiles = b.let("tiles", group_tiles(attn))
+        rest, of_tiles = quotient(name("number"), tiles), remainder(name("number"), tiles)
+    b.let("rest", rest)
+    b.let("b", quotient(name("rest"), groups(attn)))
+    b.let("of_group", remainder(name("rest"), groups(attn)))
+    b.let("of_tiles", of_tiles)
     b.let("first_row", name("of_tiles") * name("BM"))
     b.let("end_row", name("Sq") * members(attn))
     hk = b.let("hk", _key_head(attn))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from attncc.ir.attention import Attention
-from attncc.ir.build import Builder, column, full, iota, program, quotient, read, reduce, remainder, row
+from attncc.ir.build import Builder, column, full, iota, quotient, read, reduce, remainder, row
 from attncc.ir.expr import Expr, Value, cast_to, const, maximum, minimum, name, where
 from attncc.ir.tile import Function, Param, Scratch
 from attncc.passes.lower import cache, care, storage
@@ -193,9 +193,9 @@ def rows_of(attn: Attention) -> Expr:
     return name("B") * attn.heads.q * name("Sq")
 
 
-def place_row(b: Builder, attn: Attention) -> tuple[Expr, Expr, Expr]:
-    """Binds batch entry, head and query of the row that this program merges."""
-    sequence, query = b.let("sequence", quotient(program(), name("Sq"))), b.let("row", remainder(program(), name("Sq")))
+def place_row(b: Builder, attn: Attention, number: Expr) -> tuple[Expr, Expr, Expr]:
+    """Binds batch entry, head and query of the row that has this number."""
+    sequence, query = b.let("sequence", quotient(number, name("Sq"))), b.let("row", remainder(number, name("Sq")))
     return b.let("b", quotient(sequence, attn.heads.q)), b.let("h", remainder(sequence, attn.heads.q)), query
 
 

@@ -123,7 +123,7 @@ def _sharer(attn: Attention, dense: Function) -> Kernel:
 def _merger(attn: Attention) -> Kernel:
     """One program per row: the states of its shares become one, which ends as any other."""
     b = Builder(share_parameters(attn, "BM", "BN", WRITE_LSE.name, *shares(attn).knobs))
-    batch, h, query = place_row(b, attn)
+    batch, h, query = place_row(b, attn, program())
     merge_states(b, attn, b.let("shares", shares(attn).count), lambda share: (program(), share))
     end_row(b, attn, batch, h, query)
     doc = "Merges what the shares of each row found, and ends the row."

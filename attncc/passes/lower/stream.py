@@ -4,10 +4,15 @@ An item of the line is a query tile of a group of heads with the key tiles that 
 item, from lengths that only the device knows. A program walks its range item by item: what it finds whole it ends; of
 the others, at most its first and its last, it leaves the states, in two slots of its own, which `merge` collects. No
 program waits for another. Published as LeanAttention, arXiv 2405.10480, whose programs wait.
+
+Where a group's heads are more than one tile, items of the same keys lie a whole number of ranges apart, if ranges are
+a multiple of them in number: programs that run at the same time then read the same keys, which one reads from memory
+and the others from the L2 cache.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 from attncc.ir.attention import Attention
@@ -16,7 +21,7 @@ from attncc.ir.expr import Expr, cast_to, const, eq, ew, maximum, minimum, name,
 from attncc.ir.tile import Function, Kernel, Param, Scratch
 from attncc.passes.lower import care
 from attncc.passes.lower.fragments import may_hide_values
-from attncc.passes.lower.grid import BM, QueryTile
+from attncc.passes.lower.grid import BM, QueryTile, cdiv
 from attncc.passes.lower.group import by_groups, group_tiles, groups, members, place_group
 from attncc.passes.lower.knobs import FILL, SPLIT, WRITE_LSE
 from attncc.passes.lower.normalizers import rule_of
@@ -44,6 +49,8 @@ AT_ONCE: Final = 1024
 SLOTS: Final = 2
 """A program's: one for the item in whose midst its range begins, one for the item in whose midst it ends."""
 PROGRAMS: Final = name(FILL.name)
+COLLECTORS: Final = 8
+"""To a range, of those that merge states behind an engine: a multiprocessor has so many at once."""
 NEAR: Final = 20
 """One program of so many may have no range, for the others' to end where items do."""
 
@@ -72,9 +79,14 @@ def _counts(attn: Attention) -> Param:
 
 def _place(b: Builder, attn: Attention, item: Expr) -> QueryTile:
     """Binds the query tile of an item."""
-    tiles = b.let("tiles", group_tiles(attn))
-    number, of = b.let("number", remainder(item, tiles)), b.let("of", quotient(item, tiles))
+    each = b.let("each", of_a_tile(attn))
+    number, of = b.let("number", quotient(item, each)), b.let("of", remainder(item, each))
     return place_group(b, attn, b.let("b", quotient(of, groups(attn))), remainder(of, groups(attn)), number)
+
+
+def of_a_tile(attn: Attention) -> Expr:
+    """Items that have the first tile of their group; those that have the second one follow them, and so on."""
+    return name("B") * groups(attn)
 
 
 # -- the plan ------------------------------------------------------------------------------------
@@ -92,7 +104,8 @@ def _plan(attn: Attention) -> Kernel:
 
 
 def _bind_cut(b: Builder, total: Expr, items: Expr) -> None:
-    """Binds into how many ranges the line is cut, and their sizes: `longer` of them have one tile more than `size`.
+    """Binds into how many ranges the line is cut, and their sizes: `longer` of them, which lie evenly among the others,
+    have one tile more than `size`.
 
     Where it costs few programs there are as many ranges to an item as to any other: items of equal length then end
     where ranges do, which leaves fewer states to merge, and those that share their keys are walked side by side.
@@ -107,14 +120,13 @@ def _bind_cut(b: Builder, total: Expr, items: Expr) -> None:
 
 def _begin(range_: Expr) -> Expr:
     """Where a range begins."""
-    return range_ * name("size") + minimum(range_, name("longer"))
+    return range_ * name("size") + quotient(range_ * name("longer"), name("ranges"))
 
 
-def _range_of(tile: Expr) -> Expr:
+def _range_of(tile: Expr, total: Expr) -> Expr:
     """The range that a tile of the line is in."""
-    head = name("longer") * (name("size") + 1)
-    behind = name("longer") + quotient(maximum(tile - head, 0), maximum(name("size"), 1))
-    return where(tile < head, quotient(tile, name("size") + 1), behind)
+    before = (cast_to(tile, "i64") + 1) * name("ranges") - 1
+    return cast_to(quotient(before, maximum(total, 1)), "i32")
 
 
 # -- a range -------------------------------------------------------------------------------------
@@ -156,8 +168,13 @@ def _keep_mark(b: Builder, spoilt: Expr) -> None:
     b.let("left_nan", maximum(name("left_nan"), spoilt))
 
 
-def _bind_range(b: Builder, attn: Attention, counts: Param) -> None:
-    """Binds the tiles of this program's range, its items, and where the first of them begins."""
+def _bind_range(
+    b: Builder, attn: Attention, counts: Param, each: Callable[[Expr, Expr, Expr], None] | None = None
+) -> None:
+    """Binds the tiles of this program's range, its items, and where the first of them begins.
+
+    `each` is told of all items, some at once: their numbers of tiles, which are none, and where on the line they end.
+    """
     items = b.let("items", _items(attn))
     _add_up(b, counts, items, "line")
     _bind_cut(b, name("line"), name("items"))
@@ -175,6 +192,8 @@ def _bind_range(b: Builder, attn: Attention, counts: Param) -> None:
         b.let("item_begin", name("item_begin") + reduce("sum", over * tiles, 0))
         b.let("end_item", name("end_item") + reduce("sum", begun, 0))
         b.let("before", name("before") + reduce("sum", tiles, 0))
+        if each is not None:
+            each(tiles, inside, ends)
     b.let("end_item", where(begin < end, name("end_item"), name("first_item")))
 
 
@@ -211,21 +230,39 @@ def _slot(b: Builder, range_: Expr, begun_before: Expr) -> Expr:
     return b.let("slot", slot_of(range_, begun_before))
 
 
-def ranges(attn: Attention) -> tuple[Kernel, Scratch]:
+def ranges(attn: Attention) -> tuple[Kernel, tuple[Scratch, Scratch]]:
     """What finds the ranges beforehand, for an engine; and where: of each its first item and the one behind its last,
-    its ends, and where that item begins."""
-    counts = _counts(attn)
+    its ends, and where that item begins; and of each item which ranges have it, for its merge."""
+    counts, held = _counts(attn), _held(attn)
     numbers = ("first_item", "end_item", "range_begin", "range_end", "item_begin")
     found = Param(
         own_name("line_ranges", attn), "buffer", "i32", rank=2, doc=f"[ranges, {len(numbers)}] {', '.join(numbers)}"
     )
-    b = Builder(share_parameters(attn, "BM", "BN", SPLIT.name, FILL.name, more=(counts, found)))
-    _bind_range(b, attn, counts)
+    b = Builder(share_parameters(attn, "BM", "BN", SPLIT.name, FILL.name, more=(counts, found, held)))
+
+    def keep_holders(tiles: Expr, inside: Expr, ends: Expr) -> None:
+        """By the program in whose range an item begins; by the first one for those of no tiles."""
+        begins = b.let("begins", ends - tiles)
+        here = (begins >= name("range_begin")) & (begins < name("range_end"))
+        mine = inside & where(tiles > 0, here, eq(program(), 0))
+        count = where(tiles > 0, _range_of(ends - 1, name("line")) - program() + 1, 0)
+        at = name("at", "i32", (AT_ONCE,))
+        b.store(held, (at, 0), program(), mine)
+        b.store(held, (at, 1), count, mine)
+
+    _bind_range(b, attn, counts, keep_holders)
     for at, text in enumerate(numbers):
         b.store(found, (program(), at), name(text))
     doc = "Finds each range of the line of all key tiles, and its items."
     kernel = Kernel(f"{attn.name}_ranges", *tidy(b.params.values(), b.body), (), PROGRAMS, doc)
-    return kernel, Scratch(found.name, (PROGRAMS, const(len(numbers))), found.dtype)
+    return kernel, (
+        Scratch(found.name, (PROGRAMS, const(len(numbers))), found.dtype),
+        Scratch(held.name, (_items(attn), const(2)), held.dtype),
+    )
+
+
+def _held(attn: Attention) -> Param:
+    return Param(own_name("held_by", attn), "buffer", "i32", rank=2, doc="[items, 2] the first range of each, how many")
 
 
 # -- the merge -----------------------------------------------------------------------------------
@@ -235,21 +272,50 @@ def _merger(attn: Attention) -> Kernel:
     """One program per row: nothing to do where one range has all of its item."""
     counts = _counts(attn)
     b = Builder(share_parameters(attn, "BM", "BN", WRITE_LSE.name, SPLIT.name, FILL.name, more=(counts,)))
-    batch, h, query = place_row(b, attn)
-    tiled = attn.heads.map == "tile"
-    group, member = (remainder, quotient) if tiled else (quotient, remainder)
-    per = groups(attn) if tiled else members(attn)
-    r = b.let("r", query * members(attn) + member(h, per))
-    item = b.let("item", (batch * groups(attn) + group(h, per)) * group_tiles(attn) + quotient(r, BM))
+    at, item = _place_row_of_item(b, attn, program())
     _add_up(b, counts, b.let("items", _items(attn)), "line")
     _bind_cut(b, name("line"), name("items"))
     _add_up(b, counts, item, "item_begin")
     count = b.let("count", read(counts, item))
-    b.let("row_of_tile", remainder(r, BM))
-    first = b.let("first_range", _range_of(name("item_begin")))
-    ranges = b.let("held", where(count > 0, _range_of(name("item_begin") + count - 1) - first + 1, 0))
-    with b.when(ew("ne", ranges, 1)):
-        merge_states(b, attn, ranges, lambda share: (_slot(b, first + share, share > 0), name("row_of_tile")))
-        end_row(b, attn, batch, h, query)
+    first = b.let("first_range", _range_of(name("item_begin"), name("line")))
+    last = _range_of(name("item_begin") + count - 1, name("line"))
+    _merge_and_end(b, attn, at, first, b.let("held", where(count > 0, last - first + 1, 0)))
     doc = "Merges what several ranges found of a row, and ends it."
     return Kernel(f"{attn.name}_merge", *tidy(b.params.values(), b.body), (), rows_of(attn), doc)
+
+
+def collector(attn: Attention) -> Kernel:
+    """The same behind an engine, whose ranges were found beforehand: several rows to a program where they are many, as
+    most of the time there is nothing to do in any."""
+    held = _held(attn)
+    b = Builder(share_parameters(attn, "BM", WRITE_LSE.name, FILL.name, more=(held,)))
+    rows = b.let("all_rows", rows_of(attn))
+    each = b.let("each", cdiv(rows, _collectors(attn)))
+    with b.loop("number", program() * each, minimum(program() * each + each, rows)) as number:
+        at, item = _place_row_of_item(b, attn, number)
+        first, count = b.let("first_range", read(held, item, 0)), b.let("held", read(held, item, 1))
+        _merge_and_end(b, attn, at, first, count)
+    doc = "Merges what several ranges found of a row, and ends it; which they are is known."
+    return Kernel(f"{attn.name}_collect", *tidy(b.params.values(), b.body), (), _collectors(attn), doc)
+
+
+def _collectors(attn: Attention) -> Expr:
+    return minimum(rows_of(attn), PROGRAMS * COLLECTORS)
+
+
+def _place_row_of_item(b: Builder, attn: Attention, number: Expr) -> tuple[tuple[Expr, Expr, Expr], Expr]:
+    """Binds a row of so many: batch entry, head and query; and the item that it is in, with its place there."""
+    batch, h, query = place_row(b, attn, number)
+    tiled = attn.heads.map == "tile"
+    group, member = (remainder, quotient) if tiled else (quotient, remainder)
+    per = groups(attn) if tiled else members(attn)
+    r = b.let("r", query * members(attn) + member(h, per))
+    item = b.let("item", quotient(r, BM) * of_a_tile(attn) + batch * groups(attn) + group(h, per))
+    b.let("row_of_tile", remainder(r, BM))
+    return (batch, h, query), item
+
+
+def _merge_and_end(b: Builder, attn: Attention, at: tuple[Expr, Expr, Expr], first: Expr, count: Expr) -> None:
+    with b.when(ew("ne", count, 1)):
+        merge_states(b, attn, count, lambda share: (_slot(b, first + share, share > 0), name("row_of_tile")))
+        end_row(b, attn, *at)
