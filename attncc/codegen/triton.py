@@ -264,7 +264,7 @@ class Printer:
                 self.statement(w, s)
 
 
-def _signature(w: Writer, name: str, params: Iterable[Param], flags: Iterable[str], *, entry: bool) -> None:
+def signature(w: Writer, name: str, params: Iterable[Param], flags: Iterable[str], *, entry: bool) -> None:
     """A `def` line, wrapped: tensors, strides, numbers, constants; a kernel's strides are 64 bits wide."""
     tensors = [p for p in params if p.role in ("operand", "buffer")]
     wide = ": tl.int64" if entry else ""
@@ -303,9 +303,10 @@ def print_kernels(program: Program) -> tuple[list[str], dict[str, list[str]]]:
     for f in functions.values():
         texts.append(_print(f.name, f.params, f.body, f.doc, functions, flags, results=f.results))
     for k in program.kernels:
-        texts.append(_print(k.name, k.params, k.body, k.doc, functions, flags))
+        if k.dialect == "triton":
+            texts.append(_print(k.name, k.params, k.body, k.doc, functions, flags))
     helpers = definitions("helpers", _called(texts))
-    return [*helpers, *texts], {k.name: flags[k.name] for k in program.kernels}
+    return [*helpers, *texts], {k.name: flags.get(k.name, []) for k in program.kernels}
 
 
 def _called(texts: list[str]) -> frozenset[str]:
@@ -341,5 +342,5 @@ def _print(
     dynamic = [p.name for p in params if p.role == "scalar" and p.dtype in INTS]
     listed = ", ".join(f'"{d}"' for d in dynamic)
     head.line("@triton.jit" if results or not dynamic else f"@triton.jit(do_not_specialize=[{listed}])")
-    _signature(head, name, params, flags[name], entry=not results)
+    signature(head, name, params, flags[name], entry=not results)
     return head.text() + inner.text().rstrip()

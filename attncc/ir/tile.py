@@ -14,6 +14,7 @@ from typing import Literal
 from attncc.ir.expr import Dim, Dtype, Expr, Shape, name
 from attncc.ir.rewrite import buffers
 
+Dialect = Literal["triton", "gluon"]
 Role = Literal["operand", "buffer", "scalar", "value", "constexpr"]
 
 
@@ -210,6 +211,8 @@ class Kernel:
     functions: tuple[Function, ...]
     grid: Expr
     doc: str = ""
+    dialect: Dialect = "triton"
+    """The language that it is printed in."""
 
 
 @dataclass(frozen=True, slots=True)

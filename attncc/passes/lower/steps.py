@@ -14,6 +14,7 @@ from attncc.ir.attention import Attention
 from attncc.ir.build import column, full, lanes, read, reduce, row
 from attncc.ir.expr import Expr, cast_to, const, ew, where
 from attncc.ir.widths import matrix
+from attncc.passes.lower import folding
 from attncc.passes.lower.chains import Chain, number, option, rope_of
 from attncc.passes.lower.columns import Columns, Parts, cut, pairs
 from attncc.passes.lower.convolution import AT_ONCE, convolved, mixes, multiplies, runs_on
@@ -54,6 +55,9 @@ def _taken(f: Flow, n: int, back: int, plus: Tiles | None = None) -> Tiles:
     """One step, and `plus`. Before its first token a sequence has zeros; convolutions that follow each other make of
     them what they make of any token."""
     step = f.chain.steps[n]
+    if f.folded and n == folding.count(f.chain) - 1:
+        taps = folding.taps_of(f.attn, f.chain)
+        return folding.product(f, [behind(f, 0, back + taps - 1 - t) for t in range(taps)], plus)
 
     def before(more: int, plus: Tiles | None = None) -> Tiles:
         tiles = behind(f, n, back + more) if plus is None or not n else _taken(f, n - 1, back + more, plus)
