@@ -45,6 +45,13 @@ def words_of(width):
 
 
 @gluon.constexpr_function
+def askers():
+    """Four threads a row, as tiles have them."""
+    lanes = [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout([[8, 0]], lanes, [[16, 0], [32, 0]], [], [64, 4])
+
+
+@gluon.constexpr_function
 def rows_of(width):
     return gl.SliceLayout(1, tile_of(width))
 
@@ -115,10 +122,21 @@ def read_rows(X, rows, stride, width: gl.constexpr, keep=None):
     at = gl.convert_layout(rows, gl.SliceLayout(1, words_of(width)), assert_trivial=True)[:, None] * (stride // 2)
     place = words + at + gl.arange(0, width // 2, gl.SliceLayout(0, words_of(width)))[None, :]
     if keep is None:
-        return gl.load(place)
+        found = gl.load(place)
     else:
         keep = gl.convert_layout(keep, gl.SliceLayout(1, words_of(width)), assert_trivial=True)[:, None]
-        return gl.load(place, mask=keep, other=0)
+        found = gl.load(place, mask=keep, other=0)
+    return found
+
+
+@gluon.jit
+def bring_rows(X, rows, stride, width: gl.constexpr):
+    """Has rows of numbers of 16 bits brought to the L2 cache: each of the four threads of a row asks for its share."""
+    rows = gl.convert_layout(rows, gl.SliceLayout(1, askers()), assert_trivial=True)[:, None]
+    share = gl.arange(0, 4, gl.SliceLayout(0, askers()))[None, :] * (width // 4)
+    text: gl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
+    place = (X + rows * stride + share).to(gl.int64)
+    gl.inline_asm_elementwise(text, "=r,l", [place], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -148,6 +166,16 @@ def held(X, stride, rows: gl.constexpr, columns: gl.constexpr):
         x = gl.reshape(x, [rows, columns])
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([rows, columns], X.dtype.element_ty)
     return gl.allocate_shared_memory(X.dtype.element_ty, [rows, columns], layout, x)
+
+
+@gluon.jit
+def kept(x):
+    """A tile of fp32, or a vector of columns, in shared memory: its threads read it again, turn by turn."""
+    if len(x.shape) == 2:
+        layout: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
+    else:
+        layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    return gl.allocate_shared_memory(gl.float32, x.shape, layout, x)
 
 
 @gluon.jit
@@ -182,10 +210,7 @@ def products(tiles, matrices, start):
     W: gl.constexpr = start.shape[1]
     total = gl.convert_layout(counted(start), sums_of(W), assert_trivial=True)
     for n in gl.static_range(len(tiles)):
-        if tiles[n].dtype == gl.int32:
-            x = factor(tiles[n])
-        else:
-            x = tiles[n]
+        x = factor(tiles[n]) if tiles[n].dtype == gl.int32 else tiles[n]
         total = warpgroup_mma(x, matrices[n], total, is_async=True)
     total = warpgroup_mma_wait(0, deps=(total,))
     return gl.convert_layout(counted(total), tile_of(W), assert_trivial=True)

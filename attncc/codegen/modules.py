@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
-from attncc.codegen.gluon import fragments_in, helpers_of, print_kernel
+from attncc.codegen.gluon_kernels import fragments_in, helpers_of, print_kernel
 from attncc.codegen.source import Writer
 from attncc.ir.attention import Attention
 from attncc.ir.tile import Dialect, Kernel

@@ -10,7 +10,21 @@ from typing import Final
 from attncc.codegen.source import Writer, definitions, filled, function_names
 from attncc.errors import CompilerBug
 from attncc.ir.expr import FLOATS, INTS, STORED, TRUE, WORD, Dim, Dtype, Expr, const
-from attncc.ir.tile import Barrier, CallFn, For, Function, If, Let, Note, Param, Program, Statement, Store, StoreTile
+from attncc.ir.tile import (
+    Barrier,
+    CallFn,
+    For,
+    Function,
+    If,
+    Let,
+    Note,
+    Param,
+    Program,
+    Soon,
+    Statement,
+    Store,
+    StoreTile,
+)
 
 INFIX: Final[dict[str, tuple[str, int]]] = {
     "mul": ("*", 8), "div": ("/", 8), "add": ("+", 7), "sub": ("-", 7), "and": ("&", 6), "or": ("|", 5),
@@ -229,6 +243,8 @@ class Printer:
                 w.line(f"# {text}")
             case Barrier():
                 w.line("tl.debug_barrier()")
+            case Soon():  # Triton has no word for it
+                pass
             case Let(var, value, note):
                 w.line(f"{var.attr} = {self.expr(value)}" + (f"  # {note}" if note else ""))
             case Store(tensor, index, value, mask):

@@ -128,9 +128,7 @@ def bias_of(attn: Attention, step: Call, head: Expr, width: int, c: Columns) -> 
     return None if value is None else row(value)
 
 
-def bias_at(
-    attn: Attention, step: Call, head: Expr, width: int, at: Expr, inside: Expr | None = None
-) -> Expr | None:
+def bias_at(attn: Attention, step: Call, head: Expr, width: int, at: Expr, inside: Expr | None = None) -> Expr | None:
     """Of these columns of a head, fp32; None where a convolution has none."""
     word = option(step, "bias")
     if word is None:

@@ -1,8 +1,8 @@
 """Which prologues have a kernel whose tiles never leave the registers that products read them from.
 
 It goes along lines of tokens as `lines` does, convolutions that follow each other being one (`folding`), and is printed
-in Gluon (`codegen/gluon.py`), which says in whose registers tiles are: in those where wgmma wants its factors, and
-leaves its sums. So nothing goes through shared memory but the matrices, and no thread waits for others.
+in Gluon (`codegen/gluon_kernels.py`), which says in whose registers tiles are: in those where wgmma wants its factors,
+and leaves its sums. So nothing goes through shared memory but the matrices, and no thread waits for others.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ GAPS: Final = (
     Gap("packed sequences", lambda a: not lines.goes_along(a)),
     Gap("operands of few bits behind the steps", lambda a: bool(a.quantize)),
     Gap("an absorbed matrix, or a Hadamard transform", lambda a: _any(a, "absorb") or _any(a, "hadamard")),
-    Gap("other steps before a convolution by matrices than one of each column", lambda a: not all(map(folds, _mixed(a)))),
+    Gap(
+        "other steps before a convolution by matrices than one of each column", lambda a: not all(map(folds, _mixed(a)))
+    ),
     Gap("operands behind different convolutions", _differs),
     Gap("heads of other than 64 or 128 columns", lambda a: any(c.widths[0] not in WIDTHS for c in _mixed(a))),
     Gap("more than 3 tokens of a product", lambda a: any(taps_of(a, c) > TAPS for c in _mixed(a))),

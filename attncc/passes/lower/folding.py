@@ -13,17 +13,15 @@ from __future__ import annotations
 from typing import Final
 
 from attncc.ir.attention import Attention, Call
-from attncc.ir.build import Builder, column, dot, full, iota, lanes, program, quotient, read, reduce, remainder, row
+from attncc.ir.build import Builder, column, dot, full, iota, quotient, read, reduce, remainder, row
 from attncc.ir.expr import Expr, cast_to, const, eq, name, where
 from attncc.ir.primitives import on
-from attncc.ir.tile import Kernel, Param, Scratch
+from attncc.ir.tile import Param, Scratch
 from attncc.passes.lower.chains import Chain, channels, option
-from attncc.passes.lower.columns import Columns
 from attncc.passes.lower.convolution import bias_at, channel_index, multiplies, runs_on
 from attncc.passes.lower.flow import Flow, Tiles
 from attncc.passes.lower.normalizers import VALUE_DTYPE
 from attncc.passes.lower.scores import input_param, own_name
-from attncc.passes.lower.tidy import tidy
 
 ROWS: Final = 16
 """Rows of a matrix that a program writes, and rows of a bias: two of them add up to it, the others are 0."""
@@ -87,27 +85,30 @@ def matrix_param(attn: Attention, chain: Chain) -> Param:
     return Param(name_of(attn, chain), "operand", VALUE_DTYPE[attn.dtype], doc=doc)
 
 
-def matrix_kernel(attn: Attention, chain: Chain) -> Kernel:
-    """Writes the matrices: some rows of one a program, or a head's bias."""
-    params = [matrix_param(attn, chain), *map(input_param, attn.inputs)]
-    b = Builder({p.name: p for p in params})
-    width, taps, biased = chain.widths[0], taps_of(attn, chain), _has_bias(chain)
-    blocks = width // ROWS
-    each = taps * blocks + biased
-    number = b.let("number", remainder(program(), each))
-    head = b.let("head", quotient(program(), each))
-    with b.when(number < taps * blocks):
+def writers(attn: Attention, chain: Chain) -> int:
+    """Programs that write the matrices: each some rows of one, or a head's bias."""
+    return _heads(attn, chain) * _each(attn, chain)
+
+
+def _each(attn: Attention, chain: Chain) -> int:
+    return taps_of(attn, chain) * (chain.widths[0] // ROWS) + _has_bias(chain)
+
+
+def write(b: Builder, attn: Attention, chain: Chain, which: Expr) -> None:
+    """What one of these programs does."""
+    blocks = chain.widths[0] // ROWS
+    count = taps_of(attn, chain) * blocks
+    number = b.let("number", remainder(which, _each(attn, chain)))
+    head = b.let("head", quotient(which, _each(attn, chain)))
+    with b.when(number < count):
         tap = b.let("tap", quotient(number, blocks))
         at = b.let("at", remainder(number, blocks) * ROWS + iota(ROWS), f"[{ROWS}] columns in")
         value = _folded(attn, chain, head, tap, at)
         into = b.params[name_of(attn, chain)]
-        b.store(into, (head, tap, column(at), row(iota(width))), cast_to(value, into.dtype))
-    if biased:
-        with b.when(number >= taps * blocks):
+        b.store(into, (head, tap, column(at), row(iota(chain.widths[0]))), cast_to(value, into.dtype))
+    if _has_bias(chain):
+        with b.when(number >= count):
             _write_bias(b, attn, chain, head)
-    doc = "Writes the matrices of convolutions that are one: some rows of one a program, or a head's bias."
-    grid = const(_heads(attn, chain) * each)
-    return Kernel(f"{attn.name}_prologue_folded_matrices", *tidy(b.params.values(), b.body), (), grid, doc)
 
 
 def _folded(attn: Attention, chain: Chain, head: Expr, tap: Expr, at: Expr) -> Expr:

@@ -13,7 +13,7 @@ from typing import Final
 
 from attncc.ir.attention import Attention
 from attncc.ir.build import Builder, iota, quotient, remainder
-from attncc.ir.expr import Expr, maximum, minimum, name
+from attncc.ir.expr import Expr, const, maximum, minimum, name
 from attncc.ir.rewrite import walk
 from attncc.ir.tile import Statement, reads
 from attncc.passes.lower import folding, tokens
@@ -30,6 +30,12 @@ LOOSE: Final = 16
 """Those of tiles of fp32, whose matrices are read for each token."""
 LONGEST: Final = 32
 """Tokens of a line."""
+LONGEST_FOLDED: Final = 256
+"""Of convolutions that are one: all programs run at once, up to where fp32 would lose something of angles."""
+PROGRAMS: Final = 264
+"""Two a multiprocessor."""
+AHEAD: Final = 4
+"""So many tokens ahead memory begins to bring them. Each operand does so for itself."""
 TILES: Final = 32
 """So many tiles of a head fill the machine; more tokens make lines longer."""
 OPTIONS: Final = ("num_warps", 4), ("num_stages", 1), ("maxnreg", 0)
@@ -48,15 +54,19 @@ def rows_of(attn: Attention) -> int:
     return LOOSE if attn.dtype == "fp32" else ROWS
 
 
-def tiles_of(attn: Attention, operand: str) -> Expr:
+def tiles_of(attn: Attention, operand: str, slots: int) -> Expr:
     """Tiles of a sequence of a head, over sizes."""
     length = name("Sq" if operand == "q" else "Sk")
-    return cdiv(cdiv(length, _line(attn, length)), rows_of(attn))
+    return cdiv(cdiv(length, _line(attn, length, slots)), rows_of(attn))
 
 
-def _line(attn: Attention, length: Expr) -> Expr:
-    """Tokens of a line: one each, until a head has tiles enough."""
-    return minimum(maximum(quotient(name("B") * length, rows_of(attn) * TILES), 1), LONGEST)
+def _line(attn: Attention, length: Expr, slots: int) -> Expr:
+    """Tokens of a line: one each, until a head has tiles enough; where convolutions are one, so many that programs of
+    `slots` heads all run at once."""
+    if not slots:
+        return minimum(maximum(quotient(name("B") * length, rows_of(attn) * TILES), 1), LONGEST)
+    at_once = maximum(quotient(const(PROGRAMS), name("B") * slots), 1)
+    return minimum(cdiv(length, at_once * rows_of(attn)), LONGEST_FOLDED)
 
 
 def go(
@@ -66,17 +76,17 @@ def go(
     heads: tuple[Expr, Expr],
     store: Callable[[Flow], None],
     *,
-    folded: bool = False,
+    slots: int = 0,
 ) -> None:
     """What a program does with its tile of lines: `store` writes what becomes of a token of each.
 
     Args:
         heads: the operand's head, and the key head that goes with it.
-        folded: convolutions are one; what comes in is read a token ahead, while the products of the last are on their
-            way out.
+        slots: heads of all operands where convolutions are one; what comes in is then read a token ahead, while rows
+            of the last are on their way out. 0 where they are not.
     """
     rows, length = rows_of(attn), name("Sq" if c.operand == "q" else "Sk")
-    b.let("line", _line(attn, length), "tokens of a line")
+    b.let("line", _line(attn, length, slots), "tokens of a line")
     b.let("tiles", cdiv(cdiv(length, name("line")), rows))
     with b.when(name("part") < name("B") * name("tiles")):
         b.let("b", quotient(name("part"), name("tiles")))
@@ -87,9 +97,9 @@ def go(
         begin = before.let("begin", at.position + (start - at.own), "where it is in the sequence")
         taken = {*PLACED, *before.bound}
         line = begin, name("step")
-        flow = Flow(attn, c, before, before, at, *heads, parts_of(attn, c), taken, line=line, folded=folded)
+        flow = Flow(attn, c, before, before, at, *heads, parts_of(attn, c), taken, line=line, folded=slots > 0)
         names = {place: _named(flow, place, behind(flow, *place)) for place in _asked(flow)}
-        fetched = _fetched(flow) if folded else {}
+        fetched = _fetched(flow) if slots else {}
         at = tokens.along(inner, attn, c.operand, start + name("step"), rows)
         turn = replace(flow, b=inner, tokens=at, taken=flow.taken | inner.bound, found=dict(names), fetched=fetched)
         store(turn)
@@ -133,7 +143,11 @@ def _with_next(f: Flow, start: Expr, length: Expr) -> tuple[Statement, ...]:
     there = replace(f, tokens=replace(f.tokens, row=following, own=following), fetched={})
     for (operand, c, head), tile in f.fetched.items():
         ahead.let(f"next_{tile.attr}", there.entered(operand, c, 0, head), f"[{f.rows}, {c.width}]")
-    return (*body[: last + 1], *ahead.body, *body[last + 1 :])
+    later = minimum(start + (name("step") + AHEAD), length - 1)
+    there = replace(there, tokens=replace(f.tokens, row=later, own=later))
+    for c in f.parts[0]:
+        ahead.soon(there.entered(f.chain.operand, c))
+    return (*body[:last], *ahead.body, *body[last:])
 
 
 def _named(f: Flow, place: tuple[int, int], tiles: Tiles) -> dict[Columns, Expr]:
@@ -148,6 +162,4 @@ def _asked(f: Flow) -> list[tuple[int, int]]:
     attn, c = f.attn, f.chain
     if f.folded:
         return [(0, back) for back in range(1, folding.taps_of(attn, c))]
-    return [
-        (n, back) for n, step in enumerate(c.steps) for back in range(1, reach(attn, step, c.widths[n]) + 1)
-    ]
+    return [(n, back) for n, step in enumerate(c.steps) for back in range(1, reach(attn, step, c.widths[n]) + 1)]

@@ -61,14 +61,9 @@ def _beside_engine(attn: Attention, program: Program, engine: Engine) -> Program
     found = chains(attn)
     mixed, rest = [c for c in found if folded.folds(c)], [c for c in found if not folded.folds(c)]
     replaced = [k.name for k in program.kernels[: 2 if matrices(attn) else 1]]
-    first = folding.matrix_kernel(attn, mixed[0])
-    kernel = replace(_kernel(attn, mixed, along=True, is_folded=True), name=f"{attn.name}_prologue_folded")
-    kernel = replace(kernel, dialect="gluon")
-    kernels, launches = [first, kernel], [Launch(first.name, options=options(False))]
-    launches.append(Launch(kernel.name, options=lines.OPTIONS))
-    if rest:
-        kernels.append(replace(_kernel(attn, rest, along=False), name=f"{attn.name}_prologue_beside"))
-        launches.append(Launch(kernels[-1].name, options=options(False)))
+    kernel = _kernel(attn, mixed, along=True, is_folded=True)
+    kernels = _ahead(attn, rest, mixed[0]), replace(kernel, name=f"{attn.name}_prologue_folded", dialect="gluon")
+    launches = Launch(kernels[0].name, options=options(False)), Launch(kernels[1].name, options=lines.OPTIONS)
     engine = replace(
         engine,
         replaces=(*replaced, *engine.replaces),
@@ -76,6 +71,25 @@ def _beside_engine(attn: Attention, program: Program, engine: Engine) -> Program
         scratch=(folding.matrix_scratch(attn, mixed[0]), *engine.scratch),
     )
     return replace(program, kernels=(*program.kernels, *kernels), engine=engine)
+
+
+def _ahead(attn: Attention, rest: Sequence[Chain], mixed: Chain) -> Kernel:
+    """Writes the matrices of convolutions that are one, and takes operands without such through their steps."""
+    writers = folding.writers(attn, mixed)
+    made, whole = folding.matrix_param(attn, mixed), None
+    if rest:
+        whole = _kernel(attn, rest, along=False, first=writers)
+    b = Builder({p.name: p for p in (*(whole.params if whole else ()), made, *map(input_param, attn.inputs))})
+    with b.when(program() < writers) if whole else nullcontext():
+        folding.write(b, attn, mixed, program())
+    if whole:
+        with b.when(program() >= writers):
+            b.extend(whole.body)
+    doc = "Writes the matrices of convolutions that are one" + "; and takes other operands through their steps." * bool(
+        whole
+    )
+    grid = const(writers) if whole is None else whole.grid + writers
+    return Kernel(f"{attn.name}_prologue_ahead", *tidy(b.params.values(), b.body), (), grid, doc)
 
 
 def _scratch(attn: Attention, c: Chain) -> Scratch:
@@ -101,10 +115,10 @@ def _span(attn: Attention, found: Sequence[Chain]) -> int:
     return most * TURNS if any(mixes(step) for c in found for step in c.steps) else most
 
 
-def _tiles(attn: Attention, found: Sequence[Chain], *, along: bool) -> Expr:
+def _tiles(attn: Attention, found: Sequence[Chain], folded_slots: int, *, along: bool) -> Expr:
     """Programs of a head: of the operand that has most tokens."""
     if along:
-        return name("B") * _most([lines.tiles_of(attn, c.operand) for c in found])
+        return name("B") * _most([lines.tiles_of(attn, c.operand, folded_slots) for c in found])
     return cdiv(_most([tokens.count(attn, c.operand) for c in found]), _span(attn, found))
 
 
@@ -115,12 +129,17 @@ def _most(counts: Sequence[Expr]) -> Expr:
     return longest
 
 
-def _kernel(attn: Attention, found: Sequence[Chain], *, along: bool, is_folded: bool = False) -> Kernel:
-    """Takes operands through their steps; `along`: tiles go along lines; `is_folded`: convolutions are one."""
+def _kernel(attn: Attention, found: Sequence[Chain], *, along: bool, is_folded: bool = False, first: int = 0) -> Kernel:
+    """Takes operands through their steps, from program `first` on.
+
+    Args:
+        along: tiles go along lines.
+        is_folded: convolutions are one.
+    """
     slots = sum(c.heads for c in found)
     b = Builder(_parameters(attn, found, is_folded))
-    slot = b.let("slot", remainder(program(), slots))
-    number = quotient(program(), slots)
+    slot = b.let("slot", remainder(program() - first if first else program(), slots))
+    number = quotient(program() - first if first else program(), slots)
     begin = b.let("part", number) if along else b.let("begin", number * _span(attn, found))
     before = 0
     for c in found:
@@ -130,13 +149,13 @@ def _kernel(attn: Attention, found: Sequence[Chain], *, along: bool, is_folded: 
         with b.when(mine) if len(found) > 1 else nullcontext():
             head = slot - before if before else slot
             if along:
-                lines.go(b, attn, c, _heads(b, attn, c, head), _store, folded=is_folded)
+                lines.go(b, attn, c, _heads(b, attn, c, head), _store, slots=slots if is_folded else 0)
             else:
                 _over_tokens(b, attn, c, head, begin, _span(attn, found))
         before += c.heads
     through = ", ".join(c.operand for c in found)
     doc = f"Takes {through} through the steps before attention: one program per head and tokens."
-    grid = _tiles(attn, found, along=along) * slots
+    grid = _tiles(attn, found, slots if is_folded else 0, along=along) * slots
     return Kernel(f"{attn.name}_prologue", *tidy(b.params.values(), b.body), (), grid, doc)
 
 

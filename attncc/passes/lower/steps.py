@@ -132,7 +132,7 @@ def _square_sum(f: Flow, x: Tiles) -> Expr:
 def _rms_norm(f: Flow, n: int, back: int, before: Before) -> Tiles:
     step, x = f.chain.steps[n], before(0)
     mean = _square_sum(f, x) / float(f.chain.widths[n])
-    factor = f.let("factor", ew("rsqrt", mean + number(step, "eps", EPS)), f"[{f.rows}]")
+    factor = f.let("factor", _tempered(f, n, ew("rsqrt", mean + number(step, "eps", EPS))), f"[{f.rows}]")
     word = option(step, "weight")
     made = {c: t * column(factor) for c, t in x.items()}
     if word is not None:
@@ -155,7 +155,7 @@ def _l2_norm(f: Flow, n: int, back: int, before: Before) -> Tiles:
     eps = number(step, "eps", EPS)
     length = f.let("length", ew("sqrt", _square_sum(f, x)), f"[{f.rows}]")
     length = where(length < eps, eps, length)  # of two numbers a maximum may leave NaN out
-    factor = f.let("factor", number(step, "to", 1.0) / length, f"[{f.rows}]")
+    factor = f.let("factor", _tempered(f, n, number(step, "to", 1.0) / length), f"[{f.rows}]")
     return _bound(f, "normed", {c: t * column(factor) for c, t in x.items()})
 
 
@@ -164,9 +164,26 @@ def _silu(f: Flow, n: int, back: int, before: Before) -> Tiles:
 
 
 def _temperature(f: Flow, n: int, back: int, before: Before) -> Tiles:
+    if n and _is_tempered(f, n - 1):
+        return before(0)
+    value = _temperature_of(f, n)
+    return _bound(f, "tempered", {c: t * value for c, t in before(0).items()})
+
+
+def _temperature_of(f: Flow, n: int) -> Expr:
     value = f.per_head(f.chain.steps[n].args[0])
-    factor = (f.let if value.shape or not f.line else f.once)("temperature", value)
-    return _bound(f, "tempered", {c: t * factor for c, t in before(0).items()})
+    return (f.let if value.shape or not f.line else f.once)("temperature", value)
+
+
+def _is_tempered(f: Flow, n: int) -> bool:
+    """Whether the factor of a norm is multiplied by the temperature that follows, which all rows share."""
+    steps = f.chain.steps
+    follows = steps[n].name in ("l2_norm", "rms_norm") and n + 1 < len(steps) and steps[n + 1].name == "temperature"
+    return follows and not f.per_head(steps[n + 1].args[0]).shape
+
+
+def _tempered(f: Flow, n: int, factor: Expr) -> Expr:
+    return factor * _temperature_of(f, n + 1) if _is_tempered(f, n) else factor
 
 
 def _lerp(f: Flow, n: int, back: int, before: Before) -> Tiles:
@@ -228,9 +245,22 @@ def _value_shift(f: Flow, n: int, back: int, before: Before) -> Tiles:
     width = f.chain.widths[n]
     columns = f.chain.heads * width
     kept = columns - int(columns * number(f.chain.steps[n], "fraction", 0.5))
+    if not n and not f.line:
+        return _bound(f, "shifted", {c: _entered_late(f, c, f.head * width + c.at >= kept, back) for c in f.parts[0]})
     now, earlier = before(0), before(1)
     made = {c: where(row(f.head * width + c.at >= kept), earlier[c], x) for c, x in now.items()}
     return _bound(f, "shifted", made)
+
+
+def _entered_late(f: Flow, c: Columns, late: Expr, back: int) -> Expr:
+    """Columns as they come, some of them from the token before."""
+    t = f.tokens
+    steps = back + where(late, 1, 0)
+    batch = column(t.batch) if t.batch.shape else t.batch
+    places = batch, f.head, column(t.row) - row(steps), row(c.at)
+    seen = column(t.own) >= row(steps)
+    mask = seen if c.inside is None else seen & row(c.inside)
+    return cast_to(read(f.b.params[f.chain.operand.upper()], *places, mask=mask), "f32")
 
 
 def _bound(f: Flow, text: str, made: Tiles) -> Tiles:

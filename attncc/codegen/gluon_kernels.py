@@ -15,7 +15,7 @@ from attncc.codegen.triton import ATOM, CALL, DTYPE, Printer, dim, signature, st
 from attncc.errors import CompilerBug
 from attncc.ir.expr import INTS, Dim, Expr, const
 from attncc.ir.rewrite import names, walk
-from attncc.ir.tile import For, Kernel, Let, Param, Statement, Store, block, reads
+from attncc.ir.tile import For, Kernel, Let, Param, Soon, Statement, Store, block, reads
 
 MODULE: Final = "_fragments"
 CALLS: Final = CALL | {"sin": "sine", "cos": "cosine", "sigmoid": "sigmoid"}
@@ -64,9 +64,15 @@ class GluonPrinter(Printer):
         self.along_columns = False
         """Whether what is counted are columns."""
         self.has_new_matrices = False
+        self.kept = _kept(body)
 
     def statement(self, w: Writer, s: Statement) -> None:
         match s:
+            case Let(var, value) if str(var.attr) in self.kept:
+                note = f"  # {s.note}" if s.note else ""
+                self.along_columns = len(var.shape) == 1
+                w.line(f"{var.attr} = kept({self.expr(value)}){note}")
+                return
             case Let(_, value) if _is_matrix(value):
                 self.has_new_matrices = True
             case Let(var) if len(var.shape) == 1:
@@ -74,6 +80,10 @@ class GluonPrinter(Printer):
             case For() if self.has_new_matrices:
                 w.line("settle()")
                 self.has_new_matrices = False
+            case Soon(value):
+                base, row, _ = self._place(self.params[str(value.attr)], value.args[:4], None)
+                w.line(f"bring_rows({base}, {row}, {dim(value.shape[1])})")
+                return
             case Store(tensor, index, value, mask):
                 base, row, keep = self._place(self.params[tensor], index, mask)
                 w.line(f"write_rows({base}, {row}, {self.expr(_uncast(value))}, {keep})")
@@ -98,6 +108,9 @@ class GluonPrinter(Printer):
                 return self._expanded(e)
             case "dot":
                 return self._products(e)
+            case "name" if str(e.attr) in self.kept:
+                layout = "tile_of" if len(e.shape) == 2 else "columns_of"
+                return f"{e.attr}.load({layout}({dim(e.shape[-1])}))"
             case _:
                 return super().structural(e, outer)
 
@@ -185,6 +198,19 @@ def _all(body: Iterable[Statement]) -> Iterator[Statement]:
     for s in body:
         yield s
         yield from _all(block(s))
+
+
+def _kept(body: tuple[Statement, ...]) -> frozenset[str]:
+    """Tiles and columns of fp32 that loops read as they were bound before: they wait in shared memory."""
+    found: set[str] = set()
+    columns = _column_names(body)
+    for loop in _all(body):
+        if isinstance(loop, For):
+            inner = [*_all(loop.body)]
+            bound = {str(s.var.attr) for s in inner if isinstance(s, Let)}
+            read = {n for s in inner for e in reads(s) for n in walk(e) if n.op == "name" and n.dtype == "f32"}
+            found |= {str(n.attr) for n in read if len(n.shape) == 2 or str(n.attr) in columns} - bound
+    return frozenset(found)
 
 
 def _column_names(body: tuple[Statement, ...]) -> frozenset[str]:
