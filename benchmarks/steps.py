@@ -38,6 +38,7 @@ NAMES: Final = ("conv0", "bias0", "conv1", "bias1", "temp")
 DIM: Final = 128
 BATCH: Final = 4
 TOKENS: Final = 16384
+CHECKED: Final = (300, 1337)
 
 
 def main() -> int:
@@ -125,12 +126,13 @@ def _operands(heads: tuple[int, int], batch: int, tokens: int) -> list[torch.Ten
 
 
 def _check(package: ModuleType, heads: tuple[int, int]) -> None:
-    """A small call, beside the same in float64."""
-    x = _operands(heads, 2, 300)
-    o = package.attention(*x[:3], **dict(zip(NAMES, x[3:], strict=True)))
-    error = float((o.double() - _plainly(heads, [t.double() for t in x])).abs().max())
-    assert error < 3e-2, f"{package.__name__}: {error} from float64"
-    print(f"{package.__name__}: {error:.1e} from float64", flush=True)
+    """A small call, and one that the engine serves, beside the same in float64."""
+    for tokens in CHECKED:
+        x = _operands(heads, 2, tokens)
+        o = package.attention(*x[:3], **dict(zip(NAMES, x[3:], strict=True)))
+        error = float((o.double() - _plainly(heads, [t.double() for t in x])).abs().max())
+        assert error < 3e-2, f"{package.__name__}, {tokens} tokens: {error} from float64"
+        print(f"{package.__name__}, {tokens} tokens: {error:.1e} from float64", flush=True)
 
 
 def _plainly(heads: tuple[int, int], x: list[torch.Tensor]) -> torch.Tensor:

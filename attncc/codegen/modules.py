@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
+from attncc.codegen.gluon_kernels import fragments_in, helpers_of, print_kernel
 from attncc.codegen.source import Writer
 from attncc.ir.attention import Attention
+from attncc.ir.tile import Dialect, Kernel
 
 
 def engine_module(attn: Attention, engine: str, texts: Sequence[str], header: Iterable[str]) -> str:
@@ -16,11 +18,23 @@ def engine_module(attn: Attention, engine: str, texts: Sequence[str], header: It
     return _module(about, imports, texts)
 
 
+MODULES: Final[Mapping[Dialect, str]] = {"triton": "kernels", "gluon": "prologue"}
+"""Where a package has its kernels."""
 TITLES: Final = {"hopper": "Hopper", "latent": "latent"}
 SHARED: Final = (
     "args is what a launch has: tensors, their strides, sizes and the scale; s what is known of a query tile, r of its",
     "rows. BM rows and BN keys make a tile; i and j are positions in the sequence.",
 )
+
+
+def prologue_module(attn: Attention, kernels: Sequence[Kernel], header: Iterable[str]) -> str:
+    """The kernels in Gluon that run before an engine."""
+    texts = [*map(print_kernel, kernels)]
+    texts = [*helpers_of(texts), *texts]
+    about = (f"Kernels before the engine of {attn.name}, whose tiles stay in the registers of products.", "", *header)
+    imports = ["from triton.experimental import gluon", "from triton.experimental.gluon import language as gl", ""]
+    wanted = sorted(fragments_in(texts))
+    return _module(about, [*imports, "from ._fragments import (", *(f"    {n}," for n in wanted), ")"], texts)
 
 
 def kernels_module(attn: Attention, texts: Sequence[str], header: Iterable[str]) -> str:

@@ -26,7 +26,7 @@ from attncc.codegen.cpu import decodes
 from attncc.codegen.cuda import Cubin
 from attncc.codegen.engine import print_engine
 from attncc.codegen.host import host_expr, host_function
-from attncc.codegen.modules import engine_module, kernels_module
+from attncc.codegen.modules import MODULES, engine_module, kernels_module, prologue_module
 from attncc.codegen.parameters import engine_launch, engine_parameters, kernel_parameters, mapping, parameters_name
 from attncc.codegen.source import Writer, filled, module_text
 from attncc.codegen.tensors import TORCH_DTYPE, axes_of, size_bounds, strided
@@ -96,6 +96,7 @@ def emit(
     texts, flags = print_kernels(with_append(program))
     header = _header(attn, program, made_by, digest)
     engine = program.engine
+    fragments = [k for k in program.kernels if k.dialect == "gluon"]
     beside: dict[str, str | bytes] = (
         {}
         if engine is None
@@ -109,6 +110,7 @@ def emit(
         **_copied("_bound", "_cards", "_gpu", "_launch"),
         **(_copied("_driver", "_index", "_persistent", "_prebuilt") if ahead else {}),
         **(_copied("_append") if program.append else {}),
+        **({"prologue.py": prologue_module(attn, fragments, header), **_copied("_fragments")} if fragments else {}),
         "configs/__init__.py": '"""Launch configs, one module a device."""\n',
         **{f"configs/{t.target}.py": configs_text(attn, t) for t in targets},
     }
@@ -163,6 +165,7 @@ def _init(
     with_engine = program.engine is not None
     engine = {} if program.engine is None else {f"_{program.engine.name}": True}
     with_triton = {"_engine": with_engine, **engine, "kernels": bool(targets)}
+    with_triton["prologue"] = any(k.dialect == "gluon" for k in program.kernels)
     appending = program.append if targets else None
     sides = {
         "_append": appending is not None,
@@ -362,7 +365,7 @@ def _stored(attn: Attention, operand: str, heads: str, in_words: bool) -> str:
 def _launch(w: Writer, attn: Attention, k: Kernel, launch: Launch) -> None:
     w.line("Kernel(")
     with w.indented():
-        w.line(f"kernels.{k.name},")
+        w.line(f"{MODULES[k.dialect]}.{k.name},")
         w.entry(host_function(k.grid))
         w.line(f"{parameters_name(attn, k)},")
         if launch.constants:

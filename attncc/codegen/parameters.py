@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from attncc.codegen.host import host_function
+from attncc.codegen.modules import MODULES
 from attncc.codegen.source import Writer, filled
 from attncc.codegen.triton import handles, strides
 from attncc.ir.attention import Attention
@@ -30,7 +31,7 @@ def kernel_parameters(w: Writer, k: Kernel, flags: Sequence[str], name: str) -> 
         [_number(p) for p in k.params if p.role == "scalar"],
         [f'("knob", "{p.name}")' for p in k.params if p.role == "constexpr"] + [f'("flag", "{f}")' for f in flags],
     ]
-    w.line(f"# parameters of kernels.{k.name}")
+    w.line(f"# parameters of {MODULES[k.dialect]}.{k.name}")
     w.line(f"{name} = (")
     with w.indented():
         for group in groups:

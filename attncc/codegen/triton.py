@@ -9,7 +9,21 @@ from typing import Final
 from attncc.codegen.source import Writer, called, definitions, filled
 from attncc.errors import CompilerBug
 from attncc.ir.expr import FLOATS, INTS, STORED, TRUE, WORD, Dim, Dtype, Expr, const
-from attncc.ir.tile import Barrier, CallFn, For, Function, If, Let, Note, Param, Program, Statement, Store, StoreTile
+from attncc.ir.tile import (
+    Barrier,
+    CallFn,
+    For,
+    Function,
+    If,
+    Let,
+    Note,
+    Param,
+    Program,
+    Soon,
+    Statement,
+    Store,
+    StoreTile,
+)
 
 INFIX: Final[dict[str, tuple[str, int]]] = {
     "mul": ("*", 8), "div": ("/", 8), "add": ("+", 7), "sub": ("-", 7), "and": ("&", 6), "or": ("|", 5),
@@ -228,6 +242,8 @@ class Printer:
                 w.line(f"# {text}")
             case Barrier():
                 w.line("tl.debug_barrier()")
+            case Soon():  # Triton has no word for it
+                pass
             case Let(var, value, note):
                 w.line(f"{var.attr} = {self.expr(value)}" + (f"  # {note}" if note else ""))
             case Store(tensor, index, value, mask):
@@ -263,7 +279,7 @@ class Printer:
                 self.statement(w, s)
 
 
-def _signature(w: Writer, name: str, params: Iterable[Param], flags: Iterable[str], *, entry: bool) -> None:
+def signature(w: Writer, name: str, params: Iterable[Param], flags: Iterable[str], *, entry: bool) -> None:
     """A `def` line, wrapped: tensors, strides, numbers, constants; a kernel's strides are 64 bits wide."""
     tensors = [p for p in params if p.role in ("operand", "buffer")]
     wide = ": tl.int64" if entry else ""
@@ -302,9 +318,10 @@ def print_kernels(program: Program) -> tuple[list[str], dict[str, list[str]]]:
     for f in functions.values():
         texts.append(_print(f.name, f.params, f.body, f.doc, functions, flags, results=f.results))
     for k in program.kernels:
-        texts.append(_print(k.name, k.params, k.body, k.doc, functions, flags))
+        if k.dialect == "triton":
+            texts.append(_print(k.name, k.params, k.body, k.doc, functions, flags))
     helpers = definitions("helpers", called("helpers", texts))
-    return [*helpers, *texts], {k.name: flags[k.name] for k in program.kernels}
+    return [*helpers, *texts], {k.name: flags.get(k.name, []) for k in program.kernels}
 
 
 def _print(
@@ -329,5 +346,5 @@ def _print(
     dynamic = [p.name for p in params if p.role == "scalar" and p.dtype in INTS]
     listed = ", ".join(f'"{d}"' for d in dynamic)
     head.line("@triton.jit" if results or not dynamic else f"@triton.jit(do_not_specialize=[{listed}])")
-    _signature(head, name, params, flags[name], entry=not results)
+    signature(head, name, params, flags[name], entry=not results)
     return head.text() + inner.text().rstrip()

@@ -15,7 +15,21 @@ import numpy as np
 from attncc.errors import CompilerBug
 from attncc.ir.expr import FLOATS, STORED, Expr
 from attncc.ir.meaning import NUMPY, Array, Frame, Tensor, convert, evaluate, place, window
-from attncc.ir.tile import Barrier, CallFn, For, Function, If, Kernel, Let, Note, Program, Statement, Store, StoreTile
+from attncc.ir.tile import (
+    Barrier,
+    CallFn,
+    For,
+    Function,
+    If,
+    Kernel,
+    Let,
+    Note,
+    Program,
+    Soon,
+    Statement,
+    Store,
+    StoreTile,
+)
 
 Number = bool | int | float
 
@@ -72,7 +86,7 @@ def _block(body: tuple[Statement, ...], frame: Frame, functions: Mapping[str, Fu
 
 def _statement(s: Statement, frame: Frame, functions: Mapping[str, Function]) -> None:
     match s:
-        case Note() | Barrier():
+        case Note() | Barrier() | Soon():
             pass
         case Let(var, value):
             _bind(frame, var, evaluate(value, frame))

@@ -30,6 +30,7 @@ from attncc.ir.tile import (
     Param,
     Program,
     Scratch,
+    Soon,
     Statement,
     Store,
     StoreTile,
@@ -280,13 +281,11 @@ def _program(program: Program) -> Iterator[str]:
     for label, words in (("skeleton", program.skeleton), ("why", program.why)):
         if words:
             yield f"{INDENT}{label}: {words!r}"
-    yield from (f"{INDENT}{_knob(knob)}" for knob in program.knobs)
-    yield from (f"{INDENT}scratch {_scratch(scratch)}" for scratch in program.scratch)
-    yield from (f"{INDENT}{_launch(launch)}" for launch in program.launches)
-    if program.engine_gap:
-        yield f"{INDENT}engine: none, because of {program.engine_gap!r}"
-    if program.short_gap:
-        yield f"{INDENT}few queries: as others, because of {program.short_gap!r}"
+    scratch = (f"scratch {_scratch(s)}" for s in program.scratch)
+    yield from (f"{INDENT}{line}" for line in (*map(_knob, program.knobs), *scratch, *map(_launch, program.launches)))
+    for label, why in (("engine: none", program.engine_gap), ("few queries: as others", program.short_gap)):
+        if why:
+            yield f"{INDENT}{label}, because of {why!r}"
     for kernel in program.kernels:
         yield ""
         yield from _kernel(kernel)
@@ -302,11 +301,10 @@ def _engine(engine: Engine) -> Iterator[str]:
     yield f"engine {engine.name}:"
     for label, vars_ in (("tile", engine.tile), ("rows", engine.rows)):
         yield f"{INDENT}{label}: {', '.join(map(_typed, vars_))}"
-    yield from (f"{INDENT}{_param(p)}" for p in engine.args)
-    yield from (f"{INDENT}{_knob(knob)}" for knob in engine.knobs)
-    yield from (f"{INDENT}{label}: {word}" for label, word in _ends(engine))
-    for label, launches in (("before", engine.before), ("after", engine.after)):
-        yield from (f"{INDENT}{label}: {_launch(launch)}" for launch in launches)
+    yield from (f"{INDENT}{line}" for line in (*map(_param, engine.args), *map(_knob, engine.knobs)))
+    launches = (*(("before", x) for x in engine.before), *(("after", x) for x in engine.after))
+    ends = (*_ends(engine), *((label, _launch(x)) for label, x in launches))
+    yield from (f"{INDENT}{label}: {word}" for label, word in ends)
     for function in engine.functions:
         yield ""
         yield from _function(function)
@@ -341,7 +339,8 @@ def _kernel(kernel: Kernel) -> Iterator[str]:
     for function in kernel.functions:
         yield from _function(function)
         yield ""
-    yield f"kernel {kernel.name}, grid {text(kernel.grid)}:{_comment(kernel.doc)}"
+    dialect = "" if kernel.dialect == "triton" else f" in {kernel.dialect}"
+    yield f"kernel {kernel.name}{dialect}, grid {text(kernel.grid)}:{_comment(kernel.doc)}"
     yield from (f"{INDENT}{_param(p)}" for p in kernel.params)
     yield from _block(kernel.body, 1)
 
@@ -380,8 +379,8 @@ def statement_lines(s: Statement) -> Iterator[str]:
     match s:
         case Note(words):
             yield from (f"# {line}" for line in words.splitlines())
-        case Barrier():
-            yield "barrier"
+        case Barrier() | Soon():
+            yield "barrier" if isinstance(s, Barrier) else f"soon {text(s.value)}"
         case Let(var, value, note):
             yield f"{_typed(var)} = {text(value)}{_comment(note)}"
         case Store(buffer, index, value, mask):

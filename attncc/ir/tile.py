@@ -14,6 +14,7 @@ from typing import Literal
 from attncc.ir.expr import Dim, Dtype, Expr, Shape, name
 from attncc.ir.rewrite import buffers
 
+Dialect = Literal["triton", "gluon"]
 Role = Literal["operand", "buffer", "scalar", "value", "constexpr"]
 
 
@@ -95,7 +96,14 @@ class Barrier:
     """All that a program read and wrote before this it has read and written before what follows."""
 
 
-Statement = Note | Let | Store | StoreTile | For | If | CallFn | Barrier
+@dataclass(frozen=True, slots=True)
+class Soon:
+    """What is read here will be read again before long: memory may begin to bring it. Nothing is bound."""
+
+    value: Expr
+
+
+Statement = Note | Let | Store | StoreTile | For | If | CallFn | Barrier | Soon
 
 
 def reads_memory(f: Function) -> bool:
@@ -108,7 +116,7 @@ def reads(s: Statement) -> tuple[Expr, ...]:
     match s:
         case Note() | Barrier():
             return ()
-        case Let(_, value):
+        case Let(_, value) | Soon(value):
             return (value,)
         case Store(_, index, value, mask):
             return (*index, value) if mask is None else (*index, value, mask)
@@ -210,6 +218,8 @@ class Kernel:
     functions: tuple[Function, ...]
     grid: Expr
     doc: str = ""
+    dialect: Dialect = "triton"
+    """The language that it is printed in."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,7 +84,7 @@ def _depthwise(f: Flow, n: int, inputs: list[Tiles], head: Expr, c: Columns, plu
     total = _sum(_bound_bias(f, step, head, width, c), plus)
     x = f.attn.input(step.words[0])
     for t, tiles in enumerate(inputs):
-        index = _channel(x.shape[:-1], head, width, c.at)
+        index = channel_index(x.shape[:-1], head, width, c.at)
         weight = f.once("tap", row(cast_to(read(input_param(x), *index, t, mask=c.inside), "f32")), f"[1, {c.width}]")
         total = _sum(total, cast_to(tiles[c], "f32") * weight)
     assert total is not None
@@ -96,7 +96,7 @@ def _mixed(f: Flow, n: int, inputs: list[Tiles], head: Expr, c: Columns, plus: E
     step, width = f.chain.steps[n], f.chain.widths[n]
     each = range(HALVES[f.dtype])
     factors = [(t * len(each) + h, *item) for t, tiles in enumerate(inputs) for item in tiles.items() for h in each]
-    if _bias_word(f.attn, step):  # a sum would hold a register a column in each thread
+    if bias_word(f.attn, step):  # a sum would hold a register a column in each thread
         last = len(inputs) * len(each)
         factors = [(last, Columns(0, ROWS), full((f.rows, ROWS), 1.0, f.dtype)), *factors]
         total = plus
@@ -116,24 +116,30 @@ def _sum(a: Expr | None, b: Expr | None) -> Expr | None:
     return b if a is None else a if b is None else a + b
 
 
-def _channel(shape: tuple[int | str, ...], head: Expr, width: int, columns: Expr) -> list[Value]:
+def channel_index(shape: tuple[int | str, ...], head: Expr, width: int, columns: Expr) -> list[Value]:
     """Indices of a channel on an input's leading axes: [H, D], or [H * D]; torch has an axis of 1 behind it."""
     if len(shape) > 1 and shape[-1] == 1:
-        return [*_channel(shape[:-1], head, width, columns), const(0)]
+        return [*channel_index(shape[:-1], head, width, columns), const(0)]
     return [head, columns] if len(shape) == 2 else [head * width + columns]
 
 
-def _bias(attn: Attention, step: Call, head: Expr, width: int, c: Columns) -> Expr | None:
+def bias_of(attn: Attention, step: Call, head: Expr, width: int, c: Columns) -> Expr | None:
+    value = bias_at(attn, step, head, width, c.at, c.inside)
+    return None if value is None else row(value)
+
+
+def bias_at(attn: Attention, step: Call, head: Expr, width: int, at: Expr, inside: Expr | None = None) -> Expr | None:
+    """Of these columns of a head, fp32; None where a convolution has none."""
     word = option(step, "bias")
     if word is None:
         return None
     x = attn.input(str(word))
-    index = [head, c.at] if len(x.shape) == 2 else [head * width + c.at]
-    return row(cast_to(read(input_param(x), *index, mask=c.inside), "f32"))
+    index = [head, at] if len(x.shape) == 2 else [head * width + at]
+    return cast_to(read(input_param(x), *index, mask=inside), "f32")
 
 
 def _bound_bias(f: Flow, step: Call, head: Expr, width: int, c: Columns) -> Expr | None:
-    value = _bias(f.attn, step, head, width, c)
+    value = bias_of(f.attn, step, head, width, c)
     return None if value is None else f.once("bias", value, f"[1, {c.width}]")
 
 
@@ -145,10 +151,10 @@ def taps_name(attn: Attention, step: Call) -> str:
 
     Behind the last tap is the bias where it is a factor too, as rows that add up to it.
     """
-    return own_name("_".join([*step.words[:1], *_bias_word(attn, step), "by_taps"]), attn)
+    return own_name("_".join([*step.words[:1], *bias_word(attn, step), "by_taps"]), attn)
 
 
-def _bias_word(attn: Attention, step: Call) -> list[str]:
+def bias_word(attn: Attention, step: Call) -> list[str]:
     """The bias that is a factor, if any: fp32 adds it as it is."""
     word = option(step, "bias")
     return [] if word is None or attn.dtype == "fp32" else [str(word)]
@@ -164,7 +170,7 @@ def _shape(attn: Attention, step: Call) -> tuple[int, int, int]:
     width = attn.dims.v if "v" in on(step) else attn.dims.qk
     found = channels(attn, step, width)
     assert found is not None, "an odd shape has no lowering"
-    return found[0], found[1] * HALVES[VALUE_DTYPE[attn.dtype]] + len(_bias_word(attn, step)), width
+    return found[0], found[1] * HALVES[VALUE_DTYPE[attn.dtype]] + len(bias_word(attn, step)), width
 
 
 def matrix_scratch(attn: Attention) -> Iterator[Scratch]:
@@ -198,7 +204,7 @@ def matrix_kernel(attn: Attention) -> Kernel:
 def _write_rows(b: Builder, attn: Attention, step: Call, into: Param) -> None:
     """Rows of the matrix of a tap, or of a bias: what it is as the dtype has it, what that leaves, and 0."""
     _, taps, width = _shape(attn, step)
-    blocks, bias = -(-width // ROWS), _bias_word(attn, step)
+    blocks, bias = -(-width // ROWS), bias_word(attn, step)
     block = b.let("block", remainder(name("number"), blocks))
     tap = b.let("tap", remainder(quotient(name("number"), blocks), taps))
     head = b.let("head", quotient(name("number"), blocks * taps))
@@ -209,7 +215,7 @@ def _write_rows(b: Builder, attn: Attention, step: Call, into: Param) -> None:
         places = head, tap, column(at), row(c.at)
         mask = lanes(known, c.inside)
         seen = None if not bias else tap < taps - 1 if mask is None else mask & (tap < taps - 1)
-        out = _channel(x.shape[:-2], head, width, row(c.at))
+        out = channel_index(x.shape[:-2], head, width, row(c.at))
         value = read(input_param(x), *out, column(at), quotient(tap, halves), mask=seen)
         if halves > 1:
             whole = b.let("entry", cast_to(value, "f32"), f"[{ROWS}, {c.width}]")
@@ -217,7 +223,7 @@ def _write_rows(b: Builder, attn: Attention, step: Call, into: Param) -> None:
         b.let("value", cast_to(value, into.dtype), f"[{ROWS}, {c.width}]")
         if bias:
             with b.when(eq(tap, taps - 1)):
-                whole = _bias(attn, step, head, width, c)
+                whole = bias_of(attn, step, head, width, c)
                 assert whole is not None
                 b.let("whole", whole, f"[1, {c.width}]")
                 b.let("most", cast_to(whole, into.dtype))

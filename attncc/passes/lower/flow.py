@@ -75,6 +75,10 @@ class Flow:
     """What is bound once for all tiles."""
     line: tuple[Expr, Expr] | None = None
     """The position [rows] where the lines begin along which tiles go, and how many tokens those are on."""
+    folded: bool = False
+    """Whether convolutions that follow each other are one."""
+    fetched: Mapping[tuple[str, Columns, Expr], Expr] = field(default_factory=dict[tuple[str, Columns, Expr], Expr])
+    """Columns of an operand and a head that the last turn has read for this one."""
 
     @property
     def rows(self) -> int:
@@ -114,6 +118,9 @@ class Flow:
     def entered(self, operand: str, columns: Columns, back: int = 0, head: Expr | None = None) -> Expr:
         """The same in the dtype in which they come."""
         t = self.tokens
+        known = None if back else self.fetched.get((operand, columns, self.head if head is None else head))
+        if known is not None:
+            return known
         mask = lanes(t.own >= back if back else None, columns.inside)
         at = (t.batch, self.head if head is None else head, t.row - back if back else t.row)
         b_, h, s = (column(e) if e.shape else e for e in at)

@@ -7,14 +7,16 @@ convolutions ask of the tokens before is what the last turns made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
 from attncc.ir.attention import Attention
 from attncc.ir.build import Builder, iota, quotient, remainder
-from attncc.ir.expr import Expr, maximum, minimum, name
-from attncc.passes.lower import tokens
+from attncc.ir.expr import Expr, const, maximum, minimum, name
+from attncc.ir.rewrite import walk
+from attncc.ir.tile import Statement, reads
+from attncc.passes.lower import folding, tokens
 from attncc.passes.lower.chains import Chain
 from attncc.passes.lower.columns import Columns
 from attncc.passes.lower.convolution import matrices, reach
@@ -28,6 +30,12 @@ LOOSE: Final = 16
 """Those of tiles of fp32, whose matrices are read for each token."""
 LONGEST: Final = 32
 """Tokens of a line."""
+LONGEST_FOLDED: Final = 256
+"""Of convolutions that are one: all programs run at once, up to where fp32 would lose something of angles."""
+PROGRAMS: Final = 264
+"""Two a multiprocessor."""
+AHEAD: Final = 4
+"""So many tokens ahead memory begins to bring them. Each operand does so for itself."""
 TILES: Final = 32
 """So many tiles of a head fill the machine; more tokens make lines longer."""
 OPTIONS: Final = ("num_warps", 4), ("num_stages", 1), ("maxnreg", 0)
@@ -46,25 +54,39 @@ def rows_of(attn: Attention) -> int:
     return LOOSE if attn.dtype == "fp32" else ROWS
 
 
-def tiles_of(attn: Attention, operand: str) -> Expr:
+def tiles_of(attn: Attention, operand: str, slots: int) -> Expr:
     """Tiles of a sequence of a head, over sizes."""
     length = name("Sq" if operand == "q" else "Sk")
-    return cdiv(cdiv(length, _line(attn, length)), rows_of(attn))
+    return cdiv(cdiv(length, _line(attn, length, slots)), rows_of(attn))
 
 
-def _line(attn: Attention, length: Expr) -> Expr:
-    """Tokens of a line: one each, until a head has tiles enough."""
-    return minimum(maximum(quotient(name("B") * length, rows_of(attn) * TILES), 1), LONGEST)
+def _line(attn: Attention, length: Expr, slots: int) -> Expr:
+    """Tokens of a line: one each, until a head has tiles enough; where convolutions are one, so many that programs of
+    `slots` heads all run at once."""
+    if not slots:
+        return minimum(maximum(quotient(name("B") * length, rows_of(attn) * TILES), 1), LONGEST)
+    at_once = maximum(quotient(const(PROGRAMS), name("B") * slots), 1)
+    return minimum(cdiv(length, at_once * rows_of(attn)), LONGEST_FOLDED)
 
 
-def go(b: Builder, attn: Attention, c: Chain, heads: tuple[Expr, Expr], store: Callable[[Flow], None]) -> None:
+def go(
+    b: Builder,
+    attn: Attention,
+    c: Chain,
+    heads: tuple[Expr, Expr],
+    store: Callable[[Flow], None],
+    *,
+    slots: int = 0,
+) -> None:
     """What a program does with its tile of lines: `store` writes what becomes of a token of each.
 
     Args:
         heads: the operand's head, and the key head that goes with it.
+        slots: heads of all operands where convolutions are one; what comes in is then read a token ahead, while rows
+            of the last are on their way out. 0 where they are not.
     """
     rows, length = rows_of(attn), name("Sq" if c.operand == "q" else "Sk")
-    b.let("line", _line(attn, length), "tokens of a line")
+    b.let("line", _line(attn, length, slots), "tokens of a line")
     b.let("tiles", cdiv(cdiv(length, name("line")), rows))
     with b.when(name("part") < name("B") * name("tiles")):
         b.let("b", quotient(name("part"), name("tiles")))
@@ -75,18 +97,57 @@ def go(b: Builder, attn: Attention, c: Chain, heads: tuple[Expr, Expr], store: C
         begin = before.let("begin", at.position + (start - at.own), "where it is in the sequence")
         taken = {*PLACED, *before.bound}
         line = begin, name("step")
-        flow = Flow(attn, c, before, before, at, *heads, parts_of(attn, c), taken, line=line)
-        names = {place: _named(flow, place, behind(flow, *place)) for place in [*_asked(attn, c)]}
+        flow = Flow(attn, c, before, before, at, *heads, parts_of(attn, c), taken, line=line, folded=slots > 0)
+        names = {place: _named(flow, place, behind(flow, *place)) for place in _asked(flow)}
+        fetched = _fetched(flow) if slots else {}
         at = tokens.along(inner, attn, c.operand, start + name("step"), rows)
-        turn = replace(flow, b=inner, tokens=at, taken=flow.taken | inner.bound, found=dict(names))
+        turn = replace(flow, b=inner, tokens=at, taken=flow.taken | inner.bound, found=dict(names), fetched=fetched)
         store(turn)
+        body = _with_next(turn, start, length) if fetched else inner.body
         for (level, back), tiles in sorted(names.items(), reverse=True):
             made = behind(turn, level, back - 1)
             for columns, tile in tiles.items():
                 inner.let(str(tile.attr), made[columns])
         b.extend(before.body)
         with b.loop("step", 0, minimum(name("line"), length)):
-            b.extend(inner.body)
+            b.extend(body)
+            b.extend(inner.body[len(inner.body) - sum(map(len, names.values())) :])
+            for tile in fetched.values():
+                b.let(str(tile.attr), name(f"next_{tile.attr}", tile.dtype, tile.shape))
+
+
+def _fetched(f: Flow) -> dict[tuple[str, Columns, Expr], Expr]:
+    """What turns begin with: their own tokens, and those of the other operand that go with them, if they are one
+    head's."""
+    joined = any(step.name == "mean_residual" for step in f.chain.steps)
+    other = [("k", f.served)] if f.chain.operand == "q" else [("q", f.head)]
+    pairs = [(f.chain.operand, f.head), *(other if joined and (f.chain.operand == "q" or _is_one(f)) else ())]
+    return {
+        (operand, c, head): f.b.let(f.reserve(operand), f.entered(operand, c, 0, head), f"[{f.rows}, {c.width}]")
+        for operand, head in pairs
+        for c in f.parts[0]
+    }
+
+
+def _is_one(f: Flow) -> bool:
+    """Whether a key head serves one query head."""
+    return f.attn.heads.q == f.attn.heads.kv
+
+
+def _with_next(f: Flow, start: Expr, length: Expr) -> tuple[Statement, ...]:
+    """A turn's statements, with the reads of the next one behind the products: they are under way while rows end."""
+    body = f.b.body
+    last = max(n for n, s in enumerate(body) if any(node.op == "dot" for e in reads(s) for node in walk(e)))
+    ahead = Builder(f.b.params)
+    following = ahead.let("following", minimum(start + (name("step") + 1), length - 1), "the last again behind it")
+    there = replace(f, tokens=replace(f.tokens, row=following, own=following), fetched={})
+    for (operand, c, head), tile in f.fetched.items():
+        ahead.let(f"next_{tile.attr}", there.entered(operand, c, 0, head), f"[{f.rows}, {c.width}]")
+    later = minimum(start + (name("step") + AHEAD), length - 1)
+    there = replace(there, tokens=replace(f.tokens, row=later, own=later))
+    for c in f.parts[0]:
+        ahead.soon(there.entered(f.chain.operand, c))
+    return (*body[:last], *ahead.body, *body[last:])
 
 
 def _named(f: Flow, place: tuple[int, int], tiles: Tiles) -> dict[Columns, Expr]:
@@ -96,8 +157,9 @@ def _named(f: Flow, place: tuple[int, int], tiles: Tiles) -> dict[Columns, Expr]
     return {columns: f.b.let(f.reserve(text), tile, f"[{f.rows}, {columns.width}]") for columns, tile in tiles.items()}
 
 
-def _asked(attn: Attention, c: Chain) -> Iterator[tuple[int, int]]:
+def _asked(f: Flow) -> list[tuple[int, int]]:
     """What steps ask of earlier tokens: behind how many steps, and how many tokens back."""
-    for n, step in enumerate(c.steps):
-        for back in range(1, reach(attn, step, c.widths[n]) + 1):
-            yield n, back
+    attn, c = f.attn, f.chain
+    if f.folded:
+        return [(0, back) for back in range(1, folding.taps_of(attn, c))]
+    return [(n, back) for n, step in enumerate(c.steps) for back in range(1, reach(attn, step, c.widths[n]) + 1)]

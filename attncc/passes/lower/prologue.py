@@ -14,9 +14,9 @@ from typing import Final
 from attncc.ir.attention import Attention
 from attncc.ir.build import Builder, column, full, lanes, program, quotient, remainder, row
 from attncc.ir.expr import Expr, cast_to, const, maximum, minimum, name
-from attncc.ir.tile import Kernel, Launch, Param, Program, Scratch
+from attncc.ir.tile import Engine, Kernel, Launch, Param, Program, Scratch
 from attncc.ir.widths import matrix
-from attncc.passes.lower import lines, tokens
+from attncc.passes.lower import folded, folding, lines, tokens
 from attncc.passes.lower.absorb import absorbed
 from attncc.passes.lower.chains import Chain, chains, dtype_behind
 from attncc.passes.lower.columns import Columns
@@ -40,19 +40,56 @@ def with_prologue(attn: Attention, made: Program) -> Program:
     """The program with the kernel that makes what attention reads."""
     if not attn.prologue:
         return made
-    kernel = _kernel(attn)
+    kernel = _kernel(attn, chains(attn), along=lines.goes_along(attn))
     own = lines.goes_along(attn) and attn.dtype != "fp32"
     kernels, launches = (kernel,), (Launch(kernel.name, options=lines.OPTIONS if own else options(_mixes(attn))),)
     if matrices(attn):
         first = matrix_kernel(attn)
         kernels, launches = (first, kernel), (Launch(first.name, options=options(False)), *launches)
     scratch = (*matrix_scratch(attn), *(_scratch(attn, c) for c in chains(attn)))
-    return replace(
+    program = replace(
         made,
         kernels=(*kernels, *made.kernels),
         launches=(*launches, *made.launches),
         scratch=(*scratch, *made.scratch),
     )
+    return program if made.engine is None or folded.gap(attn) else _beside_engine(attn, program, made.engine)
+
+
+def _beside_engine(attn: Attention, program: Program, engine: Engine) -> Program:
+    """The program whose engine has kernels before it that fold convolutions, in the place of those that do not."""
+    found = chains(attn)
+    mixed, rest = [c for c in found if folded.folds(c)], [c for c in found if not folded.folds(c)]
+    replaced = [k.name for k in program.kernels[: 2 if matrices(attn) else 1]]
+    kernel = _kernel(attn, mixed, along=True, is_folded=True)
+    kernels = _ahead(attn, rest, mixed[0]), replace(kernel, name=f"{attn.name}_prologue_folded", dialect="gluon")
+    launches = Launch(kernels[0].name, options=options(False)), Launch(kernels[1].name, options=lines.OPTIONS)
+    engine = replace(
+        engine,
+        replaces=(*replaced, *engine.replaces),
+        before=(*launches, *engine.before),
+        scratch=(folding.matrix_scratch(attn, mixed[0]), *engine.scratch),
+    )
+    return replace(program, kernels=(*program.kernels, *kernels), engine=engine)
+
+
+def _ahead(attn: Attention, rest: Sequence[Chain], mixed: Chain) -> Kernel:
+    """Writes the matrices of convolutions that are one, and takes operands without such through their steps."""
+    writers = folding.writers(attn, mixed)
+    made, whole = folding.matrix_param(attn, mixed), None
+    if rest:
+        whole = _kernel(attn, rest, along=False, first=writers)
+    b = Builder({p.name: p for p in (*(whole.params if whole else ()), made, *map(input_param, attn.inputs))})
+    with b.when(program() < writers) if whole else nullcontext():
+        folding.write(b, attn, mixed, program())
+    if whole:
+        with b.when(program() >= writers):
+            b.extend(whole.body)
+    doc = "Writes the matrices of convolutions that are one" + "; and takes other operands through their steps." * bool(
+        whole
+    )
+    grid = const(writers) if whole is None else whole.grid + writers
+    return Kernel(f"{attn.name}_prologue_ahead", *tidy(b.params.values(), b.body), (), grid, doc)
 
 
 def _scratch(attn: Attention, c: Chain) -> Scratch:
@@ -72,17 +109,17 @@ def _rows(attn: Attention, c: Chain) -> int:
     return LOOSE if loose else tokens_of(widest, multiplied=any(map(mixes, c.steps)))
 
 
-def _span(attn: Attention) -> int:
+def _span(attn: Attention, found: Sequence[Chain]) -> int:
     """Tokens of a program."""
-    most = max(_rows(attn, c) for c in chains(attn))
-    return most * TURNS if _mixes(attn) else most
+    most = max(_rows(attn, c) for c in found)
+    return most * TURNS if any(mixes(step) for c in found for step in c.steps) else most
 
 
-def _tiles(attn: Attention) -> Expr:
+def _tiles(attn: Attention, found: Sequence[Chain], folded_slots: int, *, along: bool) -> Expr:
     """Programs of a head: of the operand that has most tokens."""
-    if lines.goes_along(attn):
-        return name("B") * _most([lines.tiles_of(attn, c.operand) for c in chains(attn)])
-    return cdiv(_most([tokens.count(attn, c.operand) for c in chains(attn)]), _span(attn))
+    if along:
+        return name("B") * _most([lines.tiles_of(attn, c.operand, folded_slots) for c in found])
+    return cdiv(_most([tokens.count(attn, c.operand) for c in found]), _span(attn, found))
 
 
 def _most(counts: Sequence[Expr]) -> Expr:
@@ -92,48 +129,55 @@ def _most(counts: Sequence[Expr]) -> Expr:
     return longest
 
 
-def _kernel(attn: Attention) -> Kernel:
-    found = chains(attn)
+def _kernel(attn: Attention, found: Sequence[Chain], *, along: bool, is_folded: bool = False, first: int = 0) -> Kernel:
+    """Takes operands through their steps, from program `first` on.
+
+    Args:
+        along: tiles go along lines.
+        is_folded: convolutions are one.
+    """
     slots = sum(c.heads for c in found)
-    b = Builder(_parameters(attn, found))
-    slot = b.let("slot", remainder(program(), slots))
-    number = quotient(program(), slots)
-    begin = b.let("part", number) if lines.goes_along(attn) else b.let("begin", number * _span(attn))
+    b = Builder(_parameters(attn, found, is_folded))
+    slot = b.let("slot", remainder(program() - first if first else program(), slots))
+    number = quotient(program() - first if first else program(), slots)
+    begin = b.let("part", number) if along else b.let("begin", number * _span(attn, found))
     before = 0
     for c in found:
         if len(found) > 1:
             b.note(f"{c.operand}: {', '.join(step.name for step in c.steps)}")
         mine = slot < c.heads if before == 0 else (slot >= before) & (slot < before + c.heads)
         with b.when(mine) if len(found) > 1 else nullcontext():
-            _of_operand(b, attn, c, slot - before if before else slot, begin)
+            head = slot - before if before else slot
+            if along:
+                lines.go(b, attn, c, _heads(b, attn, c, head), _store, slots=slots if is_folded else 0)
+            else:
+                _over_tokens(b, attn, c, head, begin, _span(attn, found))
         before += c.heads
     through = ", ".join(c.operand for c in found)
     doc = f"Takes {through} through the steps before attention: one program per head and tokens."
-    grid = _tiles(attn) * slots
+    grid = _tiles(attn, found, slots if is_folded else 0, along=along) * slots
     return Kernel(f"{attn.name}_prologue", *tidy(b.params.values(), b.body), (), grid, doc)
 
 
-def _parameters(attn: Attention, found: Sequence[Chain]) -> Mapping[str, Param]:
+def _parameters(attn: Attention, found: Sequence[Chain], is_folded: bool) -> Mapping[str, Param]:
     dtype = VALUE_DTYPE[attn.dtype]
     given = [Param(x.upper(), "operand", dtype, doc="the operand as it came") for x in "qkv"]
     made = [
         Param(c.tensor, "operand", dtype_behind(attn, c.operand), doc="the operand behind its steps") for c in found
     ]
-    params = [*given, *made, *matrix_params(attn), *tokens.index_params(attn)]
+    factors = [folding.matrix_param(attn, found[0])] if is_folded else matrix_params(attn)
+    params = [*given, *made, *factors, *tokens.index_params(attn)]
     params += [*map(input_param, attn.inputs), *size_parameters(attn)]
     return {p.name: p for p in params}
 
 
-def _of_operand(b: Builder, attn: Attention, c: Chain, head: Expr, begin: Expr) -> None:
-    """What a program does that has one of its heads."""
-    if lines.goes_along(attn):
-        lines.go(b, attn, c, _heads(b, attn, c, head), _store)
-        return
+def _over_tokens(b: Builder, attn: Attention, c: Chain, head: Expr, begin: Expr, span: int) -> None:
+    """What a program does that has one of its heads, and so many tokens."""
     count = b.let("count", tokens.bound(attn, c.operand))
     with b.when(begin < count):
         head, served = _heads(b, attn, c, head)
         rows = _rows(attn, c)
-        turns = _span(attn) > rows
+        turns = span > rows
         ahead, inner = Builder(b.params), Builder(b.params)
         at = tokens.place(inner, attn, c.operand, name("first") if turns else begin, rows)
         taken = {*PLACED, *inner.bound}
@@ -142,7 +186,7 @@ def _of_operand(b: Builder, attn: Attention, c: Chain, head: Expr, begin: Expr) 
         if not turns:
             b.extend(inner.body)
             return
-        with b.loop("first", begin, minimum(begin + _span(attn), count), rows):
+        with b.loop("first", begin, minimum(begin + span, count), rows):
             b.extend(inner.body)
 
 

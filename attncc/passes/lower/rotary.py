@@ -63,6 +63,11 @@ def _computed(f: Flow, step: Call, dims: int, pair: Columns, back: int) -> tuple
     exponent = cast_to(pair.at, "f64") * const(slope, "f64") - const(math.log2(math.tau), "f64")
     speed = f.once("speed", ew("exp2", exponent), f"[{pair.width}] turns a token")
     shape = f"[{f.rows}, {pair.width}]"
+    if f.folded and f.line and not back and f.attn.numerics.exp != "exact":
+        begin, further = f.line
+        begun = f.once("begun", _part(f.once, begin, speed) * math.tau, f"{shape} angles where lines begin")
+        angle = f.let("angle", begun + further * row(f.once("slow", cast_to(speed, "f32") * math.tau)), shape)
+        return f.let("cos", ew("cos", angle)), f.let("sin", ew("sin", angle))
     if f.dtype != "f32":
         if f.line and not back:
             begin, further = f.line

@@ -14,6 +14,7 @@ from attncc.ir.attention import Attention
 from attncc.ir.build import column, full, lanes, read, reduce, row
 from attncc.ir.expr import Expr, cast_to, const, ew, where
 from attncc.ir.widths import matrix
+from attncc.passes.lower import folding
 from attncc.passes.lower.chains import Chain, number, option, rope_of
 from attncc.passes.lower.columns import Columns, Parts, cut, pairs
 from attncc.passes.lower.convolution import AT_ONCE, convolved, mixes, multiplies, runs_on
@@ -54,6 +55,9 @@ def _taken(f: Flow, n: int, back: int, plus: Tiles | None = None) -> Tiles:
     """One step, and `plus`. Before its first token a sequence has zeros; convolutions that follow each other make of
     them what they make of any token."""
     step = f.chain.steps[n]
+    if f.folded and n == folding.count(f.chain) - 1:
+        taps = folding.taps_of(f.attn, f.chain)
+        return folding.product(f, [behind(f, 0, back + taps - 1 - t) for t in range(taps)], plus)
 
     def before(more: int, plus: Tiles | None = None) -> Tiles:
         tiles = behind(f, n, back + more) if plus is None or not n else _taken(f, n - 1, back + more, plus)
@@ -128,7 +132,7 @@ def _square_sum(f: Flow, x: Tiles) -> Expr:
 def _rms_norm(f: Flow, n: int, back: int, before: Before) -> Tiles:
     step, x = f.chain.steps[n], before(0)
     mean = _square_sum(f, x) / float(f.chain.widths[n])
-    factor = f.let("factor", ew("rsqrt", mean + number(step, "eps", EPS)), f"[{f.rows}]")
+    factor = f.let("factor", _tempered(f, n, ew("rsqrt", mean + number(step, "eps", EPS))), f"[{f.rows}]")
     word = option(step, "weight")
     made = {c: t * column(factor) for c, t in x.items()}
     if word is not None:
@@ -151,7 +155,7 @@ def _l2_norm(f: Flow, n: int, back: int, before: Before) -> Tiles:
     eps = number(step, "eps", EPS)
     length = f.let("length", ew("sqrt", _square_sum(f, x)), f"[{f.rows}]")
     length = where(length < eps, eps, length)  # of two numbers a maximum may leave NaN out
-    factor = f.let("factor", number(step, "to", 1.0) / length, f"[{f.rows}]")
+    factor = f.let("factor", _tempered(f, n, number(step, "to", 1.0) / length), f"[{f.rows}]")
     return _bound(f, "normed", {c: t * column(factor) for c, t in x.items()})
 
 
@@ -160,9 +164,26 @@ def _silu(f: Flow, n: int, back: int, before: Before) -> Tiles:
 
 
 def _temperature(f: Flow, n: int, back: int, before: Before) -> Tiles:
+    if n and _is_tempered(f, n - 1):
+        return before(0)
+    value = _temperature_of(f, n)
+    return _bound(f, "tempered", {c: t * value for c, t in before(0).items()})
+
+
+def _temperature_of(f: Flow, n: int) -> Expr:
     value = f.per_head(f.chain.steps[n].args[0])
-    factor = (f.let if value.shape or not f.line else f.once)("temperature", value)
-    return _bound(f, "tempered", {c: t * factor for c, t in before(0).items()})
+    return (f.let if value.shape or not f.line else f.once)("temperature", value)
+
+
+def _is_tempered(f: Flow, n: int) -> bool:
+    """Whether the factor of a norm is multiplied by the temperature that follows, which all rows share."""
+    steps = f.chain.steps
+    follows = steps[n].name in ("l2_norm", "rms_norm") and n + 1 < len(steps) and steps[n + 1].name == "temperature"
+    return follows and not f.per_head(steps[n + 1].args[0]).shape
+
+
+def _tempered(f: Flow, n: int, factor: Expr) -> Expr:
+    return factor * _temperature_of(f, n + 1) if _is_tempered(f, n) else factor
 
 
 def _lerp(f: Flow, n: int, back: int, before: Before) -> Tiles:
@@ -224,9 +245,22 @@ def _value_shift(f: Flow, n: int, back: int, before: Before) -> Tiles:
     width = f.chain.widths[n]
     columns = f.chain.heads * width
     kept = columns - int(columns * number(f.chain.steps[n], "fraction", 0.5))
+    if not n and not f.line:
+        return _bound(f, "shifted", {c: _entered_late(f, c, f.head * width + c.at >= kept, back) for c in f.parts[0]})
     now, earlier = before(0), before(1)
     made = {c: where(row(f.head * width + c.at >= kept), earlier[c], x) for c, x in now.items()}
     return _bound(f, "shifted", made)
+
+
+def _entered_late(f: Flow, c: Columns, late: Expr, back: int) -> Expr:
+    """Columns as they come, some of them from the token before."""
+    t = f.tokens
+    steps = back + where(late, 1, 0)
+    batch = column(t.batch) if t.batch.shape else t.batch
+    places = batch, f.head, column(t.row) - row(steps), row(c.at)
+    seen = column(t.own) >= row(steps)
+    mask = seen if c.inside is None else seen & row(c.inside)
+    return cast_to(read(f.b.params[f.chain.operand.upper()], *places, mask=mask), "f32")
 
 
 def _bound(f: Flow, text: str, made: Tiles) -> Tiles:

@@ -1,0 +1,183 @@
+"""Convolutions that follow each other as one, by the matrices that do what all of them do.
+
+A convolution of each column, and one that mixes columns behind it, are linear: products of their taps are the taps of
+one that reaches further back. Its tiles are multiplied as they came, no step stands before the products, and its
+matrices are rounded once where what goes from one convolution to the next would be rounded beside them. A kernel of
+its own makes them, once a call.
+
+Method: compressed convolutional attention, arXiv 2510.04476; that its two convolutions are one is our own remark.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from attncc.ir.attention import Attention, Call
+from attncc.ir.build import Builder, column, dot, full, iota, quotient, read, reduce, remainder, row
+from attncc.ir.expr import Expr, cast_to, const, eq, name, where
+from attncc.ir.primitives import on
+from attncc.ir.tile import Param, Scratch
+from attncc.passes.lower.chains import Chain, channels, option
+from attncc.passes.lower.convolution import bias_at, channel_index, multiplies, runs_on
+from attncc.passes.lower.flow import Flow, Tiles
+from attncc.passes.lower.normalizers import VALUE_DTYPE
+from attncc.passes.lower.scores import input_param, own_name
+
+ROWS: Final = 16
+"""Rows of a matrix that a program writes, and rows of a bias: two of them add up to it, the others are 0."""
+
+
+def folds(chain: Chain) -> bool:
+    """Whether an operand's first steps are one convolution that mixes columns, or that behind one that does not."""
+    first = [n for n, step in enumerate(chain.steps) if multiplies(step)]
+    return first == [0] or (first == [1] and runs_on(chain, 1))
+
+
+def count(chain: Chain) -> int:
+    """How many steps are one."""
+    return 1 + next(n for n, step in enumerate(chain.steps) if multiplies(step))
+
+
+def taps_of(attn: Attention, chain: Chain) -> int:
+    """Tokens that one product goes over, together with that of the tile."""
+    return 1 + sum(_taps(attn, step, chain.widths[0]) - 1 for step in chain.steps[: count(chain)])
+
+
+def product(f: Flow, tiles: list[Tiles], plus: Tiles | None) -> Tiles:
+    """Tiles of all columns, the earliest token first, behind what is one; and `plus`, with which the sum begins."""
+    (c,) = f.parts[0]
+    params = f.b.params[name_of(f.attn, f.chain)]
+    total = full((f.rows, c.width), 0.0) if plus is None else plus[c]
+    factors = [(column(c.at), tile[c]) for tile in tiles]
+    if _has_bias(f.chain):
+        factors = [*factors, (column(iota(ROWS)), full((f.rows, ROWS), 1.0, f.dtype))]
+    head = f.head + heads_before(f.attn, f.chain)
+    for t in [*range(len(tiles), len(factors)), *range(len(tiles))]:
+        rows, tile = factors[t]
+        matrix = f.once("matrix", read(params, head, t, rows, row(c.at)), f"[{rows.shape[0]}, {c.width}]")
+        total = dot(tile, matrix, total)
+    return {c: f.let("total", total, f"[{f.rows}, {c.width}]")}
+
+
+def heads_before(attn: Attention, chain: Chain) -> int:
+    """Of operands that stand before this one in the weights."""
+    letters = on(_mixing(chain))
+    heads = {"q": attn.heads.q, "k": attn.heads.kv, "v": attn.heads.v}
+    return sum(heads[x] for x in letters[: letters.index(chain.operand)])
+
+
+def name_of(attn: Attention, chain: Chain) -> str:
+    """The name of the matrices: [head, token, column in, column out] of the operands' dtype, the earliest token first.
+
+    Behind the last token is the bias, as rows that add up to it.
+    """
+    return own_name("_".join([*(s.words[0] for s in chain.steps[: count(chain)]), "folded"]), attn)
+
+
+def matrix_scratch(attn: Attention, chain: Chain) -> Scratch:
+    heads, width = _heads(attn, chain), chain.widths[0]
+    shape = heads, _matrices(attn, chain), width, width
+    return Scratch(name_of(attn, chain), tuple(map(const, shape)), VALUE_DTYPE[attn.dtype])
+
+
+def matrix_param(attn: Attention, chain: Chain) -> Param:
+    doc = "matrices of convolutions that are one, of a token each"
+    return Param(name_of(attn, chain), "operand", VALUE_DTYPE[attn.dtype], doc=doc)
+
+
+def writers(attn: Attention, chain: Chain) -> int:
+    """Programs that write the matrices: each some rows of one, or a head's bias."""
+    return _heads(attn, chain) * _each(attn, chain)
+
+
+def _each(attn: Attention, chain: Chain) -> int:
+    return taps_of(attn, chain) * (chain.widths[0] // ROWS) + _has_bias(chain)
+
+
+def write(b: Builder, attn: Attention, chain: Chain, which: Expr) -> None:
+    """What one of these programs does."""
+    blocks = chain.widths[0] // ROWS
+    count = taps_of(attn, chain) * blocks
+    number = b.let("number", remainder(which, _each(attn, chain)))
+    head = b.let("head", quotient(which, _each(attn, chain)))
+    with b.when(number < count):
+        tap = b.let("tap", quotient(number, blocks))
+        at = b.let("at", remainder(number, blocks) * ROWS + iota(ROWS), f"[{ROWS}] columns in")
+        value = _folded(attn, chain, head, tap, at)
+        into = b.params[name_of(attn, chain)]
+        b.store(into, (head, tap, column(at), row(iota(chain.widths[0]))), cast_to(value, into.dtype))
+    if _has_bias(chain):
+        with b.when(number >= count):
+            _write_bias(b, attn, chain, head)
+
+
+def _folded(attn: Attention, chain: Chain, head: Expr, tap: Expr, at: Expr) -> Expr:
+    """[rows, width] the columns `at` of a matrix, transposed: what one token adds to each column."""
+    mixing, width = _mixing(chain), chain.widths[0]
+    if count(chain) == 1:
+        return _matrix(attn, mixing, head, width, at, tap)
+    first = chain.steps[0]
+    x, taps = attn.input(first.words[0]), _taps(attn, first, width)
+    index = channel_index(x.shape[:-1], head, width, column(at))
+    total: Expr = full((ROWS, width), 0.0)
+    for t in range(_taps(attn, mixing, width)):
+        seen = (tap >= t) & (tap < t + taps)
+        weight = cast_to(read(input_param(x), *index, tap - t, mask=seen), "f32")
+        total = total + _matrix(attn, mixing, head, width, at, const(t)) * weight
+    return total
+
+
+def _matrix(attn: Attention, step: Call, head: Expr, width: int, at: Expr, tap: Expr) -> Expr:
+    x = attn.input(step.words[0])
+    out = channel_index(x.shape[:-2], head, width, row(iota(width)))
+    return cast_to(read(input_param(x), *out, column(at), tap), "f32")
+
+
+def _write_bias(b: Builder, attn: Attention, chain: Chain, head: Expr) -> None:
+    """The bias of the last, and what its matrices make of the one before: as the dtype has it, what that leaves, 0."""
+    width, mixing, first = chain.widths[0], _mixing(chain), chain.steps[0]
+    own = bias_at(attn, mixing, head, width, iota(width))
+    whole = b.let("whole", full((width,), 0.0) if own is None else own, f"[{width}]")
+    if count(chain) == 2 and option(first, "bias") is not None:
+        with b.loop("first", 0, width, ROWS):
+            at = b.let("at", name("first") + iota(ROWS), f"[{ROWS}] columns in")
+            before = bias_at(attn, first, head, width, at)
+            assert before is not None
+            for t in range(_taps(attn, mixing, width)):
+                made = _matrix(attn, mixing, head, width, at, const(t)) * column(before)
+                b.let("whole", whole + reduce("sum", made, 0))
+    into = b.params[name_of(attn, chain)]
+    most = b.let("most", cast_to(whole, into.dtype))
+    at = iota(ROWS)
+    parts = where(column(eq(at, 0)), row(cast_to(most, "f32")), 0.0)
+    parts = where(column(eq(at, 1)), row(whole - cast_to(most, "f32")), parts)
+    place = head, const(taps_of(attn, chain)), column(at), row(iota(width))
+    b.store(into, place, cast_to(parts, into.dtype))
+
+
+# -- weights --------------------------------------------------------------------------------------
+
+
+def _mixing(chain: Chain) -> Call:
+    return chain.steps[count(chain) - 1]
+
+
+def _taps(attn: Attention, step: Call, width: int) -> int:
+    found = channels(attn, step, width)
+    assert found is not None, "an odd shape has no lowering"
+    return found[1]
+
+
+def _heads(attn: Attention, chain: Chain) -> int:
+    """That the weights have: of all operands of the step."""
+    found = channels(attn, _mixing(chain), chain.widths[0])
+    assert found is not None, "an odd shape has no lowering"
+    return found[0]
+
+
+def _has_bias(chain: Chain) -> bool:
+    return any(option(step, "bias") is not None for step in chain.steps[: count(chain)])
+
+
+def _matrices(attn: Attention, chain: Chain) -> int:
+    return taps_of(attn, chain) + _has_bias(chain)

@@ -1,0 +1,139 @@
+"""Kernels of steps in Gluon: their text, and what the compiler makes of it for a GPU that need not be here."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from attncc import driver
+from attncc.codegen import gate
+from attncc.codegen.gluon_kernels import print_kernel
+from attncc.codegen.package import emit
+from attncc.codegen.source import function_names
+from attncc.device import find
+from attncc.errors import CompilerBug
+from attncc.ir.build import Builder, column, iota, row
+from attncc.ir.expr import cast_to, const, name
+from attncc.ir.tile import Kernel, Param
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+TWO_PROGRAMS = (233472 - 2 * 1024) // 2
+"""Bytes of shared memory that each of two may have, but for what the driver takes."""
+JUDGE = """
+import json, sys
+from pathlib import Path
+from attncc.codegen import assembly
+from attncc.codegen.elsewhere import disassembled, large_call, opened, runner_of
+from attncc.device import find
+package = opened(Path(sys.argv[1]), find("sm_90"))
+config = next(c for m in package.VARIANT.configs.values() for _, c in m.TABLE if c.get("ENGINE"))
+call = large_call(runner_of(package))
+launches, tensors = call.launches(config, True, True)
+for launch in launches:
+    if "_prologue_" in launch.function.__name__:
+        made = launch.compile(launch.prepared(launch.bound, tensors, 0.1, launch.make_map))
+        text = disassembled(made)
+        counts = assembly.read(text, assembly.SASS)
+        print(json.dumps([made.name, made.metadata.shared, counts.total, counts.loop, counts.reloads]))
+"""
+
+
+def files_of(example: str) -> dict[str, Any]:
+    loaded = driver.load(EXAMPLES / f"{example}.yaml")
+    attn, program = driver.lower(replace(loaded.attention, modes=("prefill",)))
+    configs = [driver.default_config(attn, find("sm_90"))]
+    return dict(emit(attn, program, loaded.text, configs, "attncc", "0"))
+
+
+@pytest.mark.parametrize("example", ["cca", "ccgqa"])
+def test_what_a_kernel_calls_is_there(example: str) -> None:
+    files = files_of(example)
+    module = ast.parse(files["prologue.py"])
+    called = {n.func.id for n in ast.walk(module) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+    imported = {a.name for n in module.body if isinstance(n, ast.ImportFrom) for a in n.names}
+    assert called - {"range"} <= imported
+    assert imported - {"gluon", "language"} <= function_names("_fragments") & called
+    assert "tl." not in files["prologue.py"]
+    assert "_fragments.py" in files
+    assert "from . import" in files["__init__.py"]
+    assert f"prologue.{example}_prologue_folded" in files["__init__.py"]
+
+
+def test_portable_packages_have_no_kernels_in_gluon() -> None:
+    loaded = driver.load(EXAMPLES / "cca.yaml")
+    attn, program = driver.lower(replace(loaded.attention, modes=("prefill",)))
+    files = emit(attn, program, loaded.text, [driver.default_config(attn, find("sm_80"))], "attncc", "0")
+    assert not {"prologue.py", "_fragments.py"} & {*files}
+    assert "prologue_folded" not in "".join(t for t in files.values() if isinstance(t, str))
+
+
+@pytest.mark.parametrize("example", ["cca", "ccgqa"])
+def test_machine_code(example: str, tmp_path: Path) -> None:
+    """Two programs fit a multiprocessor, no thread waits for others in loops, and few registers are reloaded."""
+    package = tmp_path / example
+    (package / "configs").mkdir(parents=True)
+    for path, content in files_of(example).items():
+        (package / path).write_text(content)
+    environment = gate.environment(str(tmp_path / "cache"))
+    command = [sys.executable, "-c", JUDGE, str(package)]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    found = {line[0]: line[1:] for line in map(json.loads, said.splitlines())}
+    assert {*found} == {f"{example}_prologue_ahead", f"{example}_prologue_folded"}
+    shared, total, loop, reloads = found[f"{example}_prologue_folded"]
+    assert shared <= TWO_PROGRAMS
+    assert total["wgmma"] == loop["wgmma"] == 2 * (1 + 3 * 8), "a bias, and three tokens of eight steps, of q and of k"
+    assert all(words <= count // 50 for count, words in reloads), reloads
+
+
+HERE = {
+    "X": Param("X", "operand", "bf16"),
+    "Y": Param("Y", "operand", "bf16"),
+    "S": Param("S", "scalar", "i32"),
+}
+
+
+def printed(b: Builder) -> list[str]:
+    kernel = Kernel("k", tuple(HERE.values()), b.body, (), const(1), "A kernel.", "gluon")
+    return [line.strip() for line in print_kernel(kernel).splitlines()]
+
+
+def stored(b: Builder, value: Any, at: Any) -> None:
+    b.store(HERE["Y"], (const(0), const(0), column(at), row(iota(64))), cast_to(value, "bf16"), column(at < name("S")))
+
+
+def test_vectors_have_the_layout_of_the_axis_that_they_stand_beside() -> None:
+    b = Builder(HERE)
+    at = b.let("at", iota(64) + 1)
+    weight = b.let("weight", cast_to(iota(64), "f32") * 2.0)
+    stored(b, cast_to(column(at), "f32") * row(weight), at)
+    text = printed(b)
+    assert "at = gl.arange(0, 64, rows_of(64)) + 1" in text
+    assert "weight = gl.arange(0, 64, columns_of(64)).to(gl.float32) * 2.0" in text
+    assert "write_rows(Y, at, y_s, at[:, None].to(gl.float32) * weight[None, :], at < S)" in text
+
+
+def test_what_loops_read_waits_in_shared_memory() -> None:
+    b = Builder(HERE)
+    at = b.let("at", iota(64))
+    tile = b.let("tile", cast_to(column(at), "f32") * row(cast_to(iota(64), "f32")))
+    with b.loop("n", 0, 3):
+        stored(b, tile + 1.0, at)
+    text = printed(b)
+    assert any(line.startswith("tile = kept(") for line in text)
+    assert any("tile.load(tile_of(64)) + 1.0" in line for line in text)
+
+
+def test_accesses_that_are_no_rows_are_no_text() -> None:
+    b = Builder(HERE)
+    at = b.let("at", iota(64))
+    value = cast_to(column(at), "f32") * row(cast_to(iota(64), "f32"))
+    b.store(HERE["Y"], (const(0), const(0), column(at), row(iota(64) + 1)), cast_to(value, "bf16"))
+    with pytest.raises(CompilerBug, match="no text for an access to Y"):
+        printed(b)
