@@ -44,7 +44,7 @@ class Bench:
     """A package on one device, the operands of its shapes, and what its trusted configs made of them."""
 
     def __init__(self, folder: Path, module: Any, device: Device, seed: int) -> None:
-        self.attn = spec.load(folder / "spec.yaml").attention
+        self.attn = keep(spec.load(folder / "spec.yaml").attention)
         self.module, self.device, self.seed = module, device, seed
         self.place = "cuda" if device.is_gpu else "cpu"
         self.operands: dict[str, Operands] = {}

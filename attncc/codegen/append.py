@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from attncc.codegen.call import bare, cache_rows, dtype_of, opening, operands, tuple_text, width_of
 from attncc.codegen.host import host_function
 from attncc.codegen.parameters import parameters_name
 from attncc.codegen.source import Writer
-from attncc.codegen.tensors import TORCH_DTYPE, axes_of, size_bounds, strided
+from attncc.codegen.tensors import TORCH_DTYPE, axes_of, input_tensor, scratch_entry, size_bounds, strided
+from attncc.codegen.triton import lower_name
 from attncc.ir.appending import count, places, room, tokens
-from attncc.ir.attention import Attention, Size
+from attncc.ir.attention import SIZE_NAMES, Attention, Input, Size
 from attncc.ir.cache import BY_TOKEN, beside, cached, quantizer, row_axes
 from attncc.ir.given import Given
+from attncc.ir.keeping import writing
 from attncc.ir.staircase import staircase
 from attncc.ir.tile import Program
 
@@ -29,18 +32,23 @@ def write(w: Writer, attn: Attention, program: Program, ahead: Sequence[str]) ->
             for x in given:
                 how = ", tiled=True" * (x.name in _axes(attn)) + ", contiguous=True" * x.contiguous
                 w.line(f'Tensor("{x.name}", {axes_of(x.axes)}, torch.{TORCH_DTYPE[x.dtype]}{how}),')
+            w.block(input_tensor(attn, x) for x in _inputs(attn))
         w.line("),")
         w.line("output=(),")
         w.line("lse=None,")
         w.line(f"sizes={{{', '.join(_sizes(attn))}}},")
         w.line("scale=lambda n: 1.0,")
-        w.line(
-            f"axes={{{', '.join(f'{chr(34)}{k}{chr(34)}: {chr(34)}{v}{chr(34)}' for k, v in _axes(attn).items())}}},"
-        )
+        axes = _axes(attn) | dict.fromkeys((lower_name(s.name) for s in program.scratch), "bhsd")
+        w.line(f"axes={{{', '.join(f'{chr(34)}{k}{chr(34)}: {chr(34)}{v}{chr(34)}' for k, v in axes.items())}}},")
         (kernel,) = program.kernels
         w.entry(
             f"kernels=(Kernel(kernels.{kernel.name}, {host_function(kernel.grid)}, {parameters_name(attn, kernel)}),)"
         )
+        w.block(["scratch=("] if program.scratch else [])
+        with w.indented():
+            for scratch in program.scratch:
+                w.entry(scratch_entry(scratch))
+        w.block(["),"] if program.scratch else [])
     w.line(")")
     quoted = tuple_text(f'"{arch}"' for arch in ahead)
     runner = "_gpu.Runner(APPENDING, _launch.BY_TRITON)"
@@ -55,7 +63,7 @@ def write(w: Writer, attn: Attention, program: Program, ahead: Sequence[str]) ->
 
 def _function(w: Writer, attn: Attention, given: Sequence[Given]) -> None:
     first = len(tokens(attn)) + len(operands(attn)) - 1
-    names = [x.name for x in given]
+    names = [*(x.name for x in given), *(x.name for x in _inputs(attn))]
     w.signature("append", [*names[:first], "*", *names[first:]])
     with w.indented():
         how = "as the spec's quantizer holds them" if quantizer(attn) else "as they are"
@@ -64,12 +72,20 @@ def _function(w: Writer, attn: Attention, given: Sequence[Given]) -> None:
         if staircase(attn):
             w.line("Segments that have aged go down the staircase, each step reading what the one before has left.")
             w.line()
+        if attn.kept is not None:
+            steps = ", ".join(dict.fromkeys(step.name for step in attn.kept.steps))
+            what = (
+                f"They go through {steps} on their way, at the position of their place: give them as they were before."
+            )
+            w.block(textwrap.wrap(what, 115))
+            w.line()
         if any(c.per not in BY_TOKEN for c in cached(attn)):
             w.line("Scales of whole sequences are read, not found: what is beyond them becomes the greatest number.")
             w.line()
         w.line("Args:")
         with w.indented():
             w.block(f"{x.name}: {bare(axes_of(x.axes))} {x.dtype}, {x.doc}" for x in given)
+            w.block(f"{x.name}: [{', '.join(map(str, x.shape))}] {x.dtype}" for x in _inputs(attn))
         w.line()
         w.line("Raises:")
         with w.indented():
@@ -83,6 +99,11 @@ def _tensors(attn: Attention) -> list[Given]:
     """Of a call, in the order of its signature."""
     cache = [Given(x, _cache_axes(attn, x), dtype_of(attn, x), "of the cache, written") for x in operands(attn)[1:]]
     return [*tokens(attn), *cache, *beside(attn), *places(attn)]
+
+
+def _inputs(attn: Attention) -> tuple[Input, ...]:
+    """What steps read on the way into the cache."""
+    return writing(attn).inputs if attn.kept is not None else ()
 
 
 def _cache_axes(attn: Attention, operand: str) -> tuple[int | str, ...]:
@@ -105,5 +126,6 @@ def _axes(attn: Attention) -> dict[str, str]:
 
 def _sizes(attn: Attention) -> list[str]:
     batch = {"B", "B + 1"} & {axis for x in _tensors(attn) for axis in x.axes}
-    known = [*([attn.size("B")] if batch else []), Size(count(attn)), attn.size(room(attn))]
+    own = dict.fromkeys(s for x in _inputs(attn) for s in x.shape if isinstance(s, str) and s not in SIZE_NAMES)
+    known = [*([attn.size("B")] if batch else []), Size(count(attn)), attn.size(room(attn)), *map(attn.size, own)]
     return [f'"{s.name}": {size_bounds(s)}' for s in known]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from attncc.ir.attention import Attention
-from attncc.ir.cache import cached
+from attncc.ir.cache import BY_TOKEN, cached
 from attncc.ir.given import Given
 from attncc.ir.staircase import staircase
 
@@ -13,8 +13,8 @@ OPERANDS: Final = ("k", "v")
 
 
 def appends(attn: Attention) -> bool:
-    """Whether a variant has such a call: its cache lies in pages, or is quantised."""
-    return attn.page_size > 0 or bool(cached(attn))
+    """Whether a variant has such a call: its keys are a cache, in rows, in pages or as codes."""
+    return attn.page_size > 0 or bool(cached(attn)) or any(part.kv.kind == "cache" for part in attn.parts)
 
 
 def is_packed(attn: Attention) -> bool:
@@ -33,8 +33,9 @@ def room(attn: Attention) -> str:
 
 
 def finds_sequences(attn: Attention) -> bool:
-    """Whether a packed token has to find its sequence: for the pages of that, or for its scales."""
-    return is_packed(attn) and (attn.page_size > 0 or any(c.per in ("tensor", "head", "channel") for c in cached(attn)))
+    """Whether a packed token has to find its sequence: for the pages of that, its scales, or steps on the way there."""
+    own = any(c.per not in BY_TOKEN for c in cached(attn))
+    return is_packed(attn) and (attn.page_size > 0 or own or attn.kept is not None)
 
 
 def tokens(attn: Attention) -> tuple[Given, ...]:
@@ -64,6 +65,8 @@ def places(attn: Attention) -> tuple[Given, ...]:
         out = [Given("lengths", ("B",), "int32", doc)]
     if finds_sequences(attn):
         out.append(Given("cu_seqlens_new", ("B + 1",), "int32", "where the new tokens of each sequence begin"))
+    if packed and not paged and attn.kept is not None:
+        out.append(Given("cu_seqlens_k", ("B + 1",), "int32", "where the rows of each sequence begin"))
     if paged:
         pages: tuple[int | str, ...] = ("B", f"Sk / {attn.page_size}")
         out.append(Given("block_table", pages, "int32", "the page of each run of keys"))

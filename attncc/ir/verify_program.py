@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from attncc.ir.expr import INTS
 from attncc.ir.rewrite import buffers, substitute
 from attncc.ir.rules import Type
-from attncc.ir.tile import CallFn, Function, If, Program, Statement, block, reads, writes
+from attncc.ir.tile import Barrier, CallFn, Function, If, Program, Statement, block, reads, writes
 from attncc.ir.verify_kernel import TENSORS, Fault, Scope, check_expression, check_scalar, kernel_faults
 
 
@@ -93,14 +93,20 @@ def _effects(
     functions: Mapping[str, Function],
     known_as: Mapping[str, str],
 ) -> tuple[set[str], set[str]]:
-    """The tensors a body reads and writes, dead branches of this launch left out."""
+    """The tensors a body reads and writes, dead branches of this launch left out.
+
+    What a program has written itself, before a barrier, it does not read of others.
+    """
     read: set[str] = set()
     wrote: set[str] = set()
+    own: set[str] = set()
     for s in body:
+        if isinstance(s, Barrier):
+            own |= wrote
         if isinstance(s, If) and substitute(s.condition, constants).value in (False, 0):
             continue
         for e in reads(s):
-            read |= {known_as.get(n, n) for n in buffers(e)}
+            read |= {known_as.get(n, n) for n in buffers(e)} - own
         wrote |= {known_as.get(n, n) for n in writes(s)}
         inner = _effects(block(s), constants, functions, known_as)
         if isinstance(s, CallFn) and s.function in functions:
@@ -109,6 +115,6 @@ def _effects(
             aliases = {p.name: known_as.get(str(a.attr), str(a.attr)) for p, a in pairs if p.role in TENSORS}
             others = {n: f for n, f in functions.items() if n != s.function}
             inner = _effects(callee.body, {}, others, aliases)
-        read |= inner[0]
+        read |= inner[0] - own
         wrote |= inner[1]
     return read, wrote
