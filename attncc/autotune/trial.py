@@ -27,6 +27,7 @@ from attncc.check.operands import Operands, draw
 from attncc.check.run import TORCH_DTYPES, check_case, has_lse, imported
 from attncc.codegen.answer import answer
 from attncc.device import Device, parse
+from attncc.ir.keeping import keep
 from attncc.ir.widths import exit_width
 
 Config = Mapping[str, int]

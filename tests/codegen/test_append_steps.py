@@ -17,6 +17,9 @@ from torch import Tensor
 from attncc import driver, reference, spec
 from attncc.check.cases import Case
 from attncc.check.pages import Pages, lay_out, pack
+from attncc.codegen.aot import Failed, build_all
+from attncc.codegen.offline import jobs
+from attncc.device import find
 from attncc.errors import Unsupported
 from attncc.ir.keeping import keep, writing
 from attncc.reference.operands import Sequence
@@ -234,6 +237,31 @@ def test_keeping_is_done_once() -> None:
     assert [s.name for s in kept.prologue] == ["rope", "l2_norm"]
     assert kept.kept is not None
     assert [s.name for s in kept.kept.steps] == ["rope", "silu"]
+
+
+BUILT = {
+    "pages": ("rope", ""),
+    "norms": ("rms_norm, rope, hadamard", ""),
+    "int8": ("'rope(pairs=interleaved)'", "int8(per=token)"),
+    "fp8": ("'rope(dims=64)'", "fp8_e4m3(per=group(32))"),
+    "int4": ("rope", "int4(per=token, symmetric=false)"),
+    "int4 through memory": ("'rope(pairs=interleaved)'", "int4(per=group(32))"),
+}
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_kernels_for_hopper_do_not_spill(name: str) -> None:
+    steps, form = BUILT[name]
+    quantize = f"quantize: {{cache: '{form}'}}\n" if form else ""
+    body = f"heads: {{q: 32, kv: 8}}\ndims: 128\nmask: causal\nkv: paged(64)\nprologue: [{steps}]\n{quantize}"
+    p = package(body, target="sm_90")
+    _, program = driver.lower(p.attn)
+    assert program.append is not None
+    found = jobs(program.append, str(p.path / "kernels.py"), find("sm_90"), {"num_warps": 4})
+    (outcome,) = build_all([*found.values()])
+    assert not isinstance(outcome, Failed), outcome.reason
+    assert outcome.spill_bytes == 0
+    assert bool(program.append.scratch) == (name == "int4 through memory")
 
 
 BAD: list[tuple[str, Any, type[Exception], str]] = [
