@@ -33,10 +33,11 @@ def axes_of(axes: Iterable[int | str]) -> str:
     return tuple_text(f'"{a}"' if isinstance(a, str) else str(a) for a in axes)
 
 
-def size_bounds(size: Size) -> str:
+def size_bounds(size: Size, least: int = 0) -> str:
     """What a call's size may be, as text."""
     fixed = "" if size.fixed is None else f", fixed={size.fixed}"
-    return f"Size({size.most}{fixed}{f', multiple={size.multiple}' if size.multiple > 1 else ''})"
+    more = f", multiple={size.multiple}" * (size.multiple > 1) + f", least={least}" * (least > 0)
+    return f"Size({size.most}{fixed}{more})"
 
 
 def input_tensor(attn: Attention, x: Input) -> str:

@@ -10,6 +10,8 @@ from attncc.ir.given import Given
 from attncc.ir.staircase import staircase
 
 OPERANDS: Final = ("k", "v")
+AROUND: Final = ("causal_conv", "value_shift", "mean_residual")
+"""Steps that look at tokens before theirs, or at the query or the key beside."""
 
 
 def appends(attn: Attention) -> bool:
@@ -38,18 +40,23 @@ def finds_sequences(attn: Attention) -> bool:
     return is_packed(attn) and (attn.page_size > 0 or own or attn.kept is not None)
 
 
+def writes_queries(attn: Attention) -> bool:
+    """Whether queries go through their steps where new keys do."""
+    return attn.kept is not None and any(step.name in AROUND for step in attn.kept.steps)
+
+
 def tokens(attn: Attention) -> tuple[Given, ...]:
-    """What is written: keys and values of new tokens, in the layout of queries."""
-    heads = {"k": (attn.heads.kv, attn.dims.qk), "v": (attn.heads.v, attn.dims.v)}
+    """What is written: keys and values of new tokens, in the layout of queries, and these where steps ask for them."""
+    heads = {"k": (attn.heads.kv, attn.dims.qk), "v": (attn.heads.v, attn.dims.v), "q": (attn.heads.q, attn.dims.qk)}
     found: list[Given] = []
-    for x in OPERANDS[: 1 if attn.is_latent else 2]:
+    for x in (*["q"] * writes_queries(attn), *OPERANDS[: 1 if attn.is_latent else 2]):
         h, dim = heads[x]
         axes: dict[str, tuple[int | str, ...]] = {
             "bhsd": ("B", h, "Sn", dim),
             "bshd": ("B", "Sn", h, dim),
             "varlen": ("Tn", h, dim),
         }
-        what = {"k": "keys", "v": "values"}[x]
+        what = {"q": "queries", "k": "keys", "v": "values"}[x]
         found.append(Given(f"{x}_new", axes[attn.layout], attn.dtype, f"{what} of new tokens"))
     return tuple(found)
 

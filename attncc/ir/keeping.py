@@ -11,15 +11,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Final
 
-from attncc.ir.appending import appends
+from attncc.ir.appending import AROUND, appends, writes_queries
 from attncc.ir.attention import Attention, Call, Kept
 from attncc.ir.expr import Expr
-from attncc.ir.primitives import calls, on
+from attncc.ir.given import Given
+from attncc.ir.primitives import calls, on, pairs_tokens
 from attncc.ir.rewrite import buffers
 from attncc.ir.staircase import staircase
+from attncc.ir.widths import axis_size
 
-AROUND: Final = ("causal_conv", "value_shift", "mean_residual")
-"""Steps that look at tokens before theirs, or at the query or the key beside."""
+RING: Final = "Sr"
+"""The size that says how many rows a sequence carries from call to call."""
 
 
 def keep(attn: Attention) -> Attention:
@@ -50,11 +52,6 @@ def writing(attn: Attention) -> Attention:
     return replace(attn, prologue=attn.kept.steps, inputs=attn.kept.inputs, kept=None)
 
 
-def writes_queries(attn: Attention) -> bool:
-    """Whether queries go through their steps where new keys do."""
-    return attn.kept is not None and any(step.name in AROUND for step in attn.kept.steps)
-
-
 def _follows_selection(step: Call) -> bool:
     return dict(step.kwargs).get("positions") == "packed"
 
@@ -67,6 +64,43 @@ def _of(steps: Iterable[Call], letters: str) -> Iterator[Call]:
             yield step
         elif mine:
             yield replace(step, kwargs=tuple(sorted({**dict(step.kwargs), "on": mine}.items())))
+
+
+# -- what steps ask of earlier tokens ------------------------------------------------------------
+
+
+def reach(attn: Attention, step: Call) -> int:
+    """How many tokens back a step looks; 0 where only a call tells how many taps its weights have."""
+    if step.name != "causal_conv":
+        return int(step.name == "value_shift")
+    return (axis_size(attn, attn.input(step.words[0]).shape[-1]) or 1) - 1
+
+
+def recalled(attn: Attention) -> dict[str, int]:
+    """How many earlier tokens each operand is asked for on the way into a cache, of those that are."""
+    if not writes_queries(attn):
+        return {}
+    written = writing(attn)
+    each = {x: sum(reach(written, step) for step in written.prologue if x in on(step)) for x in "qkv"}
+    if pairs_tokens(written):
+        each |= dict.fromkeys("qk", max(each["q"], each["k"]))
+    return {x: n for x, n in each.items() if n}
+
+
+def states(attn: Attention) -> tuple[Given, ...]:
+    """What a sequence carries from call to call: rows as they were before all steps, token t in row t modulo `Sr`."""
+    heads = {"q": attn.heads.q, "k": attn.heads.kv, "v": attn.heads.v}
+    width = {"q": attn.dims.qk, "k": attn.dims.qk, "v": attn.dims.v}
+    what = {"q": "queries", "k": "keys", "v": "values"}
+    return tuple(
+        Given(
+            f"{x}_state",
+            ("B", heads[x], RING, width[x]),
+            attn.dtype,
+            f"the last {what[x]} of each sequence before their steps, token t in row t % Sr, written",
+        )
+        for x in recalled(attn)
+    )
 
 
 # -- inputs --------------------------------------------------------------------------------------

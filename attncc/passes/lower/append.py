@@ -17,22 +17,23 @@ from dataclasses import dataclass, replace
 from functools import reduce as fold
 from typing import Final
 
-from attncc.ir.appending import appends, count, is_packed, tokens
+from attncc.ir.appending import appends, count, is_packed, tokens, writes_queries
 from attncc.ir.attention import Attention
-from attncc.ir.build import Builder, column, full, iota, lanes, program, quotient, read, reduce, remainder, row
+from attncc.ir.build import Builder, column, full, iota, lanes, quotient, read, reduce, row
 from attncc.ir.cache import Cached, beside, cached, find
 from attncc.ir.expr import Expr, cast_to, const, eq, ew, name, where
-from attncc.ir.keeping import writing
+from attncc.ir.keeping import states, writing
 from attncc.ir.staircase import levels
 from attncc.ir.tile import Kernel, Launch, Param, Program, Scratch
-from attncc.passes.lower import descent
+from attncc.passes.lower import descent, recall
 from attncc.passes.lower.cache import CODES, NIBBLES, ROPE, buffer
 from attncc.passes.lower.columns import Parts
+from attncc.passes.lower.convolution import matrices, matrix_kernel, matrix_params, matrix_scratch
 from attncc.passes.lower.entering import steps_of, through
-from attncc.passes.lower.flow import Tiles
-from attncc.passes.lower.grid import cdiv, size_parameters
+from attncc.passes.lower.flow import Tiles, options
+from attncc.passes.lower.grid import size_parameters
 from attncc.passes.lower.normalizers import VALUE_DTYPE
-from attncc.passes.lower.place import Place, kept, params, place
+from attncc.passes.lower.place import Place, by_heads, kept, params
 from attncc.passes.lower.rounding import code_of, scale_of
 from attncc.passes.lower.scores import input_param, own_name
 from attncc.passes.lower.steps import parts_of
@@ -63,50 +64,37 @@ def program_of(attn: Attention) -> Program | None:
     """The program of the call, where there is one."""
     if not appends(attn):
         return None
-    kernel = descent.kernel(attn) if levels(attn, "k") else _kernel(attn)
-    staged = tuple(_scratch(attn, operand) for operand in _staged(attn))
-    return Program(f"{attn.name}_append", (kernel,), (Launch(kernel.name),), (), staged)
+    if levels(attn, "k"):
+        kernel = descent.kernel(attn)
+        return Program(f"{attn.name}_append", (kernel,), (Launch(kernel.name),), ())
+    written, kernel = writing(attn), _kernel(attn)
+    before = [matrix_kernel(written)] if matrices(written) else []
+    after = [recall.kernel(attn, TOKENS)] if states(attn) else []
+    launches = [*(Launch(k.name, options=options(False)) for k in before), *(Launch(k.name) for k in (kernel, *after))]
+    scratch = (*matrix_scratch(written), *(_scratch(attn, operand) for operand in _staged(attn)))
+    return Program(f"{attn.name}_append", (*before, kernel, *after), tuple(launches), (), scratch)
 
 
 def _kernel(attn: Attention) -> Kernel:
-    rows = _rows(attn)
     b = Builder(_parameters(attn))
-    spans, heads = b.let("spans", _spans(attn)), _heads(attn)
-    rest, batch = program(), const(0)
-    if not is_packed(attn):
-        rest, batch = b.let("rest", quotient(program(), name("B"))), b.let("b", remainder(program(), name("B")))
-    begin, number = b.let("begin", remainder(rest, spans) * rows), b.let("number", quotient(rest, spans))
-    at = b.let("at", begin + iota(rows), f"[{rows}] tokens")
-    there = place(b, attn, batch, at, rows)
-    for text, first, h in zip("kv", (0, heads[0]), heads, strict=False):
-        inside = number < first + h if first == 0 else number >= first
-        with b.when(inside):
-            _write(b, attn, text, replace(there, head=b.let("h", number - first)))
-    sequences = const(1) if is_packed(attn) else name("B")
+    operands = "k" if attn.is_latent else "qkv" if writes_queries(attn) else "kv"
+    grid = by_heads(b, attn, _rows(attn), operands, _write)
     doc = "Writes new keys and values into the cache, some tokens of a head a program."
-    return Kernel(
-        f"{attn.name}_append", *tidy(b.params.values(), b.body), (), sequences * sum(heads) * _spans(attn), doc
-    )
-
-
-def _spans(attn: Attention) -> Expr:
-    """Programs of a head of a sequence."""
-    return cdiv(name(count(attn)), _rows(attn))
-
-
-def _heads(attn: Attention) -> tuple[int, ...]:
-    return (attn.heads.kv,) if attn.is_latent else (attn.heads.kv, attn.heads.v)
+    return Kernel(f"{attn.name}_append", *tidy(b.params.values(), b.body), (), grid, doc)
 
 
 def _rows(attn: Attention) -> int:
+    """Tokens of a program: of as many as tensor cores multiply where steps do."""
     widest = max(attn.dims.qk, attn.dims.v)
-    return max(1, min(TOKENS, AT_ONCE >> (widest - 1).bit_length()))
+    least = TOKENS if matrices(writing(attn)) else 1
+    return max(least, min(TOKENS, AT_ONCE >> (widest - 1).bit_length()))
 
 
 def _parameters(attn: Attention) -> dict[str, Param]:
     """Everything the kernel reads and writes, in the order of its signature."""
     dtype = VALUE_DTYPE[attn.dtype]
     out = [Param(x.name.upper(), "operand", dtype, doc=x.doc) for x in tokens(attn)]
+    out += [Param("Q", "operand", dtype, doc="queries behind their steps")] * writes_queries(attn)
     for text in "k" if attn.is_latent else "kv":
         c = find(attn, text)
         out.append(Param(text.upper(), "operand", dtype if c is None else CODES[c.codes], doc="the cache"))
@@ -114,7 +102,8 @@ def _parameters(attn: Attention) -> dict[str, Param]:
         rope = Param(ROPE, "operand", dtype, doc=x.doc)
         out.append(rope if x.name == ROPE.lower() else buffer(x))
     out += [Param(_stage(attn, x), "operand", "f32", doc=f"{x} behind its steps") for x in _staged(attn)]
-    out += params(attn)
+    out += [Param(x.name.upper(), "operand", dtype, doc=x.doc) for x in states(attn)]
+    out += [*matrix_params(writing(attn)), *params(attn)]
     if attn.kept is not None:
         known = {p.name for p in out}
         out += map(input_param, attn.kept.inputs)
@@ -126,11 +115,13 @@ def _parameters(attn: Attention) -> dict[str, Param]:
 
 
 def _write(b: Builder, attn: Attention, text: str, place: Place) -> None:
-    """Keys or values of the program's tokens."""
+    """Keys, values or queries of the program's tokens; these go where they stand in the call."""
+    if text == "q":
+        place = replace(place, index=(place.batch, name("at", "i32", (place.rows,))))
     c, steps, into = find(attn, text), steps_of(attn, text), b.params[text.upper()]
     given = b.params[f"{text.upper()}_NEW"]
     if c is None and steps is None:
-        _copy(b, text.upper(), given.name, place, 0, attn.dims.qk if text == "k" else attn.dims.v)
+        _copy(b, text.upper(), given.name, place, 0, attn.dims.v if text == "v" else attn.dims.qk)
     elif c is None and steps is not None:
         for p, x in through(b, attn, steps, place).items():
             b.store(into, _row_of(place, p.at), cast_to(x, into.dtype), lanes(kept(place.rows), p.inside))

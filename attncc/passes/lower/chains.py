@@ -285,6 +285,7 @@ def _turns_and_absorbs(c: Chain) -> bool:
 
 LIMITS: Final[tuple[tuple[Callable[[Attention], bool], str], ...]] = (
     (_reads_what_is_kept, "steps on queries alone, where keys hold the values, age, or lie where a selection says"),
+    (lambda a: pairs_tokens(a) and a.layout == "varlen", "mean_residual in the layouts bhsd and bshd"),
 )
 """What attention does not carry yet of steps before it, and what is instead."""
 STEP_LIMITS: Final[tuple[tuple[Callable[[Attention], bool], str], ...]] = (
@@ -301,7 +302,6 @@ STEP_LIMITS: Final[tuple[tuple[Callable[[Attention], bool], str], ...]] = (
     (_each(_has_odd_weights, "causal_conv"), "causal_conv by weights of as many channels as its operands have"),
     (_each(_mixes_too_much, "causal_conv"), f"causal_conv by matrices of a head of up to {HELD} bytes in 16 bits"),
     (_runs_of_several, "causal_conv steps that follow each other on the same operands"),
-    (lambda a: pairs_tokens(a) and a.layout == "varlen", "mean_residual in the layouts bhsd and bshd"),
     (_joins_absorbed, "mean_residual or absorb"),
     (_of_each(_absorbs_early), "absorb behind the other steps of its operand"),
     (_of_each(_turns_and_absorbs), "rope or absorb of an operand"),

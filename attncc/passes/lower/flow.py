@@ -52,6 +52,12 @@ def options(multiplies: bool) -> tuple[tuple[str, int], ...]:
     return ("num_warps", WARPS[multiplies]), ("num_stages", 1), ("maxnreg", 0)
 
 
+class Earlier(Protocol):
+    """Columns [rows, width] of an operand and a head as they came so many tokens back, where that is no row before."""
+
+    def __call__(self, operand: str, columns: Columns, back: int, head: Expr) -> Expr: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Flow:
     """One operand in one kernel."""
@@ -75,6 +81,8 @@ class Flow:
     """What is bound once for all tiles."""
     line: tuple[Expr, Expr] | None = None
     """The position [rows] where the lines begin along which tiles go, and how many tokens those are on."""
+    earlier: Earlier | None = None
+    """Where earlier tokens are that a call does not have."""
 
     @property
     def rows(self) -> int:
@@ -113,6 +121,8 @@ class Flow:
 
     def entered(self, operand: str, columns: Columns, back: int = 0, head: Expr | None = None) -> Expr:
         """The same in the dtype in which they come."""
+        if back and self.earlier is not None:
+            return self.earlier(operand, columns, back, self.head if head is None else head)
         t = self.tokens
         mask = lanes(t.own >= back if back else None, columns.inside)
         at = (t.batch, self.head if head is None else head, t.row - back if back else t.row)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import reduce as fold
 from typing import Final
 
 from attncc.ir.appending import count, finds_sequences, is_packed, room
 from attncc.ir.attention import Attention
-from attncc.ir.build import Builder, quotient, read, remainder
+from attncc.ir.build import Builder, iota, program, quotient, read, remainder
 from attncc.ir.expr import Expr, const, maximum, name, where
+from attncc.ir.keeping import RING, states
 from attncc.ir.tile import Param
 from attncc.passes.lower import storage
-from attncc.passes.lower.grid import CU_K
+from attncc.passes.lower.grid import CU_K, cdiv
 
 POSITIONS: Final = "positions"
 SEQUENCES: Final = Param("cu_seqlens_new", "buffer", "i32", rank=1, doc="[B + 1] where each sequence's tokens begin")
@@ -37,7 +40,29 @@ def params(attn: Attention) -> list[Param]:
     out += [SEQUENCES] if finds_sequences(attn) else []
     out += [CU_K] if _begins_in_rows(attn) else []
     out += [storage.TABLE] if attn.page_size else []
-    return [*out, *(Param(text, "scalar", "i32") for text in ("B", count(attn), room(attn)))]
+    recalled = [RING] if states(attn) else []
+    return [*out, *(Param(text, "scalar", "i32") for text in ("B", count(attn), room(attn), *recalled))]
+
+
+def by_heads(
+    b: Builder, attn: Attention, rows: int, operands: str, work: Callable[[Builder, Attention, str, Place], None]
+) -> Expr:
+    """Gives each program some tokens of a head of an operand, to `work` on; returns how many programs there are."""
+    spans = b.let("spans", cdiv(name(count(attn)), rows))
+    rest, batch = program(), const(0)
+    if not is_packed(attn):
+        rest, batch = b.let("rest", quotient(program(), name("B"))), b.let("b", remainder(program(), name("B")))
+    begin, number = b.let("begin", remainder(rest, spans) * rows), b.let("number", quotient(rest, spans))
+    there = place(b, attn, batch, b.let("at", begin + iota(rows), f"[{rows}] tokens"), rows)
+    heads, first = {"q": attn.heads.q, "k": attn.heads.kv, "v": attn.heads.v}, 0
+    for text in operands:
+        end = first + heads[text]
+        inside = [number >= first] * (first > 0) + [number < end] * (first == 0 or text != operands[-1])
+        with b.when(fold(lambda x, y: x & y, inside)):
+            work(b, attn, text, replace(there, head=b.let("h", number - first)))
+        first = end
+    sequences = const(1) if is_packed(attn) else name("B")
+    return sequences * first * cdiv(name(count(attn)), rows)
 
 
 def _begins_in_rows(attn: Attention) -> bool:
@@ -53,7 +78,7 @@ def place(b: Builder, attn: Attention, batch: Expr, at: Expr, rows: int) -> Plac
         sequence = b.let("seq", begun - 1, f"[{rows}] the last that begins at a token or before it")
         there = there & (sequence >= 0) & (sequence < name("B"))
     there = b.let("there", there)
-    given = position_at(b, attn, batch, at, there)
+    given = position_at(b.params[POSITIONS], attn, batch, at, there)
     position = b.let("position", where(there, given, -1), f"[{rows}]")
     b.let("kept", (position >= 0) & (position < name(room(attn))), "tokens without a place are left out")
     position = b.let("position", maximum(position, 0))
@@ -66,9 +91,8 @@ def place(b: Builder, attn: Attention, batch: Expr, at: Expr, rows: int) -> Plac
     return Place(zero if packed else batch, sequence, zero, (page, slot), rows)
 
 
-def position_at(b: Builder, attn: Attention, batch: Expr, at: Expr, mask: Expr) -> Expr:
+def position_at(positions: Param, attn: Attention, batch: Expr, at: Expr, mask: Expr) -> Expr:
     """What the call gives as the places of these tokens."""
-    positions = b.params[POSITIONS]
     return read(positions, at, mask=mask) if is_packed(attn) else read(positions, batch, at, mask=mask)
 
 
