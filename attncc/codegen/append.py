@@ -25,7 +25,7 @@ ABOUT_QUERIES: Final = (
     "all new tokens, of prefill too. Tokens without a place leave their rows of q as they are.",
 )
 ABOUT_STATES: Final = (
-    "Steps ask for tokens before those of a call: each sequence carries its last Sr rows in the states, LEAST at least,",
+    "Steps ask for tokens before those of a call: the states carry each sequence's last Sr rows, LEAST at least,",
     "which may hold anything before its first token. New tokens of a sequence stand one behind the other. Rows beyond",
     "LEAST let as many tokens be taken back: the next call begins at an earlier position then.",
 )
