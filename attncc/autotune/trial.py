@@ -27,6 +27,7 @@ from attncc.check.operands import Operands, draw
 from attncc.check.run import TORCH_DTYPES, check_case, has_lse, imported
 from attncc.codegen.answer import answer
 from attncc.device import Device, parse
+from attncc.ir.keeping import keep
 from attncc.ir.widths import exit_width
 
 Config = Mapping[str, int]
@@ -44,7 +45,7 @@ class Bench:
     """A package on one device, the operands of its shapes, and what its trusted configs made of them."""
 
     def __init__(self, folder: Path, module: Any, device: Device, seed: int) -> None:
-        self.attn = spec.load(folder / "spec.yaml").attention
+        self.attn = keep(spec.load(folder / "spec.yaml").attention)
         self.module, self.device, self.seed = module, device, seed
         self.place = "cuda" if device.is_gpu else "cpu"
         self.operands: dict[str, Operands] = {}

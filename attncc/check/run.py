@@ -20,6 +20,7 @@ from attncc.check.cases import REFUSABLE, Case, cases
 from attncc.check.operands import Operands, draw
 from attncc.device import Device
 from attncc.ir.attention import Attention
+from attncc.ir.keeping import keep
 from attncc.reference import Deviation, acceptance
 
 Verdict = Literal["ok", "refused", "WRONG", "raised"]
@@ -128,7 +129,11 @@ def check_case(
     seed: int = 0,
     captured: Mapping[str, Tensor] = {},
 ) -> Outcome:
-    """Calls `attention` with the operands of `case` and judges what comes back."""
+    """Calls `attention` with the operands of `case` and judges what comes back.
+
+    The keys of a cache are drawn as it holds them, behind the steps that it has behind it.
+    """
+    attn = keep(attn)
 
     def drawn(which: Case) -> Operands:
         operands = draw(attn, which, TORCH_DTYPES[attn.dtype], torch.Generator(device).manual_seed(seed))

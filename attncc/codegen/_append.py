@@ -12,7 +12,7 @@ import torch
 
 from ._bound import current_stream
 from ._checks import check_tensors, keep
-from ._gpu import Plan, Runner, seen, views, widened
+from ._gpu import Plan, Runner, made, seen, views, widened
 
 OPTIONS = {"num_warps": 4}
 """Triton's, of its one kernel."""
@@ -62,9 +62,10 @@ class Appender:
         given = tensors = seen(tensors, plan.viewed)
         if plan.interpreted:  # the kernel's BF16 is fp32 then
             tensors = [widened(t) if t.dtype == torch.bfloat16 else t for t in tensors]
+        arguments = [*tensors, None, None, *made(plan, tensors[0])]
         stream = current_stream(plan.device) if plan.device >= 0 else 0
         for launch in plan.launches:
-            launch([*tensors, None, None], 1.0, stream)
+            launch(arguments, 1.0, stream)
         assert self.runner is not None
         for known, t, wide in zip(self.runner.variant.tensors, given, tensors, strict=True):
             if t is not wide and known.name in self.written:

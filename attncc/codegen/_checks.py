@@ -40,6 +40,7 @@ class Size:
     most: int
     fixed: int | None = None
     multiple: int = 1
+    least: int = 0
 
 
 def fill(axes: Sequence[int | str], sizes: Sizes, partial: bool = False) -> tuple[int, ...]:
@@ -111,6 +112,8 @@ def check_size(name: str, axis: str, wanted: Size, size: int) -> None:
         raise ValueError(f"{name}: {axis} is {size}, the spec fixes it to {wanted.fixed}")
     if size % wanted.multiple:
         raise ValueError(f"{name}: {axis} is {size}, the spec has it as a multiple of {wanted.multiple}")
+    if size < wanted.least:
+        raise ValueError(f"{name}: {axis} is {size}, the kernels need {wanted.least} at least")
     if size > wanted.most:
         raise ValueError(
             f"{name}: {axis} is {size}, the package was compiled for at most {wanted.most}: "

@@ -229,15 +229,19 @@ def run(plan: Plan, tensors: list[Any], scale: float) -> None:
     given = tensors = seen(tensors, plan.viewed)
     if plan.interpreted and q.dtype == torch.bfloat16:  # the kernels' BF16 is fp32 then
         tensors = [widened(t) if t is not None and t.dtype == q.dtype else t for t in tensors]
-    for shape, dtype in plan.scratch:
-        wide = plan.interpreted and dtype == torch.bfloat16
-        tensors.append(q.new_empty(shape, dtype=torch.float32 if wide else dtype))
+    tensors += made(plan, q)
     stream = current_stream(plan.device) if q.is_cuda else 0
     for launch in plan.launches:
         launch(tensors, scale, stream)
     if given is not tensors:
         o = len(given) - 2
         given[o].copy_(tensors[o])
+
+
+def made(plan: Plan, like: torch.Tensor) -> list[torch.Tensor]:
+    """The temporaries of a call."""
+    wide = {torch.bfloat16: torch.float32} if plan.interpreted else {}
+    return [like.new_empty(shape, dtype=wide.get(dtype, dtype)) for shape, dtype in plan.scratch]
 
 
 def views(variant: Variant, tensors: Sequence[torch.Tensor]) -> Views:

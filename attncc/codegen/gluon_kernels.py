@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
-from attncc.codegen.source import Writer, definitions, function_names
+from attncc.codegen.source import Writer, called, definitions
 from attncc.codegen.triton import ATOM, CALL, DTYPE, Printer, dim, signature, strides
 from attncc.errors import CompilerBug
 from attncc.ir.expr import INTS, Dim, Expr, const
@@ -36,15 +36,14 @@ def print_kernel(kernel: Kernel) -> str:
     return as_gluon(head.text() + inner.text().rstrip())
 
 
-def helpers_of(texts: Iterable[str]) -> list[str]:
+def helpers_of(texts: Sequence[str]) -> list[str]:
     """Formulas that Triton's kernels call, too, as Gluon."""
-    used = frozenset(n for n in function_names("helpers") if any(re.search(rf"\b{n}\(", t) for t in texts))
-    return [as_gluon(t) for t in definitions("helpers", used - fragments_in(texts))]
+    return [as_gluon(t) for t in definitions("helpers", called("helpers", texts) - fragments_in(texts))]
 
 
-def fragments_in(texts: Iterable[str]) -> frozenset[str]:
-    """The functions of `_fragments.py` that texts call."""
-    return frozenset(n for n in function_names(MODULE) if any(re.search(rf"\b{n}\(", t) for t in texts))
+def fragments_in(texts: Sequence[str]) -> frozenset[str]:
+    """The functions of `_fragments.py` that texts call themselves."""
+    return frozenset(n for n in called(MODULE, texts) if any(re.search(rf"\b{n}\(", t) for t in texts))
 
 
 def as_gluon(text: str) -> str:

@@ -25,22 +25,18 @@ from attncc.codegen.configs import TargetConfigs, configs_text, uses_engine
 from attncc.codegen.cpu import decodes
 from attncc.codegen.cuda import Cubin
 from attncc.codegen.engine import print_engine
-from attncc.codegen.host import host_expr, host_function
+from attncc.codegen.host import host_function
 from attncc.codegen.modules import MODULES, engine_module, kernels_module, prologue_module
 from attncc.codegen.parameters import engine_launch, engine_parameters, kernel_parameters, mapping, parameters_name
 from attncc.codegen.source import Writer, filled, module_text
-from attncc.codegen.tensors import TORCH_DTYPE, axes_of, size_bounds, strided
+from attncc.codegen.tensors import TORCH_DTYPE, axes_of, input_tensor, scratch_entry, size_bounds, strided
 from attncc.codegen.triton import lower_name, print_kernels
 from attncc.ir.attention import SIZE_NAMES, Attention
 from attncc.ir.cache import beside
-from attncc.ir.expr import WORD, Dtype, Expr, const, eq, ew, name
+from attncc.ir.expr import WORD, Expr, const, eq, ew, name
 from attncc.ir.tile import Kernel, Launch, Program, Scratch
 from attncc.ir.widths import entry_width, exit_width
 
-SCRATCH_DTYPE: Final[Mapping[Dtype, str]] = {
-    "i32": "int32", "i64": "int64", "i8": "int8", "u8": "uint8", "f16": "float16", "bf16": "bfloat16", "f32": "float32",
-    "bool": "bool", "f8e4m3": "uint8", "f8e5m2": "uint8",
-}  # fmt: skip
 ENGINE_FILES: Final[Mapping[str, tuple[str, ...]]] = {
     "hopper": ("_hopper", "_consumer", "_steps", "_softmax", "_gluon"),
     "latent": ("_latent", "_latent_consumer", "_latent_steps", "_softmax", "_gluon"),
@@ -180,7 +176,8 @@ def _init(
     w.line(f"from . import {', '.join(sorted(name for name, used in sides.items() if used))}")
     w.block([f"from .configs import {', '.join(sorted(t.target for t in targets))}"] if targets else [])
     w.line("from ._checks import Size, Tensor")
-    kinds = ["Kernel", *(["Scratch"] if scratch_of(program) else [])] if targets else []
+    has_scratch = bool(scratch_of(program)) or (appending is not None and bool(appending.scratch))
+    kinds = ["Kernel", *(["Scratch"] if has_scratch else [])] if targets else []
     w.line(f"from ._runtime import {', '.join([*kinds, 'Variant'])}")
     w.line()
     if ahead:
@@ -281,8 +278,7 @@ def _gpu_fields(w: Writer, attn: Attention, program: Program, targets: Sequence[
     w.line("scratch=(" + ("),") * (not scratch))
     with w.indented():
         for s in scratch:
-            shape = tuple_text(map(host_expr, s.shape))
-            w.entry(f'Scratch("{lower_name(s.name)}", lambda n: {shape}, torch.{SCRATCH_DTYPE[s.dtype]})')
+            w.entry(scratch_entry(s))
     w.block(["),"] * bool(scratch))
     w.line(f"configs={{{', '.join(_quoted(t.target) for t in sorted(targets, key=lambda t: t.target))}}},")
     if program.engine is not None:
@@ -349,11 +345,7 @@ def _tensors(attn: Attention, program: Program) -> list[str]:
         out.append(f'Tensor("{x.name}", {axes_of(x.axes)}, torch.{TORCH_DTYPE[x.dtype]}{how}),')
     axes = INDEX_AXES | {"block_table": f'("B", "Sk / {attn.page_size}")'}
     out += [f'Tensor("{n}", {axes[n]}, torch.int32),' for n in indices(attn)]
-    known = {"Hq": attn.heads.q, "Hk": attn.heads.kv, "Hv": attn.heads.v, "Dqk": attn.dims.qk, "Dv": attn.dims.v}
-    for x in attn.inputs:
-        shape = [known.get(s, s) if isinstance(s, str) else s for s in x.shape]
-        out.append(f'Tensor("{x.name}", {axes_of(shape)}, torch.{TORCH_DTYPE[x.dtype]}),')
-    return out
+    return [*out, *(input_tensor(attn, x) for x in attn.inputs)]
 
 
 def _stored(attn: Attention, operand: str, heads: str, in_words: bool) -> str:

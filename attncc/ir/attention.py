@@ -98,7 +98,8 @@ class Call:
 class Storage:
     """How keys and values lie in memory."""
 
-    kind: Literal["dense", "paged", "latent", "gathered", "given", "pooled"] = "dense"
+    kind: Literal["dense", "cache", "paged", "latent", "gathered", "given", "pooled"] = "dense"
+    """cache: rows as dense ones are, which the call that appends has written."""
     page_size: int | None = None
     """paged: keys of a page; latent: the same, None where latents lie in rows."""
     rope: int | None = None
@@ -221,6 +222,16 @@ class Numerics:
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """What a cache has behind it: steps that new tokens go through once, on their way into it."""
+
+    steps: tuple[Call, ...]
+    """Of keys and values; of queries too where some look at other tokens, or at the other operand."""
+    inputs: tuple[Input, ...]
+    """Those that the steps read."""
+
+
+@dataclass(frozen=True, slots=True)
 class Attention:
     """One attention variant, whole. The spec and the tracer make it; passes map it to another."""
 
@@ -249,6 +260,8 @@ class Attention:
     schedule: Call = Call("auto")
     tune: tuple[tuple[tuple[str, int | float | str], ...], ...] = ()
     """Shapes and sparsity to tune on: each a sorted tuple of (key, value)."""
+    kept: Kept | None = None
+    """Set by the pass `fuse`: the prologue is then what queries go through in every call."""
 
     @property
     def part(self) -> Part:

@@ -8,6 +8,7 @@ from typing import Final
 from attncc.errors import nearest
 from attncc.ir.attention import POSITION_NAMES, SIZE_NAMES, Attention, Call, KeyTiles, Normalizer, Part, Select, State
 from attncc.ir.expr import FLOATS, INTS, Dtype, Expr
+from attncc.ir.keeping import writing
 from attncc.ir.primitives import FEATURES, FORMATS, PRIMITIVES, READS, TENSORS, calls
 from attncc.ir.verify_formula import FLOAT_NAMES, INPUT_DTYPES, Fault, formula_faults, input_faults, size_names
 
@@ -32,6 +33,11 @@ def attention_faults(attn: Attention) -> Iterator[Fault]:
     yield from formula_faults(attn, "scale", attn.scale, size_names(attn), NUMBERS)
     for where, key, call in calls(attn):
         yield from _call(attn, where, key, call)
+    if attn.kept is not None:
+        written = writing(attn)
+        yield from _inputs(written)
+        for n, step in enumerate(attn.kept.steps):
+            yield from _call(written, f"kept[{n}]", "prologue", step)
     yield from _quantizers(attn)
     if not attn.wants("o"):
         yield "outputs", "'o' is missing"

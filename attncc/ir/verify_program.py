@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from attncc.ir.expr import INTS
 from attncc.ir.rewrite import buffers, substitute
 from attncc.ir.rules import Type
-from attncc.ir.tile import CallFn, Function, If, Program, Statement, block, reads, writes
+from attncc.ir.tile import Barrier, CallFn, Function, If, Program, Statement, block, reads, writes
 from attncc.ir.verify_kernel import TENSORS, Fault, Scope, check_expression, check_scalar, kernel_faults
 
 
@@ -98,19 +98,26 @@ def _effects(
     functions: Mapping[str, Function],
     known: dict[str, Effects],
 ) -> Effects:
-    """What a body reads and writes, dead branches of this launch left out; `known` has what functions do."""
+    """What a body reads and writes, dead branches of this launch left out; `known` has what functions do.
+
+    What a program has written itself, before a barrier, it does not read of others.
+    """
     read: set[str] = set()
     wrote: set[str] = set()
+    own: set[str] = set()
     for s in body:
+        if isinstance(s, Barrier):
+            own |= wrote
         if isinstance(s, If) and substitute(s.condition, constants).value in (False, 0):
             continue
-        read.update(*map(buffers, reads(s)))
+        for e in reads(s):
+            read |= buffers(e) - own
         wrote.update(writes(s))
         inner = (_effects(block(s), constants, functions, known),) if block(s) else ()
         if isinstance(s, CallFn) and s.function in functions:
             inner = (_of_call(s, functions, known),)
         for more_read, more_written in inner:
-            read |= more_read
+            read |= more_read - own
             wrote |= more_written
     return frozenset(read), frozenset(wrote)
 

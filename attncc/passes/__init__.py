@@ -18,7 +18,7 @@ Pass = Callable[[Attention], Attention]
 PIPELINE: Final[tuple[tuple[str, Pass], ...]] = (
     ("canonicalize", canonicalize),  # first: the others know one form of every formula, with known sizes as numbers
     ("sparsify", sparsify),  # after it: `window(Dv)` has a width, and a flipped comparison is already flipped
-    ("fuse", fuse),  # it moves steps into loads and stores
+    ("fuse", fuse),  # it moves steps into the store that writes a cache; formulas of those are canonical by now
     ("legalize", legalize),  # last: formulas no longer change, so what it proves of their integers holds
 )
 

@@ -1,13 +1,14 @@
-"""The place where prologue and epilogue steps join the loads and stores of the main kernel; none does yet.
+"""Steps of keys and values join the store that writes a cache, where a variant has one.
 
-Steps pass as they stand: `lower` makes kernels of them, one before attention and one behind it.
+Other steps pass as they stand: `lower` makes kernels of them, one before attention and one behind it.
 """
 
 from __future__ import annotations
 
 from attncc.ir.attention import Attention
+from attncc.ir.keeping import keep
 
 
 def fuse(attn: Attention) -> Attention:
-    """The same variant; no step is fused yet."""
-    return attn
+    """The variant as attention over its cache sees it; `kept` is what new tokens go through on their way into that."""
+    return keep(attn)

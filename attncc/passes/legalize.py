@@ -34,7 +34,8 @@ def legalize(attn: Attention) -> Attention:
         return tuple(replace(step, args=tuple(map(safe, step.args))) for step in found)
 
     parts = tuple(_part(p, safe) for p in attn.parts)
-    return replace(attn, parts=parts, prologue=steps(attn.prologue), epilogue=steps(attn.epilogue))
+    kept = None if attn.kept is None else replace(attn.kept, steps=steps(attn.kept.steps))
+    return replace(attn, parts=parts, prologue=steps(attn.prologue), epilogue=steps(attn.epilogue), kept=kept)
 
 
 def _part(part: Part, safe: Callable[[Expr], Expr]) -> Part:

@@ -95,10 +95,10 @@ def _modes(attn: Attention) -> Iterator[Finding]:
     for k, mode in enumerate(attn.modes):
         if mode in attn.modes[:k]:
             yield ("modes", k), f"'{mode}' is given twice", ""
-    cached = attn.page_size > 0 or any(p.kv.kind == "gathered" for p in attn.parts)
+    cached = attn.page_size > 0 or any(p.kv.kind in ("gathered", "cache") for p in attn.parts)
     for mode in ("backward", "jvp"):
         if mode in attn.modes and cached:
-            yield ("modes", attn.modes.index(mode)), f"'{mode}' through a paged or gathered cache", ""
+            yield ("modes", attn.modes.index(mode)), f"'{mode}' through a written, paged or gathered cache", ""
         if mode in attn.modes and any(q.operand == "cache" for q in attn.quantize):
             yield ("modes", attn.modes.index(mode)), f"'{mode}' through a quantised cache", ""
         elif mode in attn.modes and attn.quantize:
@@ -242,7 +242,7 @@ def _kv(attn: Attention, part: Part) -> Iterator[Finding]:
         yield ("kv",), "pooled needs a size, or a selection whose blocks it pools", "kv: pooled(64)"
     if kv.kind == "gathered" and (dtype_of(attn, kv.index) not in INTS or len(attn.input(kv.index).shape) != 4):
         yield ("kv",), f"gathered needs an int input [B, Hk, Sq, N], '{kv.index}' is none", ""
-    if part.state and (kv.page_size or kv.kind in ("gathered", "pooled")):
+    if part.state and (kv.page_size or kv.kind in ("cache", "gathered", "pooled")):
         yield ("kv",), f"a state is not kept in {'paged' if kv.page_size else kv.kind} storage", ""
     if part.columns and not 0 <= part.columns[0] < part.columns[1] <= dims.qk:
         yield ("columns",), f"columns are some of the {dims.qk} of a head: [lo, hi), lo < hi", ""

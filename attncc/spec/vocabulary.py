@@ -60,6 +60,7 @@ NORMALIZER: Final[Vocabulary] = {
 }
 STORAGE: Final[Vocabulary] = {
     "dense": (),
+    "cache": (),
     "paged": (_count("page_size"),),
     "latent": (_count("rope", keyword=True, low=0), _count("page_size", keyword=True, required=False)),
     "gathered": (_tensor("name"),),

@@ -32,7 +32,7 @@ class Author:
         self.q = self.one([1, 2, 4])
         self.hk = self.one([n for n in (1, 2, 4) if self.q % n == 0])
         self.qk = self.one([4, 8])
-        self.storage = self.one(["dense", "dense", "dense", "paged(4)", "latent(rope=2)", LATENT_PAGES])
+        self.storage = self.one(["dense", "dense", "dense", "cache", "paged(4)", "latent(rope=2)", LATENT_PAGES])
         latent = self.storage.startswith("latent")
         self.dv = self.one([2, 4] if latent else [4, 6])
         self.hv = self.hk if latent else self.one([n for n in (1, 2, 4) if self.q % n == 0])
@@ -135,7 +135,7 @@ class Author:
     def part(self) -> dict[str, Any]:
         columns = self.one([None, None, None, [0, 2], [1, self.qk]])
         width = columns[1] - columns[0] if columns else self.qk
-        if not in_pages(self.storage) and self.chance(4):
+        if self.storage != "cache" and not in_pages(self.storage) and self.chance(4):
             part: dict[str, Any] = self.state(width)
         else:
             part = self.pairs(width)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Final
 
+from attncc.ir.appending import appends
 from attncc.ir.attention import Attention, Call
-from attncc.ir.cache import cached
 from attncc.ir.expr import Dtype, Expr
 from attncc.ir.primitives import on, pairs_tokens
 from attncc.ir.tile import Param
@@ -169,9 +169,9 @@ def _joins_absorbed(a: Attention) -> bool:
     return pairs_tokens(a) and any(step.name == "absorb" for step in a.prologue)
 
 
-def _reads_what_lies_apart(a: Attention) -> bool:
-    """Steps on keys or values that lie in pages, or of which values are a part."""
-    apart = a.page_size > 0 or a.is_latent
+def _reads_what_is_kept(a: Attention) -> bool:
+    """Steps on keys or values of a cache, which are none that this has behind it."""
+    apart = appends(a) or a.is_latent
     return apart and any(set(on(step)) & set("kv") for step in a.prologue)
 
 
@@ -283,11 +283,12 @@ def _turns_and_absorbs(c: Chain) -> bool:
     return {"rope", "absorb"} <= {step.name for step in c.steps}
 
 
-def _steps_on_codes(attn: Attention) -> bool:
-    return bool(cached(attn)) and any(not {"k", "v"}.isdisjoint(on(step)) for step in attn.prologue)
-
-
 LIMITS: Final[tuple[tuple[Callable[[Attention], bool], str], ...]] = (
+    (_reads_what_is_kept, "steps on queries alone, where keys hold the values, age, or lie where a selection says"),
+    (lambda a: pairs_tokens(a) and a.layout == "varlen", "mean_residual in the layouts bhsd and bshd"),
+)
+"""What attention does not carry yet of steps before it, and what is instead."""
+STEP_LIMITS: Final[tuple[tuple[Callable[[Attention], bool], str], ...]] = (
     (_has_unknown_matrix, "absorb by matrices whose sizes are known when compiled"),
     (_uses("smooth"), "all steps but smooth"),
     (_of_each(_transforms_oddly), "hadamard of heads of 16 columns or more, beside ropes of all of them or of half"),
@@ -295,14 +296,12 @@ LIMITS: Final[tuple[tuple[Callable[[Attention], bool], str], ...]] = (
     (_each(lambda a, step: option(step, "positions") == "packed", "rope"), "rope(positions=logical)"),
     (_each(_has_odd_table, "rope"), "rope by tables of as many columns as it turns pairs"),
     (_ropes_differ, "ropes of one kind on an operand, of as many columns and the same pairs"),
-    (_reads_what_lies_apart, "steps on queries alone, where keys are in pages or hold the values"),
     (_each(_has_odd_scales, "rms_norm"), "rms_norm by weights [D] or [H, D]"),
     (_each(_lerps_to_odd_shapes, "lerp"), "lerp to an input [B, H, S, D], its axes those of the operand or 1"),
     (_each(_absorbs_for_other_heads, "absorb"), "absorb by matrices [n, r], or [H, n, r] of the operand's heads"),
     (_each(_has_odd_weights, "causal_conv"), "causal_conv by weights of as many channels as its operands have"),
     (_each(_mixes_too_much, "causal_conv"), f"causal_conv by matrices of a head of up to {HELD} bytes in 16 bits"),
     (_runs_of_several, "causal_conv steps that follow each other on the same operands"),
-    (lambda a: pairs_tokens(a) and a.layout == "varlen", "mean_residual in the layouts bhsd and bshd"),
     (_joins_absorbed, "mean_residual or absorb"),
     (_of_each(_absorbs_early), "absorb behind the other steps of its operand"),
     (_of_each(_turns_and_absorbs), "rope or absorb of an operand"),
@@ -311,6 +310,5 @@ LIMITS: Final[tuple[tuple[Callable[[Attention], bool], str], ...]] = (
         lambda a: _uses("absorb")(a) and any(z.operand != "cache" for z in a.quantize),
         "all steps but absorb, where operands are quantised then",
     ),
-    (_steps_on_codes, "steps on queries alone, where keys and values are codes"),
 )
-"""What is not carried yet, and what is instead."""
+"""What is not carried yet of steps before attention or on the way into a cache, and what is instead."""

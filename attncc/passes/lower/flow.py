@@ -52,6 +52,12 @@ def options(multiplies: bool) -> tuple[tuple[str, int], ...]:
     return ("num_warps", WARPS[multiplies]), ("num_stages", 1), ("maxnreg", 0)
 
 
+class Earlier(Protocol):
+    """Columns [rows, width] of an operand and a head as they came so many tokens back, where that is no row before."""
+
+    def __call__(self, operand: str, columns: Columns, back: int, head: Expr) -> Expr: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Flow:
     """One operand in one kernel."""
@@ -79,6 +85,8 @@ class Flow:
     """Whether convolutions that follow each other are one."""
     fetched: Mapping[tuple[str, Columns, Expr], Expr] = field(default_factory=dict[tuple[str, Columns, Expr], Expr])
     """Columns of an operand and a head that the last turn has read for this one."""
+    earlier: Earlier | None = None
+    """Where earlier tokens are that a call does not have."""
 
     @property
     def rows(self) -> int:
@@ -117,6 +125,8 @@ class Flow:
 
     def entered(self, operand: str, columns: Columns, back: int = 0, head: Expr | None = None) -> Expr:
         """The same in the dtype in which they come."""
+        if back and self.earlier is not None:
+            return self.earlier(operand, columns, back, self.head if head is None else head)
         t = self.tokens
         known = None if back else self.fetched.get((operand, columns, self.head if head is None else head))
         if known is not None:

@@ -10,9 +10,10 @@ from typing import Final
 from attncc.errors import Unsupported
 from attncc.ir.attention import Attention, Part
 from attncc.ir.expr import INTS
+from attncc.ir.keeping import writing
 from attncc.ir.rewrite import names, walk
 from attncc.ir.tile import Program
-from attncc.passes.lower import append, cache, chains, epilogue, short
+from attncc.passes.lower import append, cache, chains, entering, epilogue, short
 from attncc.passes.lower.forward import dense_forward
 from attncc.passes.lower.hopper import accelerated
 from attncc.passes.lower.normalizers import NORMALIZERS
@@ -69,7 +70,7 @@ def _scales_by_own_length(a: Attention) -> bool:
 def _raises_integers(a: Attention) -> bool:
     """To powers that are not small constants; those are products by now."""
     formulas = [e for p in a.parts for e in (p.score, p.mask, p.normalizer.sink) if e is not None]
-    formulas += [e for step in (*a.prologue, *a.epilogue) for e in step.args]
+    formulas += [e for step in (*a.prologue, *a.epilogue, *(a.kept.steps if a.kept else ())) for e in step.args]
     return any(node.op == "pow" and node.dtype in INTS for e in formulas for node in walk(e))
 
 
@@ -89,14 +90,21 @@ def _unknown_outputs(a: Attention) -> bool:
     return any(o.name not in ("o", "lse") for o in a.outputs)
 
 
+def _on_the_way(holds: Callable[[Attention], bool]) -> Callable[[Attention], bool]:
+    """The same of the steps that a cache has behind it."""
+    return lambda a: a.kept is not None and holds(writing(a))
+
+
 GAPS: Final = (
     Gap("parts", lambda a: len(a.parts) != 1, "a single part"),
     Gap("state", _any(lambda p: p.state is not None), "softmax, sigmoid, relu, none and linear over a mask"),
     Gap("select", _any(lambda p: p.select is not None), "a mask, which may read inputs (block tables)"),
-    Gap("kv", _any(lambda p: p.kv.kind not in ("dense", "paged", "latent")), "dense, paged, latent"),
+    Gap("kv", _any(lambda p: p.kv.kind not in ("dense", "cache", "paged", "latent")), "dense, cache, paged, latent"),
     Gap("dropout", _any(lambda p: p.dropout > 0), "0"),
     *(Gap("quantize", holds, supported) for holds, supported in (*cache.LIMITS, *LIMITS)),
-    *(Gap("prologue", holds, supported) for holds, supported in chains.LIMITS),
+    *(Gap("prologue", holds, supported) for holds, supported in (*chains.LIMITS, *entering.LIMITS)),
+    *(Gap("prologue", holds, supported) for holds, supported in chains.STEP_LIMITS),
+    *(Gap("prologue", _on_the_way(holds), supported) for holds, supported in chains.STEP_LIMITS),
     *(Gap("epilogue", holds, supported) for holds, supported in epilogue.LIMITS),
     Gap("normalizer", _any(lambda p: p.normalizer.kind not in NORMALIZERS), ", ".join(NORMALIZERS)),
     Gap(
