@@ -116,6 +116,7 @@ def compile(
     tuned: Tuned | None = None,
     aot: Sequence[str | Device] | None = None,
     cache: Path | None = None,
+    portable: bool = True,
 ) -> Path:
     """Writes the package of a spec into the directory `out`, and returns its path, out/<name>.
 
@@ -124,6 +125,8 @@ def compile(
     A device of which `tuned` knows nothing gets the default rule. `aot`: NVIDIA GPUs that are targets too, and whose
     cubins of Triton's kernels are put beside them: where these run, a first call compiles nothing, and needs neither
     Triton nor a compiler. `cache`: a folder of Triton's, which keeps the engines that are compiled to be examined.
+    `portable`: whether a package for CPUs has a library for each kind of those that share this one's architecture, or
+    the best for this one alone.
     """
     report = progress or _silent
     loaded = load(source)
@@ -137,7 +140,7 @@ def compile(
     with _place(loaded):
         attn, program = lower(loaded.attention)
         report("printing", 1, 5)
-        libraries = cpu_libraries(attn) if shares.libraries else {}
+        libraries = cpu_libraries(attn, portable) if shares.libraries else {}
         binaries = cubins(attn, shares.cubins) if shares.cubins else {}
         made_by, name = f"attncc {VERSION}", digest(loaded.attention)
 
@@ -228,9 +231,9 @@ def lower(attn: Attention) -> tuple[Attention, Program]:
     return rewritten, program
 
 
-def cpu_libraries(attn: Attention) -> Mapping[str, bytes]:
-    """Machine code for this machine's kind of processor."""
-    return _tvm("libraries", "choose a GPU with --target").libraries(attn)
+def cpu_libraries(attn: Attention, portable: bool = True) -> Mapping[str, bytes]:
+    """Machine code for this machine's kind of processor, or for it alone."""
+    return _tvm("libraries", "choose a GPU with --target").libraries(attn, portable)
 
 
 def cubins(attn: Attention, devices: Sequence[Device]) -> Mapping[str, Cubin]:
@@ -329,7 +332,7 @@ def check(
         raise SpecError(f"target '{device.name}' cannot be checked: no such GPU is here", hint="cpu, or interpreter")
     attn, notes = stand_in(loaded.attention, device, loaded.captured)
     with tempfile.TemporaryDirectory(prefix="attncc-check-") as folder:
-        package = compile(replace(loaded, attention=attn), folder, [device], backend=backend)
+        package = compile(replace(loaded, attention=attn), folder, [device], backend=backend, portable=False)
         report = check_package(attn, package, device, shapes, progress or _silent, seed, loaded.captured)
     return replace(report, notes=(*notes, *report.notes))
 

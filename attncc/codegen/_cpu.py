@@ -146,15 +146,19 @@ def check_starts(where: str, starts: torch.Tensor, total: int) -> None:
 # -- libraries -----------------------------------------------------------------------------------
 
 
+def suited() -> tuple[str, ...]:
+    """The libraries that run on this processor, the best first."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return ("neon",) if platform.machine() in ("aarch64", "arm64") else CHOICES.get(capability, ())
+
+
 def choice(name: str) -> str:
     """The library that suits this processor."""
-    here = platform.machine()
-    capability = torch.backends.cpu.get_cpu_capability()
-    wanted = ("neon",) if here in ("aarch64", "arm64") else CHOICES.get(capability, ())
     built = {path.stem for path in FOLDER.glob("*.so")}
-    for isa in wanted:
+    for isa in suited():
         if isa in built:
             return isa
+    here, capability = platform.machine(), torch.backends.cpu.get_cpu_capability()
     raise RuntimeError(
         f"{name}: this processor ({here}, {capability}) runs none of the libraries built: {', '.join(sorted(built))}"
     )

@@ -1,5 +1,7 @@
 """What both engines are built of: copies by TMA, barriers in shared memory, and names of what a launch fixes."""
 
+from typing import Any
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
@@ -15,7 +17,7 @@ load_by_tma = getattr(tma, "async_load", None) or tma.async_copy_global_to_share
 store_by_tma = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 
-def named(places):
+def named(places: Any) -> Any:
     """The function that finds what a launch fixes by its name, in the tuple in which it travels."""
 
     @gluon.constexpr_function

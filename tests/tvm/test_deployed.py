@@ -16,6 +16,7 @@ import torch
 from built import built
 from codegen.emitted import Package, normal
 from codegen.test_packages import PLAIN
+from jitted import RUNNABLE
 
 from attncc import driver, spec
 from attncc.codegen.tvm.operators import OPERATORS
@@ -90,6 +91,13 @@ def test_every_instruction_set_of_this_machine_is_built(deployed: Path) -> None:
     assert set(found) == {"avx512.so", "avx2.so"}
     assert max(found.values()) < 300_000
     assert not (deployed / "kernels.py").exists()
+
+
+def test_a_package_for_here_alone_has_the_library_that_is_chosen_here(deployed: Path, tmp_path: Path) -> None:
+    alone = driver.compile(deployed / "spec.yaml", tmp_path, ["cpu"], portable=False)
+    (library,) = (alone / "cpu").iterdir()
+    assert library.stem == RUNNABLE[0].name
+    assert library.read_bytes() == (deployed / "cpu" / library.name).read_bytes()
 
 
 def test_the_same_spec_gives_the_same_libraries(deployed: Path, tmp_path: Path) -> None:

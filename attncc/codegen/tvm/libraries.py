@@ -6,6 +6,7 @@ import platform
 from collections.abc import Mapping
 from typing import Any
 
+from attncc.codegen import _cpu
 from attncc.codegen.cpu import check_carried, decodes
 from attncc.codegen.tvm import decode, forward
 from attncc.codegen.tvm.build import library
@@ -15,8 +16,8 @@ from attncc.errors import Unsupported
 from attncc.ir.attention import Attention
 
 
-def libraries(attn: Attention) -> Mapping[str, bytes]:
-    """Machine code by instruction set, of a variant that left the passes.
+def libraries(attn: Attention, portable: bool = True) -> Mapping[str, bytes]:
+    """Machine code by instruction set, of a variant that left the passes; what this processor chooses, or all it may.
 
     Raises:
         Unsupported: names the spec's key that CPU kernels do not carry.
@@ -26,7 +27,10 @@ def libraries(attn: Attention) -> Mapping[str, bytes]:
         if unknown := unknown_operators(e):
             raise Unsupported(f"CPU kernels have no '{min(unknown)}'", key)
     here = platform.machine()
-    built = {isa.name: library(kernels(attn, isa), isa) for isa in ISAS if isa.machine == here}
+    suits = [isa for isa in ISAS if isa.machine == here]
+    if not portable:
+        suits = [isa for isa in suits if isa.name in _cpu.suited()[:1]] or suits
+    built = {isa.name: library(kernels(attn, isa), isa) for isa in suits}
     if not built:
         known = ", ".join(dict.fromkeys(isa.machine for isa in ISAS))
         raise Unsupported(f"no CPU library is built for {here}", hint=f"it is for {known}")
