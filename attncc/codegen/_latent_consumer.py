@@ -14,15 +14,15 @@ from ._softmax import LOWEST, lane_sum, scaled
 @gluon.jit
 def job_of(number, args, CONFIG):
     """The query tiles of a program, and what tells of its keys."""
-    first, end, a, b, c = variant.job(number, args, ROWS, KEYS, fixed(CONFIG, "SPLIT"), fixed(CONFIG, "FILL"))
-    return first, end, (a, b, c)
+    first, end, a, b, c, d = variant.job(number, args, ROWS, KEYS, fixed(CONFIG, "SPLIT"), fixed(CONFIG, "FILL"))
+    return first, end, (a, b, c, d)
 
 
 @gluon.jit
 def next_job(job, count):
     """What tells of the keys of the next query tile, the one before having so many key tiles."""
-    a, b, c = job
-    return a, b, c + count
+    a, b, c, d = job
+    return a, b, c + count, d
 
 
 @gluon.jit

@@ -194,16 +194,15 @@ def turn(
     l = l * per_lane(exp2(m - peak), l) + lane_sum(p)
     weights = p.to(DTYPE)
     # free: its tile came after the other consumer was done with the values of the one before
+    p_s.index(NUMBER).store(weights)
+    peaks.index(NUMBER).store(peak)
     answers.index(NUMBER).store(moved(before, peak, NUMBER))
+    fence_async_shared()
+    mbarrier.arrive(ready.index(NUMBER), count=1)
     if NUMBER == 1:
         acc = arrived(taken, empty, 0, NUMBER)
     acc = shrunk(acc, before, peak, answers.index(NUMBER))
     added = add_values(gl.convert_layout(weights, operand(acc[0].shape[1])), k_s, acc, z, NUMBER, NUMBER)
-    # the other one gets them while these products are made: the fence takes hundreds of cycles
-    p_s.index(NUMBER).store(weights)
-    peaks.index(NUMBER).store(peak)
-    fence_async_shared()
-    mbarrier.arrive(ready.index(NUMBER), count=1)
     state = peak, l, arrived(added, empty, NUMBER, NUMBER)
     if NUMBER == 0:
         if more:

@@ -126,10 +126,10 @@ def cut_line(v: Any, counts: list[int], fill: int) -> np.ndarray:
     number = max(min(most if most * 20 >= fill * 19 else fill, line // SPLIT), 1)
     bounds = [min(p * line // number, line) for p in range(fill + 1)]
     rows = []
-    for begin, end in pairwise(bounds):
+    for number, (begin, end) in enumerate(pairwise(bounds)):
         first = int((ends <= begin).sum())
         behind = int((ends - counts < end).sum()) if begin < end else first
-        rows.append((first, behind, begin, end, int(ends[first - 1]) if first else 0))
+        rows.append((first, behind, begin, end, int(ends[first - 1]) if first else 0, number))
     return np.array(rows, np.int32)
 
 
@@ -141,7 +141,7 @@ def test_each_visible_pair_is_in_one_range(lengths: list[int], fill: int) -> Non
     batch, pages = len(lengths), 8
     used, table = np.array(lengths, np.int32), np.random.default_rng(0).permutation(batch * pages).astype(np.int32)
     found = cut_line(v, [-(-n // ROWS) for n in lengths], fill)
-    args = (Pointer(table), pages, 1, Pointer(used), 1, Pointer(found.ravel()), 5, 1, batch, 1, pages * 64, 0.1)
+    args = (Pointer(table), pages, 1, Pointer(used), 1, Pointer(found.ravel()), 6, 1, batch, 1, pages * 64, 0.1)
     seen, _ = walked(v, args, fill, fill, (16, 1, pages * 64))
     assert seen == visible("causal", 16, 1, lengths)
     for b, keys in enumerate(lengths):

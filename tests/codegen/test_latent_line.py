@@ -18,6 +18,7 @@ from codegen.emitted import OUT
 from attncc import driver, spec
 from attncc.codegen.modules import kernels_module
 from attncc.codegen.triton import print_kernels
+from attncc.passes.lower.stream import COLLECTORS
 
 ROWS, KEYS, SPLIT = 64, 64, 2
 SPEC = """
@@ -57,7 +58,7 @@ def ints(*shape: int) -> torch.Tensor:
 def found(lengths: list[int], fill: int, queries: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The tiles of items, the ranges, and who holds each item."""
     b, items = len(lengths), len(lengths) * 2 * queries
-    used, counts, ranges, held = torch.tensor(lengths, dtype=torch.int32), ints(items), ints(fill, 5), ints(items, 2)
+    used, counts, ranges, held = torch.tensor(lengths, dtype=torch.int32), ints(items), ints(fill, 6), ints(items, 2)
     sizes = {"Sq": queries, "BM": ROWS, "BN": KEYS}
     strides = of(used, "seqused_k") | of(counts, "tiles_of")
     kernels().line_plan[(items,)](used, counts, **strides, B=b, Sk=8192, **sizes)
@@ -75,8 +76,9 @@ def test_who_holds_an_item_is_who_walks_it(lengths: list[int], fill: int) -> Non
     assert counts.tolist() == tiles * 2  # the second half of the heads behind the first one's sequences
     walkers: list[list[int]] = [[] for _ in range(2 * b)]
     seen = 0
-    for number, (first, behind, begin, end, at) in enumerate(ranges.tolist()):
-        assert begin == seen
+    in_line = sorted(ranges.tolist(), key=lambda x: x[-1])
+    for number, (first, behind, begin, end, at, own) in enumerate(in_line):
+        assert (begin, own) == (seen, number)
         seen = end
         for item in range(first, behind):
             count = int(counts[item])
@@ -85,14 +87,18 @@ def test_who_holds_an_item_is_who_walks_it(lengths: list[int], fill: int) -> Non
             at += count
     assert seen == sum(tiles) * 2
     for item, numbers in enumerate(walkers):
-        assert numbers == list(range(int(held[item, 0]), int(held[item, 0] + held[item, 1])))
+        assert numbers == list(range(*held[item].tolist()))
 
 
-def test_items_of_the_same_keys_are_whole_ranges_apart() -> None:
-    """Programs that run at the same time then read the same."""
-    _, ranges, _ = found([900, 5000, 64, 777, 3000], 34)
-    begins = ranges[:, 2]
-    assert (begins[17:] - begins[:17] == begins[17]).all()
+@pytest.mark.parametrize(("fill", "ranges"), [(34, 34), (132, 130), (21, 20)])
+def test_neighbours_walk_the_same_keys(fill: int, ranges: int) -> None:
+    """Of heads in two tiles; also where ranges are as many to each item."""
+    lengths = [640] * 5 if ranges == 20 else [900, 5000, 64, 777, 3000]
+    counts, rows, _ = found(lengths, fill)
+    half = int(counts.sum()) // 2
+    begins = rows[:ranges, 2].view(-1, 2)
+    assert (begins[:, 1] - begins[:, 0] == half).all()
+    assert (rows[ranges:, 2] == 2 * half).all()
 
 
 @pytest.mark.parametrize(
@@ -104,8 +110,8 @@ def test_states_are_collected_as_they_are_merged(lengths: list[int], fill: int, 
     random = torch.Generator().manual_seed(0)
     m, l = torch.randn(2, 2 * fill, ROWS, generator=random).unbind()
     acc = torch.randn(1, 2 * fill, ROWS, 128, generator=random)
-    results = []
-    for kernel, known, rows in (("merge", {"tiles_of": counts}, None), ("collect", {"held_by": held}, 8 * fill)):
+    results, many = [], COLLECTORS * fill
+    for kernel, known, rows in (("merge", {"tiles_of": counts}, None), ("collect", {"held_by": held}, many)):
         o = torch.full((len(lengths), 128, queries, 128), 77.0, dtype=torch.float16)
         lse = torch.full(o.shape[:3], 77.0)
         total = o.shape[0] * 128 * queries
@@ -121,6 +127,6 @@ def test_states_are_collected_as_they_are_merged(lengths: list[int], fill: int, 
         getattr(kernels(), f"line_{kernel}")[(min(total, rows or total),)](**arguments)
         results.append((o, lse))
     for one, other in zip(*results, strict=True):
-        assert torch.equal(one, other)
-    whole = (held[:, 1] == 1).repeat_interleave(ROWS)
+        torch.testing.assert_close(one, other)
+    whole = (held[:, 1] - held[:, 0] == 1).repeat_interleave(ROWS)
     assert (results[0][1] == 77.0).sum() == whole.sum()

@@ -37,17 +37,17 @@ HEIGHT: Final = 64
 """Rows of a query tile, what one wgmma multiplies, and keys of a key tile, of which shared memory holds two."""
 SHARED: Final = 225 * 1024
 """Bytes of shared memory for tiles, of the 227 KiB that a block may have."""
-MERGED_BY: Final = (("num_warps", 4),)
-"""Of a merge, which has a program a row, and not much to do in each: more of them run at once."""
+BESIDE: Final = (("num_warps", 4),)
+"""Of kernels around the engine, which have not much to do in a program: more of them run at once."""
 NARROWEST: Final = 128
 WIDEST_REST: Final = 64
 """Columns of keys behind the values; those of queries are held in registers."""
 AT: Final = ("b", "of_group", "number")
 """What tells where a query tile of a group is."""
 CONSTANTS: Final = ("BM", "BN", SPLIT.name, FILL.name)
-JOB: Final = (name("job_0"), name("job_1"), name("job_2"))
+JOB: Final = (name("job_0"), name("job_1"), name("job_2"), name("job_3"))
 """What tells of the keys that a program has: its share and how many there are, or where a range of the line begins and
-ends, and the item's own first tile on it."""
+ends, the item's own first tile on it, and the range's number."""
 
 
 def _rest(a: Attention) -> int:
@@ -113,14 +113,14 @@ def accelerated(attn: Attention, program: Program, streams: bool) -> Program:
     count = substitute(split.shares(attn).count, {SPLIT.name: maximum(name(SPLIT.name), 1)})  # asked of all calls
     several = None if streams or attn.is_apart else count > 1
     made = replace(
-        _engine(attn, streams), replaces=(walker, merger), after=(Launch(merger, when=several, options=MERGED_BY),)
+        _engine(attn, streams), replaces=(walker, merger), after=(Launch(merger, when=several, options=BESIDE),)
     )
     if not streams:
         return replace(program, engine=made, engine_gap="")
     kernel, tables = stream.ranges(attn)
     collector = stream.collector(attn)
-    after = (Launch(collector.name, options=MERGED_BY),)
-    made = replace(made, before=(Launch(kernel.name),), after=after, scratch=tables)
+    after = (Launch(collector.name, options=BESIDE),)
+    made = replace(made, before=(Launch(kernel.name, options=BESIDE),), after=after, scratch=tables)
     return replace(program, engine=made, engine_gap="", kernels=(*program.kernels, kernel, collector))
 
 
@@ -197,7 +197,7 @@ def _of_shares(attn: Attention) -> tuple[Function, Function]:
     rest = b.let("rest", quotient(name("program"), tiles))
     item = b.let("first_item", quotient(rest, count) * tiles + remainder(name("program"), tiles))
     b.let("end_item", item + 1)
-    for e, value in zip(JOB, (remainder(rest, count), count, const(0)), strict=True):
+    for e, value in zip(JOB, (remainder(rest, count), count, const(0), const(0)), strict=True):
         b.let(str(e.attr), value)
     job = around("job", b, b.body, [name("first_item"), name("end_item"), *JOB], JOBS, CONSTANTS)
     b = Builder({p.name: p for p in size_parameters(attn)})
@@ -221,11 +221,11 @@ def _of_line(attn: Attention, params: Builder) -> tuple[Function, Function]:
         b.let(str(e.attr), read(ranges, name("program"), at))
     job = around("job", b, b.body, results, JOBS, CONSTANTS)
     b = Builder({})
-    begin, end, item = JOB
+    begin, end, item, range_ = JOB
     first_, last = b.let("first", stream.first_of(begin, item)), b.let("last", stream.last_of(end, item, name("count")))
     b.let("stride", const(1))
     b.let("ends", eq(last - first_, name("count")))
-    b.let("slot", stream.slot_of(name("program"), first_ > 0))
+    b.let("slot", stream.slot_of(range_, first_ > 0))
     return job, around("part", b, b.body, [name(text) for text in PART], PARTS, CONSTANTS)
 
 

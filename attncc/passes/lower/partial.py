@@ -164,10 +164,11 @@ def store_states(b: Builder, attn: Attention, t: QueryTile, first: Expr, second:
         b.store(into["o"], (0, *places, row(columns)), acc, _kept(p, attn.dims.v, inside))
 
 
-def merge_states(b: Builder, attn: Attention, count: Expr, place: Place) -> None:
-    """Binds m, total and accumulators of a row from so many shares, as far as the normaliser has them."""
+def merge_states(b: Builder, attn: Attention, count: Expr, place: Place, most: int | None = None) -> None:
+    """Binds m, total and accumulators of a row from so many shares, as far as the normaliser has them; no more than
+    `most` at once, if that is told."""
     rule, held, values = rule_of(attn), states(attn), cache.value_pieces(attn)
-    together = min(MOST, 1 << (ROOM // sum(p.width for p in values)).bit_length() - 1)
+    together = min(most or MOST, 1 << (ROOM // sum(p.width for p in values)).bit_length() - 1)
     if rule.peak is not None:
         b.let("m", const(LOWEST))
         with b.loop("first", 0, count, together) as first:

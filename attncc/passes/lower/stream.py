@@ -6,8 +6,8 @@ the others, at most its first and its last, it leaves the states, in two slots o
 program waits for another. Published as LeanAttention, arXiv 2405.10480, whose programs wait.
 
 Where a group's heads are more than one tile, items of the same keys lie a whole number of ranges apart, if ranges are
-a multiple of them in number: programs that run at the same time then read the same keys, which one reads from memory
-and the others from the L2 cache.
+a multiple of them in number. Neighbouring programs have these: they read the same keys at about the same time, and
+multiprocessors side by side are given what both ask for at once. On an H200 that halves what the L2 cache is asked for.
 """
 
 from __future__ import annotations
@@ -49,7 +49,10 @@ AT_ONCE: Final = 1024
 SLOTS: Final = 2
 """A program's: one for the item in whose midst its range begins, one for the item in whose midst it ends."""
 PROGRAMS: Final = name(FILL.name)
-COLLECTORS: Final = 8
+OWN: Final = "own_range"
+FEW: Final = 4
+"""States of a row, of which most rows that are cut have no more."""
+COLLECTORS: Final = 16
 """To a range, of those that merge states behind an engine: a multiprocessor has so many at once."""
 NEAR: Final = 20
 """One program of so many may have no range, for the others' to end where items do."""
@@ -154,7 +157,7 @@ def _walker(attn: Attention, dense: Function) -> Kernel:
             with b.when(eq(last - first, count)):
                 end_tile(b, attn, t)
             with b.when(last - first < count):
-                store_states(b, attn, t, _slot(b, program(), first > 0), iota("BM"))
+                store_states(b, attn, t, _slot(b, name(OWN), first > 0), iota("BM"))
             b.let("item_begin", name("item_begin") + count)
             steps.append(step)
         if may_hide_values(attn):
@@ -178,8 +181,12 @@ def _bind_range(
     items = b.let("items", _items(attn))
     _add_up(b, counts, items, "line")
     _bind_cut(b, name("line"), name("items"))
-    begin = b.let("range_begin", minimum(_begin(program()), name("line")))
-    end = b.let("range_end", minimum(_begin(program() + 1), name("line")))
+    tiles = b.let("of_group", group_tiles(attn), "that neighbours have, where they are whole ranges apart")
+    beside = remainder(program(), tiles) * quotient(name("ranges"), tiles) + quotient(program(), tiles)
+    apart = eq(remainder(name("ranges"), tiles), 0) & (program() < name("ranges"))
+    own = b.let(OWN, where(apart, beside, program()))
+    begin = b.let("range_begin", minimum(_begin(own), name("line")))
+    end = b.let("range_end", minimum(_begin(own + 1), name("line")))
     for text in ("first_item", "item_begin", "end_item", "before"):
         b.let(text, const(0))
     b.note("items that end before the range, how many tiles they have, and items that begin before its end")
@@ -232,23 +239,22 @@ def _slot(b: Builder, range_: Expr, begun_before: Expr) -> Expr:
 
 def ranges(attn: Attention) -> tuple[Kernel, tuple[Scratch, Scratch]]:
     """What finds the ranges beforehand, for an engine; and where: of each its first item and the one behind its last,
-    its ends, and where that item begins; and of each item which ranges have it, for its merge."""
+    its ends, where that item begins, and its number; and of each item which ranges have it, for its merge."""
     counts, held = _counts(attn), _held(attn)
-    numbers = ("first_item", "end_item", "range_begin", "range_end", "item_begin")
+    numbers = ("first_item", "end_item", "range_begin", "range_end", "item_begin", OWN)
     found = Param(
         own_name("line_ranges", attn), "buffer", "i32", rank=2, doc=f"[ranges, {len(numbers)}] {', '.join(numbers)}"
     )
     b = Builder(share_parameters(attn, "BM", "BN", SPLIT.name, FILL.name, more=(counts, found, held)))
 
     def keep_holders(tiles: Expr, inside: Expr, ends: Expr) -> None:
-        """By the program in whose range an item begins; by the first one for those of no tiles."""
-        begins = b.let("begins", ends - tiles)
-        here = (begins >= name("range_begin")) & (begins < name("range_end"))
-        mine = inside & where(tiles > 0, here, eq(program(), 0))
-        count = where(tiles > 0, _range_of(ends - 1, name("line")) - program() + 1, 0)
-        at = name("at", "i32", (AT_ONCE,))
-        b.store(held, (at, 0), program(), mine)
-        b.store(held, (at, 1), count, mine)
+        """By the program in whose range an item begins, and that in whose it ends; none for those of no tiles."""
+        begins, at = b.let("begins", ends - tiles), name("at", "i32", (AT_ONCE,))
+        none = eq(tiles, 0) & eq(program(), 0)
+        begun = (tiles > 0) & (begins >= name("range_begin")) & (begins < name("range_end"))
+        ended = (tiles > 0) & (ends > name("range_begin")) & (ends <= name("range_end"))
+        b.store(held, (at, 0), name(OWN), inside & (none | begun))  # the first program has the first range
+        b.store(held, (at, 1), where(none, 0, name(OWN) + 1), inside & (none | ended))
 
     _bind_range(b, attn, counts, keep_holders)
     for at, text in enumerate(numbers):
@@ -262,7 +268,13 @@ def ranges(attn: Attention) -> tuple[Kernel, tuple[Scratch, Scratch]]:
 
 
 def _held(attn: Attention) -> Param:
-    return Param(own_name("held_by", attn), "buffer", "i32", rank=2, doc="[items, 2] the first range of each, how many")
+    return Param(
+        own_name("held_by", attn),
+        "buffer",
+        "i32",
+        rank=2,
+        doc="[items, 2] the first range of each, and the one behind its last",
+    )
 
 
 # -- the merge -----------------------------------------------------------------------------------
@@ -293,8 +305,8 @@ def collector(attn: Attention) -> Kernel:
     each = b.let("each", cdiv(rows, _collectors(attn)))
     with b.loop("number", program() * each, minimum(program() * each + each, rows)) as number:
         at, item = _place_row_of_item(b, attn, number)
-        first, count = b.let("first_range", read(held, item, 0)), b.let("held", read(held, item, 1))
-        _merge_and_end(b, attn, at, first, count)
+        first = b.let("first_range", read(held, item, 0))
+        _merge_and_end(b, attn, at, first, b.let("held", read(held, item, 1) - first), FEW)
     doc = "Merges what several ranges found of a row, and ends it; which they are is known."
     return Kernel(f"{attn.name}_collect", *tidy(b.params.values(), b.body), (), _collectors(attn), doc)
 
@@ -315,7 +327,17 @@ def _place_row_of_item(b: Builder, attn: Attention, number: Expr) -> tuple[tuple
     return (batch, h, query), item
 
 
-def _merge_and_end(b: Builder, attn: Attention, at: tuple[Expr, Expr, Expr], first: Expr, count: Expr) -> None:
-    with b.when(ew("ne", count, 1)):
-        merge_states(b, attn, count, lambda share: (_slot(b, first + share, share > 0), name("row_of_tile")))
+def _merge_and_end(
+    b: Builder, attn: Attention, at: tuple[Expr, Expr, Expr], first: Expr, count: Expr, few: int = 0
+) -> None:
+    """`few`: so many states are merged at once where there are no more of them."""
+
+    def merge(most: int | None) -> None:
+        merge_states(b, attn, count, lambda share: (_slot(b, first + share, share > 0), name("row_of_tile")), most)
         end_row(b, attn, *at)
+
+    if few:
+        with b.when(ew("ne", count, 1) & (count <= few)):
+            merge(few)
+    with b.when(count > few if few else ew("ne", count, 1)):
+        merge(None)
