@@ -1,4 +1,4 @@
-"""Prologues whose convolutions are one: their kernels in the interpreter of tile IR, and what keeps others from them."""
+"""Prologues whose convolutions are one: their kernels in tile IR's interpreter, and what keeps others from them."""
 
 from __future__ import annotations
 
