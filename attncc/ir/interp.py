@@ -25,7 +25,6 @@ from attncc.ir.tile import (
     Let,
     Note,
     Program,
-    Soon,
     Statement,
     Store,
     StoreTile,
@@ -86,7 +85,7 @@ def _block(body: tuple[Statement, ...], frame: Frame, functions: Mapping[str, Fu
 
 def _statement(s: Statement, frame: Frame, functions: Mapping[str, Function]) -> None:
     match s:
-        case Note() | Barrier() | Soon():
+        case Note() | Barrier():
             pass
         case Let(var, value):
             _bind(frame, var, evaluate(value, frame))

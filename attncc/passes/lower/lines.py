@@ -7,8 +7,8 @@ convolutions ask of the tokens before is what the last turns made.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 from attncc.ir.attention import Attention
@@ -34,8 +34,8 @@ LONGEST_FOLDED: Final = 256
 """Of convolutions that are one: all programs run at once, up to where fp32 would lose something of angles."""
 PROGRAMS: Final = 264
 """Two a multiprocessor."""
-AHEAD: Final = 4
-"""So many tokens ahead memory begins to bring them. Each operand does so for itself."""
+ALONE: Final = 4
+"""What a turn takes with one head's reads beside its own; each head more adds 1."""
 TILES: Final = 32
 """So many tiles of a head fill the machine; more tokens make lines longer."""
 OPTIONS: Final = ("num_warps", 4), ("num_stages", 1), ("maxnreg", 0)
@@ -54,18 +54,38 @@ def rows_of(attn: Attention) -> int:
     return LOOSE if attn.dtype == "fp32" else ROWS
 
 
-def tiles_of(attn: Attention, operand: str, slots: int) -> Expr:
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Of the programs that run at once: what a head of an operand has, and all heads together."""
+
+    own: int
+    whole: int
+
+
+def shares(attn: Attention, found: Sequence[Chain]) -> dict[str, Share]:
+    """Of each operand: as much as a turn of its tiles takes. Key heads may read several query heads."""
+    more = attn.heads.q // attn.heads.kv - 1
+    takes = {c.operand: ALONE + more * (c.operand == "k" and _joins(c)) for c in found}
+    whole = sum(takes[c.operand] * c.heads for c in found)
+    return {operand: Share(own, whole) for operand, own in takes.items()}
+
+
+def _joins(c: Chain) -> bool:
+    return any(step.name == "mean_residual" for step in c.steps)
+
+
+def tiles_of(attn: Attention, operand: str, share: Share | None) -> Expr:
     """Tiles of a sequence of a head, over sizes."""
     length = name("Sq" if operand == "q" else "Sk")
-    return cdiv(cdiv(length, _line(attn, length, slots)), rows_of(attn))
+    return cdiv(cdiv(length, _line(attn, length, share)), rows_of(attn))
 
 
-def _line(attn: Attention, length: Expr, slots: int) -> Expr:
-    """Tokens of a line: one each, until a head has tiles enough; where convolutions are one, so many that programs of
-    `slots` heads all run at once."""
-    if not slots:
+def _line(attn: Attention, length: Expr, share: Share | None) -> Expr:
+    """Tokens of a line: one each, until a head has tiles enough; where convolutions are one, so many that all programs
+    run at once."""
+    if share is None:
         return minimum(maximum(quotient(name("B") * length, rows_of(attn) * TILES), 1), LONGEST)
-    at_once = maximum(quotient(const(PROGRAMS), name("B") * slots), 1)
+    at_once = maximum(quotient(const(PROGRAMS * share.own), name("B") * share.whole), 1)
     return minimum(cdiv(length, at_once * rows_of(attn)), LONGEST_FOLDED)
 
 
@@ -76,17 +96,16 @@ def go(
     heads: tuple[Expr, Expr],
     store: Callable[[Flow], None],
     *,
-    slots: int = 0,
+    share: Share | None = None,
 ) -> None:
     """What a program does with its tile of lines: `store` writes what becomes of a token of each.
 
     Args:
         heads: the operand's head, and the key head that goes with it.
-        slots: heads of all operands where convolutions are one; what comes in is then read a token ahead, while rows
-            of the last are on their way out. 0 where they are not.
+        share: of the operand, where convolutions are one; what comes in is then read a token ahead.
     """
     rows, length = rows_of(attn), name("Sq" if c.operand == "q" else "Sk")
-    b.let("line", _line(attn, length, slots), "tokens of a line")
+    b.let("line", _line(attn, length, share), "tokens of a line")
     b.let("tiles", cdiv(cdiv(length, name("line")), rows))
     with b.when(name("part") < name("B") * name("tiles")):
         b.let("b", quotient(name("part"), name("tiles")))
@@ -97,9 +116,9 @@ def go(
         begin = before.let("begin", at.position + (start - at.own), "where it is in the sequence")
         taken = {*PLACED, *before.bound}
         line = begin, name("step")
-        flow = Flow(attn, c, before, before, at, *heads, parts_of(attn, c), taken, line=line, folded=slots > 0)
+        flow = Flow(attn, c, before, before, at, *heads, parts_of(attn, c), taken, line=line, folded=share is not None)
         names = {place: _named(flow, place, behind(flow, *place)) for place in _asked(flow)}
-        fetched = _fetched(flow) if slots else {}
+        fetched = _fetched(flow) if share else {}
         at = tokens.along(inner, attn, c.operand, start + name("step"), rows)
         turn = replace(flow, b=inner, tokens=at, taken=flow.taken | inner.bound, found=dict(names), fetched=fetched)
         store(turn)
@@ -119,9 +138,8 @@ def go(
 def _fetched(f: Flow) -> dict[tuple[str, Columns, Expr], Expr]:
     """What turns begin with: their own tokens, and those of the other operand that go with them, if they are one
     head's."""
-    joined = any(step.name == "mean_residual" for step in f.chain.steps)
     other = [("k", f.served)] if f.chain.operand == "q" else [("q", f.head)]
-    pairs = [(f.chain.operand, f.head), *(other if joined and (f.chain.operand == "q" or _is_one(f)) else ())]
+    pairs = [(f.chain.operand, f.head), *(other if _joins(f.chain) and (f.chain.operand == "q" or _is_one(f)) else ())]
     return {
         (operand, c, head): f.b.let(f.reserve(operand), f.entered(operand, c, 0, head), f"[{f.rows}, {c.width}]")
         for operand, head in pairs
@@ -135,7 +153,7 @@ def _is_one(f: Flow) -> bool:
 
 
 def _with_next(f: Flow, start: Expr, length: Expr) -> tuple[Statement, ...]:
-    """A turn's statements, with the reads of the next one behind the products: they are under way while rows end."""
+    """A turn's statements, with the reads of the next one before its products: they are under way until rows end."""
     body = f.b.body
     last = max(n for n, s in enumerate(body) if any(node.op == "dot" for e in reads(s) for node in walk(e)))
     ahead = Builder(f.b.params)
@@ -143,10 +161,8 @@ def _with_next(f: Flow, start: Expr, length: Expr) -> tuple[Statement, ...]:
     there = replace(f, tokens=replace(f.tokens, row=following, own=following), fetched={})
     for (operand, c, head), tile in f.fetched.items():
         ahead.let(f"next_{tile.attr}", there.entered(operand, c, 0, head), f"[{f.rows}, {c.width}]")
-    later = minimum(start + (name("step") + AHEAD), length - 1)
-    there = replace(there, tokens=replace(f.tokens, row=later, own=later))
-    for c in f.parts[0]:
-        ahead.soon(there.entered(f.chain.operand, c))
+    ahead.note("what is read before a barrier is under way behind it")
+    ahead.barrier()
     return (*body[:last], *ahead.body, *body[last:])
 
 

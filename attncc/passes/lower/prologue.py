@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Final
+from typing import Final, Literal
 
 from attncc.ir.attention import Attention
-from attncc.ir.build import Builder, column, full, lanes, program, quotient, remainder, row
+from attncc.ir.build import Builder, column, full, iota, lanes, program, quotient, remainder, row
 from attncc.ir.expr import Expr, cast_to, const, maximum, minimum, name
 from attncc.ir.tile import Engine, Kernel, Launch, Param, Program, Scratch
 from attncc.ir.widths import matrix
@@ -28,6 +28,8 @@ from attncc.passes.lower.scores import input_param
 from attncc.passes.lower.steps import behind, parts_of
 from attncc.passes.lower.tidy import tidy
 
+Walk = Literal["lines", "tokens", "sequences"]
+"""How tiles of an operand lie: along lines of tokens, over the tokens of all sequences, or each in one sequence."""
 LOOSE: Final = 16
 """Tokens of a tile whose matrices are read for each."""
 TURNS: Final = 8
@@ -40,7 +42,7 @@ def with_prologue(attn: Attention, made: Program) -> Program:
     """The program with the kernel that makes what attention reads."""
     if not attn.prologue:
         return made
-    kernel = _kernel(attn, chains(attn), along=lines.goes_along(attn))
+    kernel = _kernel(attn, chains(attn), "lines" if lines.goes_along(attn) else "tokens")
     own = lines.goes_along(attn) and attn.dtype != "fp32"
     kernels, launches = (kernel,), (Launch(kernel.name, options=lines.OPTIONS if own else options(_mixes(attn))),)
     if matrices(attn):
@@ -61,7 +63,7 @@ def _beside_engine(attn: Attention, program: Program, engine: Engine) -> Program
     found = chains(attn)
     mixed, rest = [c for c in found if folded.folds(c)], [c for c in found if not folded.folds(c)]
     replaced = [k.name for k in program.kernels[: 2 if matrices(attn) else 1]]
-    kernel = _kernel(attn, mixed, along=True, is_folded=True)
+    kernel = _kernel(attn, mixed, "lines", is_folded=True)
     kernels = _ahead(attn, rest, mixed[0]), replace(kernel, name=f"{attn.name}_prologue_folded", dialect="gluon")
     launches = Launch(kernels[0].name, options=options(False)), Launch(kernels[1].name, options=lines.OPTIONS)
     engine = replace(
@@ -78,7 +80,7 @@ def _ahead(attn: Attention, rest: Sequence[Chain], mixed: Chain) -> Kernel:
     writers = folding.writers(attn, mixed)
     made, whole = folding.matrix_param(attn, mixed), None
     if rest:
-        whole = _kernel(attn, rest, along=False, first=writers)
+        whole = _kernel(attn, rest, "sequences", first=writers)
     b = Builder({p.name: p for p in (*(whole.params if whole else ()), made, *map(input_param, attn.inputs))})
     with b.when(program() < writers) if whole else nullcontext():
         folding.write(b, attn, mixed, program())
@@ -115,10 +117,12 @@ def _span(attn: Attention, found: Sequence[Chain]) -> int:
     return most * TURNS if any(mixes(step) for c in found for step in c.steps) else most
 
 
-def _tiles(attn: Attention, found: Sequence[Chain], folded_slots: int, *, along: bool) -> Expr:
+def _tiles(attn: Attention, found: Sequence[Chain], walk: Walk, shares: Mapping[str, lines.Share]) -> Expr:
     """Programs of a head: of the operand that has most tokens."""
-    if along:
-        return name("B") * _most([lines.tiles_of(attn, c.operand, folded_slots) for c in found])
+    if walk == "lines":
+        return name("B") * _most([lines.tiles_of(attn, c.operand, shares.get(c.operand)) for c in found])
+    if walk == "sequences":
+        return name("B") * _most([cdiv(_length(c), _rows(attn, c)) for c in found])
     return cdiv(_most([tokens.count(attn, c.operand) for c in found]), _span(attn, found))
 
 
@@ -129,18 +133,14 @@ def _most(counts: Sequence[Expr]) -> Expr:
     return longest
 
 
-def _kernel(attn: Attention, found: Sequence[Chain], *, along: bool, is_folded: bool = False, first: int = 0) -> Kernel:
-    """Takes operands through their steps, from program `first` on.
-
-    Args:
-        along: tiles go along lines.
-        is_folded: convolutions are one.
-    """
+def _kernel(attn: Attention, found: Sequence[Chain], walk: Walk, *, is_folded: bool = False, first: int = 0) -> Kernel:
+    """Takes operands through their steps, from program `first` on; `is_folded`: convolutions are one."""
     slots = sum(c.heads for c in found)
+    shares = lines.shares(attn, found) if is_folded else {}
     b = Builder(_parameters(attn, found, is_folded))
-    slot = b.let("slot", remainder(program() - first if first else program(), slots))
-    number = quotient(program() - first if first else program(), slots)
-    begin = b.let("part", number) if along else b.let("begin", number * _span(attn, found))
+    number = program() - first if first else program()
+    slot, number = b.let("slot", remainder(number, slots)), quotient(number, slots)
+    begin = b.let("begin", number * _span(attn, found)) if walk == "tokens" else b.let("part", number)
     before = 0
     for c in found:
         if len(found) > 1:
@@ -148,14 +148,17 @@ def _kernel(attn: Attention, found: Sequence[Chain], *, along: bool, is_folded: 
         mine = slot < c.heads if before == 0 else (slot >= before) & (slot < before + c.heads)
         with b.when(mine) if len(found) > 1 else nullcontext():
             head = slot - before if before else slot
-            if along:
-                lines.go(b, attn, c, _heads(b, attn, c, head), _store, slots=slots if is_folded else 0)
-            else:
-                _over_tokens(b, attn, c, head, begin, _span(attn, found))
+            match walk:
+                case "lines":
+                    lines.go(b, attn, c, _heads(b, attn, c, head), _store, share=shares.get(c.operand))
+                case "sequences":
+                    _in_sequence(b, attn, c, head)
+                case "tokens":
+                    _over_tokens(b, attn, c, head, begin, _span(attn, found))
         before += c.heads
     through = ", ".join(c.operand for c in found)
     doc = f"Takes {through} through the steps before attention: one program per head and tokens."
-    grid = _tiles(attn, found, slots if is_folded else 0, along=along) * slots
+    grid = _tiles(attn, found, walk, shares) * slots
     return Kernel(f"{attn.name}_prologue", *tidy(b.params.values(), b.body), (), grid, doc)
 
 
@@ -169,6 +172,25 @@ def _parameters(attn: Attention, found: Sequence[Chain], is_folded: bool) -> Map
     params = [*given, *made, *factors, *tokens.index_params(attn)]
     params += [*map(input_param, attn.inputs), *size_parameters(attn)]
     return {p.name: p for p in params}
+
+
+def _length(c: Chain) -> Expr:
+    return name("Sq" if c.operand == "q" else "Sk")
+
+
+def _in_sequence(b: Builder, attn: Attention, c: Chain, head: Expr) -> None:
+    """What a program does that has a tile of tokens of one sequence: where they lie takes no division each."""
+    rows = _rows(attn, c)
+    b.let("tiles", cdiv(_length(c), rows))
+    with b.when(name("part") < name("B") * name("tiles")):
+        head, served = _heads(b, attn, c, head)
+        b.let("b", quotient(name("part"), name("tiles")))
+        ahead, inner = Builder(b.params), Builder(b.params)
+        first = remainder(name("part"), name("tiles")) * rows
+        at = tokens.along(inner, attn, c.operand, first + iota(rows), rows)
+        _store(Flow(attn, c, ahead, inner, at, head, served, parts_of(attn, c), {*lines.PLACED, *inner.bound}))
+        b.extend(ahead.body)
+        b.extend(inner.body)
 
 
 def _over_tokens(b: Builder, attn: Attention, c: Chain, head: Expr, begin: Expr, span: int) -> None:
