@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""Prologues whose convolutions are one: kernels in the interpreter of tile IR, and what keeps others from them."""
-=======
 """Prologues whose convolutions are one: their kernels in tile IR's interpreter, and what keeps others from them."""
->>>>>>> cca
 
 from __future__ import annotations
 
