@@ -21,7 +21,9 @@ def check_carried(attn: Attention) -> None:
             raise Unsupported("TVM's kernels, which CPUs have, have no steps beside attention", key, hint=hint)
     if not is_carried(attn):
         raise Unsupported(
-            "TVM's kernels, which CPUs have, do not read keys from pages, nor values from keys", "kv", hint=hint
+            "TVM's kernels, which CPUs have, do not read keys from pages, nor values from keys, nor write caches",
+            "kv",
+            hint=hint,
         )
 
 

@@ -262,6 +262,16 @@ def test_bad_calls(name: str, change: Any, kind: type[Exception], message: str) 
         d.p.module.append(**x)
 
 
+def test_it_can_be_traced() -> None:
+    d = Decoding(built("pages", "cca"), [9])
+    assert d.pages is not None
+    x: dict[str, Any] = {f"{y}_new": normal(1, h, 6, 32, seed=5) for y, h in d.heads.items()}
+    x |= {"q": torch.zeros(1, 4, 6, 32), "positions": torch.arange(6, dtype=torch.int32)[None]}
+    x |= {**{n: torch.zeros_like(t) for n, t in d.carried.items()}, **d.inputs, "block_table": d.pages.table}
+    named = [x[t.name] for t in d.p.module.APPENDING.tensors]
+    torch.library.opcheck(d.p.module._APPEND, tuple(named), test_utils=("test_schema", "test_faketensor"))
+
+
 def test_rings_that_are_too_short() -> None:
     d = Decoding(built("pages", "cca"), [9], ring=1)
     with pytest.raises(ValueError, match="Sr is 1, the kernels need 2 at least"):

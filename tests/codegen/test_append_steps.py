@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from codegen.appended import empty, expected, given, offsets, same, sequences, write
-from codegen.emitted import Package, normal, package, passes
+from codegen.emitted import OUT, Package, normal, package, passes
 from torch import Tensor
 
 from attncc import driver, reference, spec
@@ -20,8 +20,10 @@ from attncc.check.pages import Pages, lay_out, pack
 from attncc.codegen.aot import Failed, build_all
 from attncc.codegen.offline import jobs
 from attncc.device import find
-from attncc.errors import Unsupported
+from attncc.errors import CompilerBug, Unsupported
 from attncc.ir.keeping import keep, writing
+from attncc.ir.tile import Barrier, If, Statement
+from attncc.ir.verify import verify_program
 from attncc.reference.operands import Sequence
 from attncc.reference.prologue import prologue
 from attncc.reference.rows import Numbers, scope_of
@@ -262,6 +264,35 @@ def test_kernels_for_hopper_do_not_spill(name: str) -> None:
     assert not isinstance(outcome, Failed), outcome.reason
     assert outcome.spill_bytes == 0
     assert bool(program.append.scratch) == (name == "int4 through memory")
+
+
+def test_rows_in_scratch_memory_are_read_behind_a_barrier() -> None:
+    _, program = driver.lower(built("pages", "interleaved", "int4(per=token)").attn)
+    assert program.append is not None
+    (kernel,) = program.append.kernels
+
+    def without(body: tuple[Statement, ...]) -> tuple[Statement, ...]:
+        kept = (s for s in body if not isinstance(s, Barrier))
+        return tuple(replace(s, body=without(s.body)) if isinstance(s, If) else s for s in kept)
+
+    broken = replace(program.append, kernels=(replace(kernel, body=without(kernel.body)),))
+    with pytest.raises(CompilerBug, match="scratch 'k_staged' is read before any launch wrote it"):
+        verify_program(broken)
+
+
+def test_it_can_be_traced() -> None:
+    p = built("pages", "by tables", "int8(per=token)")
+    rows = sequences(p, [9])
+    pages = lay_out([9], 2, 8, torch.Generator().manual_seed(0))
+    x = {**given(p, rows, [torch.arange(9, dtype=torch.int32)], [9], pages), **empty(expected(p, rows, pages), p)}
+    named = [{**x, **drawn(p, 1)}[t.name] for t in p.module.APPENDING.tensors]
+    torch.library.opcheck(p.module._APPEND, tuple(named), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_cpus_have_no_such_calls() -> None:
+    loaded = spec.loads(f"attncc: 1\nname: on_cpu\n{HEAD}kv: cache\n")
+    with pytest.raises(Unsupported, match="nor write caches"):
+        driver.compile(loaded, OUT, ["cpu"])
 
 
 BAD: list[tuple[str, Any, type[Exception], str]] = [
