@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import tempfile
@@ -44,6 +45,16 @@ def pytest_configure() -> None:
     if not _has_gpu():
         os.environ.setdefault("TRITON_INTERPRET", "1")
         hurry()
+
+
+def pytest_collection() -> None:
+    gc.disable()  # what is imported and collected stays
+
+
+def pytest_collection_finish() -> None:
+    """The garbage collector forgets what is there before any test: to go through all of it takes half a second."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure() -> None:
