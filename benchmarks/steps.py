@@ -1,6 +1,10 @@
 """The kernels of steps before attention, apart from it, against a copy of as many bytes; and all of a prefill by
 compressed attention against attention of the model's width, which has twice as many heads.
 
+All of a prefill is every kernel of a call: the steps before attention and attention itself, at the compressed width,
+against attention of the model's width, by the same compiler and by torch, in turns in one run. Projections are left
+out on both sides; those of compressed attention would be half as wide, or less.
+
 `python -m benchmarks.steps emit DIR` writes the packages (any machine with attncc); `run DIR --json FILE` checks a
 small call against plain torch in float64 and measures on the GPU here. A ratio to `copy` is the share of what memory
 allows.

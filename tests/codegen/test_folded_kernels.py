@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from attncc import driver
+from attncc import driver, spec
 from attncc.codegen import gate
 from attncc.codegen.gluon_kernels import print_kernel
 from attncc.codegen.package import emit
@@ -46,7 +46,7 @@ for launch in launches:
 
 
 def files_of(example: str) -> dict[str, Any]:
-    loaded = driver.load(EXAMPLES / f"{example}.yaml")
+    loaded = spec.loads(example) if example == MORE else driver.load(EXAMPLES / f"{example}.yaml")
     attn, program = driver.lower(replace(loaded.attention, modes=("prefill",)))
     configs = [driver.default_config(attn, find("sm_90"))]
     return dict(emit(attn, program, loaded.text, configs, "attncc", "0"))
@@ -74,12 +74,40 @@ def test_portable_packages_have_no_kernels_in_gluon() -> None:
     assert "prologue_folded" not in "".join(t for t in files.values() if isinstance(t, str))
 
 
-@pytest.mark.parametrize("example", ["cca", "ccgqa"])
-def test_machine_code(example: str, tmp_path: Path) -> None:
-    """Two programs fit a multiprocessor, no thread waits for others in loops, and few registers are reloaded."""
+MORE = """
+attncc: 1
+name: more
+heads: {q: 4, kv: 2}
+dims: 64
+mask: causal
+modes: [prefill]
+inputs:
+  a: {shape: [6, 64, 2]}
+  u: {shape: [384]}
+  c: {shape: [384, 64, 2]}
+  w: {shape: [Dqk]}
+  x: {shape: [B, Hq, Sq, Dqk], dtype: fp16}
+  t: {shape: [B, Hk]}
+prologue:
+  - causal_conv(a, bias=u)
+  - causal_conv(c, groups=heads)
+  - mean_residual(scale=0.25)
+  - rms_norm(weight=w)
+  - silu(on=k)
+  - lerp(x, 0.25, on=q)
+  - temperature(exp(t[b, hk]) + 0.5, on=k)
+  - rope
+"""
+
+
+@pytest.mark.parametrize(("example", "products"), [("cca", 1 + 3 * 8), ("ccgqa", 1 + 3 * 8), (MORE, 1 + 3 * 4)])
+def test_machine_code(example: str, products: int, tmp_path: Path) -> None:
+    """Two programs fit a multiprocessor, and few registers are reloaded."""
+    files = files_of(example)
+    example = "more" if example == MORE else example
     package = tmp_path / example
     (package / "configs").mkdir(parents=True)
-    for path, content in files_of(example).items():
+    for path, content in files.items():
         (package / path).write_text(content)
     environment = gate.environment(str(tmp_path / "cache"))
     command = [sys.executable, "-c", JUDGE, str(package)]
@@ -88,7 +116,7 @@ def test_machine_code(example: str, tmp_path: Path) -> None:
     assert {*found} == {f"{example}_prologue_ahead", f"{example}_prologue_folded"}
     shared, total, loop, reloads = found[f"{example}_prologue_folded"]
     assert shared <= TWO_PROGRAMS
-    assert total["wgmma"] == loop["wgmma"] == 2 * (1 + 3 * 8), "a bias, and three tokens of eight steps, of q and of k"
+    assert total["wgmma"] == loop["wgmma"] == 2 * products, "a bias and three tokens, of q and of k"
     assert all(words <= count // 50 for count, words in reloads), reloads
 
 

@@ -10,6 +10,7 @@ Method: compressed convolutional attention, arXiv 2510.04476; that its two convo
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Final
 
 from attncc.ir.attention import Attention, Call
@@ -100,7 +101,7 @@ def write(b: Builder, attn: Attention, chain: Chain, which: Expr) -> None:
     count = taps_of(attn, chain) * blocks
     number = b.let("number", remainder(which, _each(attn, chain)))
     head = b.let("head", quotient(which, _each(attn, chain)))
-    with b.when(number < count):
+    with b.when(number < count) if _has_bias(chain) else nullcontext():
         tap = b.let("tap", quotient(number, blocks))
         at = b.let("at", remainder(number, blocks) * ROWS + iota(ROWS), f"[{ROWS}] columns in")
         value = _folded(attn, chain, head, tap, at)

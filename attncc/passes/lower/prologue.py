@@ -87,9 +87,8 @@ def _ahead(attn: Attention, rest: Sequence[Chain], mixed: Chain) -> Kernel:
     if whole:
         with b.when(program() >= writers):
             b.extend(whole.body)
-    doc = "Writes the matrices of convolutions that are one" + "; and takes other operands through their steps." * bool(
-        whole
-    )
+    also = ", and takes other operands through their steps" if whole else ""
+    doc = f"Writes the matrices of convolutions that are one{also}."
     grid = const(writers) if whole is None else whole.grid + writers
     return Kernel(f"{attn.name}_prologue_ahead", *tidy(b.params.values(), b.body), (), grid, doc)
 
