@@ -30,6 +30,7 @@ TORCH_DTYPES: Final[Mapping[str, torch.dtype]] = {
     "fp16": torch.float16,
     "fp32": torch.float32,
 }
+AS_KEPT: Final = "keys were drawn as the cache holds them: attention was checked, not the steps that append takes"
 _numbers = count()
 
 
@@ -99,7 +100,8 @@ def check_package(
             progress(str(case), done, len(todo))
             outcomes.append(check_case(attn, module.attention, case, place, seed, captured))
     progress("done", len(todo), len(todo))
-    return Report(attn.name, device.name, attn.dtype, tuple(outcomes))
+    notes = () if keep(attn).kept is None else (AS_KEPT,)
+    return Report(attn.name, device.name, attn.dtype, tuple(outcomes), notes)
 
 
 @contextmanager

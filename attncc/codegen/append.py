@@ -87,7 +87,8 @@ def _function(w: Writer, attn: Attention, given: Sequence[Given]) -> None:
     names = [*(x.name for x in given), *(x.name for x in _inputs(attn))]
     w.signature("append", [*names[:first], "*", *names[first:]])
     with w.indented():
-        how = "as the spec's quantizer holds them" if quantizer(attn) else "as they are"
+        plain = "as they are" if attn.kept is None else "behind their steps"
+        how = "as the spec's quantizer holds them" if quantizer(attn) else plain
         w.block(opening(f"Writes the keys and values of new tokens into the cache, in place and {how}.", 115))
         w.line()
         if staircase(attn):

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Final
 
 from attncc.ir.appending import AROUND, appends, writes_queries
-from attncc.ir.attention import Attention, Call, Kept
+from attncc.ir.attention import Align, Attention, Call, Kept
 from attncc.ir.expr import Expr
 from attncc.ir.given import Given
 from attncc.ir.primitives import calls, on, pairs_tokens
@@ -49,7 +49,7 @@ def writing(attn: Attention) -> Attention:
     """The variant as the call that writes new tokens sees it: its prologue is what these go through."""
     if attn.kept is None:
         return replace(attn, prologue=())
-    return replace(attn, prologue=attn.kept.steps, inputs=attn.kept.inputs, kept=None)
+    return replace(attn, prologue=attn.kept.steps, inputs=attn.kept.inputs, kept=None, align=Align())
 
 
 def _follows_selection(step: Call) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 from attncc import driver, reference, spec
 from attncc.check.cases import Case
 from attncc.check.pages import Pages, lay_out, pack
+from attncc.check.run import check_package
 from attncc.codegen.aot import Failed, build_all
 from attncc.codegen.offline import jobs
 from attncc.device import find
@@ -215,6 +216,14 @@ def test_tokens_without_a_place_are_left_out() -> None:
 def test_attention_reads_keys_as_they_are(form: str) -> None:
     p = package(f"{HEAD}dtype: fp32\nkv: {form}\nprologue: [rms_norm, 'rope(base=100)']").tiles(16, 16, split=1)
     passes(p, Case(3, 2, 37), Case(2, 21, 37), Case(1, 1, 20, "nan_keys"))
+
+
+def test_a_check_says_what_it_has_not_checked() -> None:
+    p = built("pages", "half")
+    shapes = [{"B": 1, "Sq": 1, "Sk": 9}]
+    report = check_package(p.attn, p.path, find("interpreter"), shapes)
+    assert report.passed
+    assert any("not the steps that append takes" in note for note in report.notes)
 
 
 def test_each_call_is_given_what_its_own_steps_read() -> None:

@@ -257,7 +257,6 @@ REFUSED = {
     "prologue: ['rope(positions=packed)']": "positions=logical",
     "prologue: [rope, 'rope(dims=4, on=k)']": "ropes of one kind",
     "prologue: ['rope(cos=c, sin=c)']\ninputs: {c: {shape: [9, n]}}": "tables of as many columns",
-    "prologue: ['rope(on=k)']\nkv: paged(16)": "queries alone",
     "prologue: ['value_shift']\nkv: latent(rope=4)": "queries alone",
     "prologue: ['rms_norm(weight=w)']\ninputs: {w: {shape: [4, 16]}}": "weights [D] or [H, D]",
     "prologue: ['lerp(x, 0.5, on=q)']\ninputs: {x: {shape: [B, Hk, Sq, 16]}}": "axes those of the operand",
@@ -276,7 +275,6 @@ REFUSED = {
     "prologue: ['absorb(w)']\ninputs: {w: {shape: [16, 16]}}\nquantize: {q: int8}": "are quantised then",
     "prologue: ['hadamard(on=k)', 'rope(dims=12, on=k)']": "beside ropes of all of them or of half",
     "prologue: [hadamard, 'absorb(w)']\ninputs: {w: {shape: [16, 16]}}": "hadamard or absorb",
-    "prologue: [silu]\nquantize: {cache: int8(per=token)}": "keys and values are codes",
 }
 
 

@@ -297,7 +297,12 @@ ODD = [
     ("kv: paged(64)", STEPS.replace("int4", "fp8_e4m3"), "per=token", "steps of int8, int4, int2, each there once"),
     ("kv: paged(64)", STEPS.replace("int2", "int8"), "per=token", "steps of int8, int4, int2, each there once"),
     ("kv: paged(64)\ndims: 48", STEPS, "per=token", "head dims that are powers of two from 32 to 128"),
-    ("kv: paged(64)\nprologue: [rope]", STEPS, "per=token", "steps on queries alone, where keys and values are codes"),
+    (
+        "kv: paged(64)\nprologue: [rope]",
+        STEPS,
+        "per=token",
+        "steps on queries alone, where tokens lose bits as they age",
+    ),
     (
         "kv: paged(64)\ninputs: {k_int4: {shape: [Hq]}}\nscore: qk * k_int4[h]",
         STEPS,

@@ -62,7 +62,7 @@ LIMITS: Final[tuple[tuple[Callable[[Attention], bool], str], ...]] = (
     (_of(_has_other_groups), f"staircases per token, {', '.join(f'group({n})' for n in GROUPS)}"),
     (_of(_has_odd_columns), f"staircases of head dims that are powers of two from {max(GROUPS)} to {MOST_COLUMNS}"),
     (_of(_has_odd_segments), f"staircases whose first age is a multiple of {MIN_WIDTH}, and of the group"),
-    (_of(_steps_on_keys), "steps on queries alone, where keys and values are codes"),
+    (_of(_steps_on_keys), "steps on queries alone, where tokens lose bits as they age"),
     (_of(lambda a, z: len(a.quantize) > 1), "the cache alone, or q, k, v and p"),
     (
         _of(lambda a, z: bool({x.name for x in a.inputs} & {x.name for x in tensors(a)})),
