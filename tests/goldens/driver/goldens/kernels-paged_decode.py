@@ -180,17 +180,17 @@ def paged_decode_forward(
         store_tile(O, (acc / divisor[:, None]).to(BF16), b, h, row0, 0, o_b, o_h, o_s, Sq, 128, BM, 128, TMA)
 
 
-@triton.jit(do_not_specialize=["Sq", "Sk"])
+@triton.jit(do_not_specialize=["B", "Sq", "Sk"])
 def paged_decode_plan(
     seqused_k, tiles_of,
     seqused_k_s0: tl.int64, tiles_of_s0: tl.int64,
-    Sq, Sk,
+    B, Sq, Sk,
     BM: tl.constexpr, BN: tl.constexpr,
 ):
     """Counts the key tiles that each query tile of a group of heads visits."""
-    tiles = (Sq * 4 + (BM - 1)) // BM
-    number = tl.program_id(0) % tiles
-    of = tl.program_id(0) // tiles
+    each = B * 8
+    number = tl.program_id(0) // each
+    of = tl.program_id(0) % each
     b = of // 8
     group_rows = Sq * 4
     row0 = number * BM
@@ -240,8 +240,13 @@ def paged_decode_stream(
         ranges = tl.maximum(tl.minimum(most, line // SPLIT), 1)
         size = line // ranges
         longer = line % ranges
-        range_begin = tl.minimum(tl.program_id(0) * size + tl.minimum(tl.program_id(0), longer), line)
-        range_end = tl.minimum((tl.program_id(0) + 1) * size + tl.minimum(tl.program_id(0) + 1, longer), line)
+        of_group = (Sq * 4 + (BM - 1)) // BM  # that neighbours have, where they are whole ranges apart
+        own_range = tl.where(
+            (ranges % of_group == 0) & (tl.program_id(0) < ranges),
+            tl.program_id(0) % of_group * (ranges // of_group) + tl.program_id(0) // of_group, tl.program_id(0),
+        )
+        range_begin = tl.minimum(own_range * size + own_range * longer // ranges, line)
+        range_end = tl.minimum((own_range + 1) * size + (own_range + 1) * longer // ranges, line)
         first_item = 0
         item_begin = 0
         end_item = 0
@@ -263,9 +268,9 @@ def paged_decode_stream(
             count = tl.load(tiles_of + item * tiles_of_s0)
             first = tl.maximum(range_begin - item_begin, 0)
             last = tl.minimum(range_end - item_begin, count)
-            tiles = (Sq * 4 + (BM - 1)) // BM
-            number = item % tiles
-            of = item // tiles
+            each = B * 8
+            number = item // each
+            of = item % each
             b = of // 8
             hk = of % 8
             group_rows = Sq * 4
@@ -342,7 +347,7 @@ def paged_decode_stream(
                     (acc / divisor[:, None]).to(BF16), mask=(rows < group_rows)[:, None],
                 )
             if last - first < count:
-                slot = tl.program_id(0) * 2 + tl.where(first > 0, 0, 1)
+                slot = own_range * 2 + tl.where(first > 0, 0, 1)
                 tl.store(part_m + slot * part_m_s0 + tl.arange(0, BM) * part_m_s1, m, mask=rows < group_rows)
                 tl.store(part_l + slot * part_l_s0 + tl.arange(0, BM) * part_l_s1, tl.sum(l, 1), mask=rows < group_rows)
                 tl.store(
@@ -369,7 +374,8 @@ def paged_decode_merge(
     b = sequence // 32
     h = sequence % 32
     r = row * 4 + h % 4
-    item = (b * 8 + h // 4) * ((Sq * 4 + (BM - 1)) // BM) + r // BM
+    item = r // BM * (B * 8) + b * 8 + h // 4
+    row_of_tile = r % BM
     items = B * 8 * ((Sq * 4 + (BM - 1)) // BM)
     line = 0
     for chunk in range(0, items, 1024):
@@ -381,8 +387,6 @@ def paged_decode_merge(
     even = FILL // tl.maximum(items, 1) * items
     most = tl.where(even * 20 >= FILL * 19, even, FILL)
     ranges = tl.maximum(tl.minimum(most, line // SPLIT), 1)
-    size = line // ranges
-    longer = line % ranges
     item_begin = 0
     for chunk in range(0, item, 1024):
         at = chunk + tl.arange(0, 1024)  # [1024]
@@ -390,17 +394,10 @@ def paged_decode_merge(
         some = tl.load(tiles_of + at * tiles_of_s0, mask=is_item, other=0)
         item_begin = item_begin + tl.sum(some, 0)
     count = tl.load(tiles_of + item * tiles_of_s0)
-    row_of_tile = r % BM
-    first_range = tl.where(
-        item_begin < longer * (size + 1), item_begin // (size + 1),
-        longer + tl.maximum(item_begin - longer * (size + 1), 0) // tl.maximum(size, 1),
-    )
+    first_range = tl.cast(((tl.cast(item_begin, tl.int64) + 1) * ranges - 1) // tl.maximum(line, 1), tl.int32)
     held = tl.where(
         count > 0,
-        tl.where(
-            item_begin + count - 1 < longer * (size + 1), (item_begin + count - 1) // (size + 1),
-            longer + tl.maximum(item_begin + count - 1 - longer * (size + 1), 0) // tl.maximum(size, 1),
-        )
+        tl.cast(((tl.cast(item_begin + count - 1, tl.int64) + 1) * ranges - 1) // tl.maximum(line, 1), tl.int32)
         - first_range
         + 1,
         0,
