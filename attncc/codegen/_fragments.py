@@ -45,6 +45,13 @@ def words_of(width):
 
 
 @gluon.constexpr_function
+def askers():
+    """Four threads a row, as tiles have them."""
+    lanes = [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout([[8, 0]], lanes, [[16, 0], [32, 0]], [], [64, 4])
+
+
+@gluon.constexpr_function
 def rows_of(width):
     return gl.SliceLayout(1, tile_of(width))
 
@@ -120,6 +127,16 @@ def read_rows(X, rows, stride, width: gl.constexpr, keep=None):
         keep = gl.convert_layout(keep, gl.SliceLayout(1, words_of(width)), assert_trivial=True)[:, None]
         found = gl.load(place, mask=keep, other=0)
     return found
+
+
+@gluon.jit
+def bring_rows(X, rows, stride, width: gl.constexpr):
+    """Has rows of numbers of 16 bits brought to the L2 cache: each of the four threads of a row asks for its share."""
+    rows = gl.convert_layout(rows, gl.SliceLayout(1, askers()), assert_trivial=True)[:, None]
+    share = gl.arange(0, 4, gl.SliceLayout(0, askers()))[None, :] * (width // 4)
+    text: gl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
+    place = (X + rows * stride + share).to(gl.int64)
+    gl.inline_asm_elementwise(text, "=r,l", [place], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit

@@ -15,7 +15,7 @@ from attncc.codegen.triton import ATOM, CALL, DTYPE, Printer, dim, signature, st
 from attncc.errors import CompilerBug
 from attncc.ir.expr import INTS, Dim, Expr, const
 from attncc.ir.rewrite import names, walk
-from attncc.ir.tile import Barrier, For, Kernel, Let, Param, Statement, Store, block, reads
+from attncc.ir.tile import For, Kernel, Let, Param, Soon, Statement, Store, block, reads
 
 MODULE: Final = "_fragments"
 CALLS: Final = CALL | {"sin": "sine", "cos": "cosine", "sigmoid": "sigmoid"}
@@ -79,8 +79,9 @@ class GluonPrinter(Printer):
             case For() if self.has_new_matrices:
                 w.line("settle()")
                 self.has_new_matrices = False
-            case Barrier():
-                w.line("gl.thread_barrier()")
+            case Soon(value):
+                base, row, _ = self._place(self.params[str(value.attr)], value.args[:4], None)
+                w.line(f"bring_rows({base}, {row}, {dim(value.shape[1])})")
                 return
             case Store(tensor, index, value, mask):
                 base, row, keep = self._place(self.params[tensor], index, mask)

@@ -19,6 +19,7 @@ from attncc.ir.tile import (
     Note,
     Param,
     Program,
+    Soon,
     Statement,
     Store,
     StoreTile,
@@ -241,6 +242,8 @@ class Printer:
                 w.line(f"# {text}")
             case Barrier():
                 w.line("tl.debug_barrier()")
+            case Soon():  # Triton has no word for it
+                pass
             case Let(var, value, note):
                 w.line(f"{var.attr} = {self.expr(value)}" + (f"  # {note}" if note else ""))
             case Store(tensor, index, value, mask):

@@ -17,6 +17,7 @@ from attncc.ir.tile import (
     Let,
     Note,
     Param,
+    Soon,
     Statement,
     Store,
     StoreTile,
@@ -166,6 +167,9 @@ class Builder:
         var = name(text, value.dtype, value.shape)
         self.stack[-1].append(Let(var, value, note))
         return var
+
+    def soon(self, value: Expr) -> None:
+        self.stack[-1].append(Soon(value))
 
     def store(self, buffer: Param, index: Sequence[Value], value: Expr, mask: Expr | None = None) -> None:
         self.stack[-1].append(Store(buffer.name, tuple(map(lift, index)), value, mask))

@@ -25,6 +25,7 @@ from attncc.ir.tile import (
     Let,
     Note,
     Program,
+    Soon,
     Statement,
     Store,
     StoreTile,
@@ -85,7 +86,7 @@ def _block(body: tuple[Statement, ...], frame: Frame, functions: Mapping[str, Fu
 
 def _statement(s: Statement, frame: Frame, functions: Mapping[str, Function]) -> None:
     match s:
-        case Note() | Barrier():
+        case Note() | Barrier() | Soon():
             pass
         case Let(var, value):
             _bind(frame, var, evaluate(value, frame))

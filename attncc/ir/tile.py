@@ -96,7 +96,14 @@ class Barrier:
     """All that a program read and wrote before this it has read and written before what follows."""
 
 
-Statement = Note | Let | Store | StoreTile | For | If | CallFn | Barrier
+@dataclass(frozen=True, slots=True)
+class Soon:
+    """What is read here will be read again before long: memory may begin to bring it. Nothing is bound."""
+
+    value: Expr
+
+
+Statement = Note | Let | Store | StoreTile | For | If | CallFn | Barrier | Soon
 
 
 def reads_memory(f: Function) -> bool:
@@ -109,7 +116,7 @@ def reads(s: Statement) -> tuple[Expr, ...]:
     match s:
         case Note() | Barrier():
             return ()
-        case Let(_, value):
+        case Let(_, value) | Soon(value):
             return (value,)
         case Store(_, index, value, mask):
             return (*index, value) if mask is None else (*index, value, mask)

@@ -20,6 +20,7 @@ from attncc.ir.tile import (
     Let,
     Note,
     Param,
+    Soon,
     Statement,
     Store,
     StoreTile,
@@ -255,9 +256,14 @@ def _note(scope: Scope, where: Where, s: Note | Barrier) -> None:
     """A comment breaks no rule, nor does a barrier."""
 
 
+def _soon(scope: Scope, where: str, s: Soon) -> None:
+    check_expression(scope, where, s.value)
+
+
 STATEMENTS: Final[Mapping[type, Callable[..., None]]] = {
     Note: _note,
     Barrier: _note,
+    Soon: _soon,
     Let: _let,
     Store: _store,
     StoreTile: _store_tile,

@@ -15,7 +15,7 @@ from typing import Final
 
 from attncc.ir.attention import Attention, Call
 from attncc.ir.build import Builder, column, dot, full, iota, quotient, read, reduce, remainder, row
-from attncc.ir.expr import Expr, cast_to, const, eq, name, where
+from attncc.ir.expr import Expr, cast_to, const, eq, where
 from attncc.ir.primitives import on
 from attncc.ir.tile import Param, Scratch
 from attncc.passes.lower.chains import Chain, channels, option
@@ -25,7 +25,7 @@ from attncc.passes.lower.normalizers import VALUE_DTYPE
 from attncc.passes.lower.scores import input_param, own_name
 
 ROWS: Final = 16
-"""Rows of a matrix that a program writes, and rows of a bias: two of them add up to it, the others are 0."""
+"""Rows of a matrix that a program writes, and rows of a bias, which add up to it."""
 
 
 def folds(chain: Chain) -> bool:
@@ -92,24 +92,24 @@ def writers(attn: Attention, chain: Chain) -> int:
 
 
 def _each(attn: Attention, chain: Chain) -> int:
-    return taps_of(attn, chain) * (chain.widths[0] // ROWS) + _has_bias(chain)
+    return (taps_of(attn, chain) + _has_bias(chain)) * (chain.widths[0] // ROWS)
 
 
 def write(b: Builder, attn: Attention, chain: Chain, which: Expr) -> None:
     """What one of these programs does."""
     blocks = chain.widths[0] // ROWS
-    count = taps_of(attn, chain) * blocks
+    ahead = taps_of(attn, chain) * blocks
     number = b.let("number", remainder(which, _each(attn, chain)))
     head = b.let("head", quotient(which, _each(attn, chain)))
-    with b.when(number < count) if _has_bias(chain) else nullcontext():
+    with b.when(number < ahead) if _has_bias(chain) else nullcontext():
         tap = b.let("tap", quotient(number, blocks))
         at = b.let("at", remainder(number, blocks) * ROWS + iota(ROWS), f"[{ROWS}] columns in")
         value = _folded(attn, chain, head, tap, at)
         into = b.params[name_of(attn, chain)]
         b.store(into, (head, tap, column(at), row(iota(chain.widths[0]))), cast_to(value, into.dtype))
     if _has_bias(chain):
-        with b.when(number >= count):
-            _write_bias(b, attn, chain, head)
+        with b.when(number >= ahead):
+            _write_bias(b, attn, chain, head, number - ahead)
 
 
 def _folded(attn: Attention, chain: Chain, head: Expr, tap: Expr, at: Expr) -> Expr:
@@ -134,25 +134,27 @@ def _matrix(attn: Attention, step: Call, head: Expr, width: int, at: Expr, tap: 
     return cast_to(read(input_param(x), *out, column(at), tap), "f32")
 
 
-def _write_bias(b: Builder, attn: Attention, chain: Chain, head: Expr) -> None:
-    """The bias of the last, and what its matrices make of the one before: as the dtype has it, what that leaves, 0."""
+def _write_bias(b: Builder, attn: Attention, chain: Chain, head: Expr, block: Expr) -> None:
+    """What some columns add to the bias of the last by that of the first, and to the first of them that bias itself.
+
+    Rows of the matrix: as the dtype has it, what that leaves, and zeros, for each of the blocks.
+    """
     width, mixing, first = chain.widths[0], _mixing(chain), chain.steps[0]
+    rows = ROWS * ROWS // width
     own = bias_at(attn, mixing, head, width, iota(width))
-    whole = b.let("whole", full((width,), 0.0) if own is None else own, f"[{width}]")
-    if count(chain) == 2 and option(first, "bias") is not None:
-        with b.loop("first", 0, width, ROWS):
-            at = b.let("at", name("first") + iota(ROWS), f"[{ROWS}] columns in")
-            before = bias_at(attn, first, head, width, at)
-            assert before is not None
-            for t in range(_taps(attn, mixing, width)):
-                made = _matrix(attn, mixing, head, width, at, const(t)) * column(before)
-                b.let("whole", whole + reduce("sum", made, 0))
+    total: Expr = full((width,), 0.0) if own is None else where(eq(block, 0), own, 0.0)
+    at = b.let("at", block * ROWS + iota(ROWS), f"[{ROWS}] columns in")
+    before = bias_at(attn, first, head, width, at) if count(chain) == 2 else None
+    if before is not None:
+        for t in range(_taps(attn, mixing, width)):
+            made = _matrix(attn, mixing, head, width, at, const(t)) * column(before)
+            total = total + reduce("sum", made, 0)
+    whole = b.let("whole", total, f"[{width}]")
     into = b.params[name_of(attn, chain)]
     most = b.let("most", cast_to(whole, into.dtype))
-    at = iota(ROWS)
-    parts = where(column(eq(at, 0)), row(cast_to(most, "f32")), 0.0)
-    parts = where(column(eq(at, 1)), row(whole - cast_to(most, "f32")), parts)
-    place = head, const(taps_of(attn, chain)), column(at), row(iota(width))
+    parts = where(column(eq(iota(rows), 0)), row(cast_to(most, "f32")), 0.0)
+    parts = where(column(eq(iota(rows), 1)), row(whole - cast_to(most, "f32")), parts)
+    place = head, const(taps_of(attn, chain)), column(block * rows + iota(rows)), row(iota(width))
     b.store(into, place, cast_to(parts, into.dtype))
 
 
