@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 
 from attncc import driver, spec
-from attncc.codegen import gate
+from attncc.codegen import gate, source
 from attncc.codegen.gluon_kernels import print_kernel
 from attncc.codegen.package import emit
-from attncc.codegen.source import function_names
 from attncc.device import find
 from attncc.errors import CompilerBug
 from attncc.ir.build import Builder, column, iota, row
@@ -59,7 +58,7 @@ def test_what_a_kernel_calls_is_there(example: str) -> None:
     called = {n.func.id for n in ast.walk(module) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
     imported = {a.name for n in module.body if isinstance(n, ast.ImportFrom) for a in n.names}
     assert called - {"range"} <= imported
-    assert imported - {"gluon", "language"} <= function_names("_fragments") & called
+    assert imported - {"gluon", "language"} <= source.called("_fragments", [files["prologue.py"]]) & called
     assert "tl." not in files["prologue.py"]
     assert "_fragments.py" in files
     assert "from . import" in files["__init__.py"]
