@@ -80,9 +80,9 @@ class Everything(Run):
     """A run that leaves nothing out, and certifies nothing."""
 
     def begin(self) -> None:
-        self.kept = [self.trials.describe(shape) for shape in self.task.shapes]
+        legal = self.look_at_shapes()
         self._recall()
-        self._measure_defaults()
+        self._measure_defaults(legal)
 
     @property
     def default_ms(self) -> tuple[float, ...]:

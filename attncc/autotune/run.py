@@ -96,11 +96,10 @@ class Run:
     def tune(self, storage: BaseStorage | None) -> Tuned:
         interrupted = False
         try:
-            self._say("looking at the shapes")
-            self.kept = [self.trials.describe(shape) for shape in self.task.shapes]
+            legal = self.look_at_shapes()
             if self.options.resume:
                 self._recall()
-            self._measure_defaults()
+            self._measure_defaults(legal)
             self._search(storage)
         except KeyboardInterrupt:
             interrupted = True
@@ -122,16 +121,24 @@ class Run:
             time.monotonic() - self.begun,
         )
 
+    def look_at_shapes(self) -> dict[Knobs, Future[Legality]]:
+        """What masks leave of each; meanwhile the default configs are compiled, each once."""
+        once = {frozenset(config.items()): config for config in self.defaults}
+        legal = {knobs: self.trials.legality(config) for knobs, config in once.items()}
+        self._say("looking at the shapes")
+        self.kept = [self.trials.describe(shape) for shape in self.task.shapes]
+        return legal
+
     def _recall(self) -> None:
         """What earlier runs found by the same toolchain on the same shapes."""
         for record in self.store.records(program=self.task.program, card=self.card.name):
             self._remember(record)
 
-    def _measure_defaults(self) -> None:
+    def _measure_defaults(self, legal: Mapping[Knobs, Future[Legality]]) -> None:
         """The config that each shape has untuned: it must run, and be right."""
         for number, config in enumerate(self.defaults):
             self._say(f"the default config, {named(self.task.shapes[number])}")
-            record = self._measured(config, number, self.trials.legality(config).result())
+            record = self._measured(config, number, legal[frozenset(config.items())].result())
             if record.status != "measured":
                 raise TuneError(f"the default config {dict(config)} is {record.status}: {record.why}", hint=REPORT)
 

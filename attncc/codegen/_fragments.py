@@ -18,7 +18,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-ROWS = gl.constexpr(64)
+from ._gluon import ROWS, barrier
+
 ONES = gl.constexpr(16)
 """Columns of a factor of ones, by which a bias is multiplied: as few as wgmma takes."""
 
@@ -182,7 +183,7 @@ def kept(x):
 def settle():
     """All threads have written what products read from shared memory."""
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
 
 
 # -- products ------------------------------------------------------------------------------------

@@ -146,10 +146,10 @@ def test_hopeless_configs_are_not_measured_on_every_shape(tmp_path: Path) -> Non
     assert all(config["BM"] == 64 for bounds, config in found.decision.rows if not bounds)
 
 
-def test_trials_are_counted(tmp_path: Path) -> None:
+def test_trials_are_counted_and_a_default_of_two_shapes_is_compiled_once(tmp_path: Path) -> None:
     trials = Imagined(by_rows)
     found = run(trials, tmp_path, trials=5)
-    assert found.standing.tried == trials.asked["legality"] - 2 == 5
+    assert found.standing.tried == trials.asked["legality"] - 1 == 5
 
 
 def test_the_watch_hears_of_every_trial(tmp_path: Path) -> None:

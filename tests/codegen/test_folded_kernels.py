@@ -99,6 +99,7 @@ prologue:
 """
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(("example", "products"), [("cca", 1 + 3 * 8), ("ccgqa", 1 + 3 * 8), (MORE, 1 + 3 * 4)])
 def test_machine_code(example: str, products: int, tmp_path: Path) -> None:
     """Two programs fit a multiprocessor, and few registers are reloaded."""

@@ -245,7 +245,7 @@ def _value_shift(f: Flow, n: int, back: int, before: Before) -> Tiles:
     width = f.chain.widths[n]
     columns = f.chain.heads * width
     kept = columns - int(columns * number(f.chain.steps[n], "fraction", 0.5))
-    if not n and not f.line:
+    if not n and not f.line and f.earlier is None:
         return _bound(f, "shifted", {c: _entered_late(f, c, f.head * width + c.at >= kept, back) for c in f.parts[0]})
     now, earlier = before(0), before(1)
     made = {c: where(row(f.head * width + c.at >= kept), earlier[c], x) for c, x in now.items()}
