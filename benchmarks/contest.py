@@ -23,7 +23,7 @@ from attncc.driver import default_config, lower
 from attncc.errors import SpecError
 from benchmarks import report
 from benchmarks.hand_list import autotuned
-from benchmarks.sweep import PAUSE_S, Sweep, trials_of
+from benchmarks.sweep import PAUSE_S, Sweep, knobs_of, trials_of
 from benchmarks.timing import Timing
 
 Config = Mapping[str, int]
@@ -84,13 +84,13 @@ def shares(what: Task, swept: Sweep, configs: Sequence[Config], impl: str, secon
     """
     if [dict(s) for s in what.shapes] != [dict(s) for s in swept.shapes]:
         raise SpecError("the sweep has other shapes", hint=f"its own are {[dict(s) for s in swept.shapes]}")
-    times = {frozenset(p.config.items()): p.ms for p in swept.points}
+    times, every_best = {knobs_of(p.config): p.ms for p in swept.points}, swept.best_ms
     rows: list[Row] = []
     for number, (shape, config) in enumerate(zip(what.shapes, configs, strict=True)):
-        ms = times.get(frozenset(config.items()), (None,) * len(configs))[number]
+        ms = times.get(knobs_of(config), (None,) * len(configs))[number]
         if ms is None:
             raise SpecError(f"the sweep has no time of {dict(config)} on {dict(shape)}", hint="let it go on for longer")
-        best, default = swept.best_ms[number], swept.default_ms[number]
+        best, default = every_best[number], swept.default_ms[number]
         row: Row = {"case": named(what, shape), "impl": impl, "ms": round(ms, 5), "best_ms": round(best, 5)}
         rows.append(row | {"share": round(best / ms, 4), "default_share": round(best / default, 4), "seconds": seconds})
         rows[-1]["config"] = dict(config)

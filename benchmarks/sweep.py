@@ -138,7 +138,7 @@ def measure(
 ) -> Sweep:
     """The sweep of a task, written to `file` as it grows; one that is there gives the seconds of what is known."""
     until = math.inf if options.budget_s is None else time.monotonic() + options.budget_s
-    took = {_knobs(p.config): p.seconds for p in load(file).points} if file.exists() else {}
+    took = {knobs_of(p.config): p.seconds for p in load(file).points} if file.exists() else {}
     with trials_of(what, options) as (_, trials):
         run = Everything(what, options, store, trials, lambda standing: print(standing.doing, flush=True))
         run.begin()
@@ -147,7 +147,7 @@ def measure(
         found = Sweep(head, what.shapes, run.default_ms, {b.name: b.axes for b in every}, len(order), ())
         progress = Progress(file, found, len(order) if limit is None else min(limit, len(order)))
         for point in run.points(order[:limit], until):
-            progress.add(point if point.seconds else replace(point, seconds=took.get(_knobs(point.config), ())))
+            progress.add(point if point.seconds else replace(point, seconds=took.get(knobs_of(point.config), ())))
         return progress.saved()
 
 
@@ -258,7 +258,7 @@ def branches_of(sweep: Sweep) -> tuple[Branch, ...]:
     return tuple(Branch(name, axes, dict) for name, axes in sweep.axes.items())
 
 
-def _knobs(config: Config) -> frozenset[tuple[str, int]]:
+def knobs_of(config: Config) -> frozenset[tuple[str, int]]:
     return frozenset(config.items())
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
+from attncc.codegen import gluon_kernels
 from attncc.codegen.source import WIDTH, Writer, called, definitions, filled
 from attncc.codegen.triton import CALL, Printer, handles, strides
 from attncc.errors import CompilerBug
@@ -47,7 +47,7 @@ def as_gluon(text: str) -> str:
     for shaped in ("tl.arange", "tl.full", "tl.dot", "tl.sum", "tl.reshape"):
         if shaped in text:
             raise CompilerBug(f"{shaped} would need a layout in Gluon:\n{text}")
-    return re.sub(r"\btl\.", "gl.", text.replace("@triton.jit", "@gluon.jit")).replace("BF16", "gl.bfloat16")
+    return gluon_kernels.as_gluon(text)
 
 
 def argument_names(params: Iterable[Param]) -> list[str]:

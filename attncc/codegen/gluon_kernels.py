@@ -7,7 +7,7 @@ columns by the axis along which it is used.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from attncc.codegen.source import Writer, called, definitions
@@ -15,7 +15,7 @@ from attncc.codegen.triton import ATOM, CALL, DTYPE, Printer, dim, signature, st
 from attncc.errors import CompilerBug
 from attncc.ir.expr import INTS, Dim, Expr, const
 from attncc.ir.rewrite import names, walk
-from attncc.ir.tile import For, Kernel, Let, Param, Soon, Statement, Store, block, reads
+from attncc.ir.tile import For, Kernel, Let, Param, Soon, Statement, Store, every, reads
 
 MODULE: Final = "_fragments"
 CALLS: Final = CALL | {"sin": "sine", "cos": "cosine", "sigmoid": "sigmoid"}
@@ -47,6 +47,7 @@ def fragments_in(texts: Sequence[str]) -> frozenset[str]:
 
 
 def as_gluon(text: str) -> str:
+    """Triton's words under Gluon's names."""
     return re.sub(r"\btl\.", "gl.", text.replace("@triton.jit", "@gluon.jit")).replace("BF16", "gl.bfloat16")
 
 
@@ -56,7 +57,7 @@ class GluonPrinter(Printer):
     def __init__(self, params: Iterable[Param], body: tuple[Statement, ...]) -> None:
         super().__init__(params, {}, {}, CALLS)
         self.columns = _column_names(body)
-        self.widest = max(int(s.value.shape[1]) for s in _all(body) if isinstance(s, Store))
+        self.widest = max(int(s.value.shape[1]) for s in every(body) if isinstance(s, Store))
         """Columns of the tiles like whose rows vectors of rows are spread."""
         self.width: Dim = self.widest
         """Those of the tile that is being printed."""
@@ -151,7 +152,7 @@ class GluonPrinter(Printer):
     def _place(self, p: Param, index: tuple[Expr, ...], mask: Expr | None) -> tuple[str, str, str]:
         """Where the head of an operand begins; its rows and how far they are apart; which are meant."""
         batch, head, rows, columns = index
-        if batch.shape or head.shape or not (_is_all(columns) and _is_vector(rows, 1)):
+        if batch.shape or head.shape or not (_isevery(columns) and _is_vector(rows, 1)):
             raise CompilerBug(f"Gluon has no text for an access to {p.name} at {index}")
         if mask is not None and not _is_vector(mask, 1):
             raise CompilerBug(f"Gluon has no text for an access to {p.name} where {mask}")
@@ -184,7 +185,7 @@ def _is_vector(e: Expr, axis: int) -> bool:
     return e.op == "expand" and e.attr == axis
 
 
-def _is_all(columns: Expr) -> bool:
+def _isevery(columns: Expr) -> bool:
     return _is_vector(columns, 0) and columns.args[0].op == "iota"
 
 
@@ -193,19 +194,13 @@ def _is_matrix(e: Expr) -> bool:
     return e.op == "load" and len(e.args) == 4 and _is_vector(e.args[2], 1) and e.args[2].args[0].op == "iota"
 
 
-def _all(body: Iterable[Statement]) -> Iterator[Statement]:
-    for s in body:
-        yield s
-        yield from _all(block(s))
-
-
 def _kept(body: tuple[Statement, ...]) -> frozenset[str]:
     """Tiles and columns of fp32 that loops read as they were bound before: they wait in shared memory."""
     found: set[str] = set()
     columns = _column_names(body)
-    for loop in _all(body):
+    for loop in every(body):
         if isinstance(loop, For):
-            inner = [*_all(loop.body)]
+            inner = [*every(loop.body)]
             bound = {str(s.var.attr) for s in inner if isinstance(s, Let)}
             read = {n for s in inner for e in reads(s) for n in walk(e) if n.op == "name" and n.dtype == "f32"}
             found |= {str(n.attr) for n in read if len(n.shape) == 2 or str(n.attr) in columns} - bound
@@ -214,9 +209,9 @@ def _kept(body: tuple[Statement, ...]) -> frozenset[str]:
 
 def _column_names(body: tuple[Statement, ...]) -> frozenset[str]:
     """Vectors that stand beside columns somewhere, and those that these are made of."""
-    expressions = [e for s in _all(body) for e in reads(s)]
+    expressions = [e for s in every(body) for e in reads(s)]
     found = {text for e in expressions for node in walk(e) if _is_vector(node, 0) for text in names(node)}
-    vectors = [s for s in _all(body) if isinstance(s, Let) and len(s.var.shape) == 1]
+    vectors = [s for s in every(body) if isinstance(s, Let) and len(s.var.shape) == 1]
     for s in reversed(vectors):
         if str(s.var.attr) in found:
             found |= names(s.value)

@@ -23,6 +23,7 @@ from attncc.ir.tile import (
     StoreTile,
     binds,
     block,
+    every,
     reads,
     writes,
 )
@@ -138,9 +139,7 @@ def fresh(text: str, taken: Collection[str]) -> str:
 
 
 def _bound(body: Iterable[Statement]) -> Iterator[str]:
-    for s in body:
-        yield from (str(e.attr) for e in binds(s))
-        yield from _bound(block(s))
+    return (str(e.attr) for s in every(body) for e in binds(s))
 
 
 @dataclass

@@ -7,7 +7,7 @@ living definition.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -157,6 +157,13 @@ def block(s: Statement) -> tuple[Statement, ...]:
             return s.body
         case _:
             return ()
+
+
+def every(body: Iterable[Statement]) -> Iterator[Statement]:
+    """All statements of a body, each before those inside it."""
+    for s in body:
+        yield s
+        yield from every(block(s))
 
 
 @dataclass(frozen=True, slots=True)

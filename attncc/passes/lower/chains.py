@@ -196,6 +196,13 @@ def channels(attn: Attention, step: Call, width: int) -> tuple[int, int] | None:
             return None
 
 
+def heads_and_taps(attn: Attention, step: Call, width: int) -> tuple[int, int]:
+    """The same of weights that have a lowering: an odd shape has none."""
+    found = channels(attn, step, width)
+    assert found is not None, "an odd shape has no lowering"
+    return found
+
+
 def matrix_bytes(attn: Attention, step: Call, width: int) -> int:
     """What the matrices of a head's convolution take, in 16 bits."""
     found = channels(attn, step, width)

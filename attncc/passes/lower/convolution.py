@@ -17,7 +17,7 @@ from attncc.ir.build import Builder, column, dot, full, iota, lanes, program, qu
 from attncc.ir.expr import Dtype, Expr, Value, cast_to, const, eq, name, where
 from attncc.ir.primitives import on
 from attncc.ir.tile import Kernel, Param, Scratch
-from attncc.passes.lower.chains import Chain, channels, option
+from attncc.passes.lower.chains import Chain, channels, heads_and_taps, option
 from attncc.passes.lower.columns import Columns, cut
 from attncc.passes.lower.flow import Flow, Tiles
 from attncc.passes.lower.normalizers import VALUE_DTYPE
@@ -66,9 +66,7 @@ def convolved(f: Flow, n: int, before: Earlier, plus: Tiles | None = None) -> Ti
     Method: compressed convolutional attention, arXiv 2510.04476.
     """
     step, width = f.chain.steps[n], f.chain.widths[n]
-    found = channels(f.attn, step, width)
-    assert found is not None, "an odd shape has no lowering"
-    _, taps = found
+    _, taps = heads_and_taps(f.attn, step, width)
     letters = on(step)
     heads = {"q": f.attn.heads.q, "k": f.attn.heads.kv, "v": f.attn.heads.v}
     head = f.head + sum(heads[x] for x in letters[: letters.index(f.chain.operand)])
@@ -168,9 +166,8 @@ def matrices(attn: Attention) -> dict[str, Call]:
 def _shape(attn: Attention, step: Call) -> tuple[int, int, int]:
     """Heads, matrices of a head (halves of taps, and the bias) and columns."""
     width = attn.dims.v if "v" in on(step) else attn.dims.qk
-    found = channels(attn, step, width)
-    assert found is not None, "an odd shape has no lowering"
-    return found[0], found[1] * HALVES[VALUE_DTYPE[attn.dtype]] + len(bias_word(attn, step)), width
+    heads, taps = heads_and_taps(attn, step, width)
+    return heads, taps * HALVES[VALUE_DTYPE[attn.dtype]] + len(bias_word(attn, step)), width
 
 
 def matrix_scratch(attn: Attention) -> Iterator[Scratch]:

@@ -18,7 +18,7 @@ from attncc.ir.build import Builder, column, dot, full, iota, quotient, read, re
 from attncc.ir.expr import Expr, cast_to, const, eq, where
 from attncc.ir.primitives import on
 from attncc.ir.tile import Param, Scratch
-from attncc.passes.lower.chains import Chain, channels, option
+from attncc.passes.lower.chains import Chain, heads_and_taps, option
 from attncc.passes.lower.convolution import bias_at, channel_index, multiplies, runs_on
 from attncc.passes.lower.flow import Flow, Tiles
 from attncc.passes.lower.normalizers import VALUE_DTYPE
@@ -166,16 +166,12 @@ def _mixing(chain: Chain) -> Call:
 
 
 def _taps(attn: Attention, step: Call, width: int) -> int:
-    found = channels(attn, step, width)
-    assert found is not None, "an odd shape has no lowering"
-    return found[1]
+    return heads_and_taps(attn, step, width)[1]
 
 
 def _heads(attn: Attention, chain: Chain) -> int:
     """That the weights have: of all operands of the step."""
-    found = channels(attn, _mixing(chain), chain.widths[0])
-    assert found is not None, "an odd shape has no lowering"
-    return found[0]
+    return heads_and_taps(attn, _mixing(chain), chain.widths[0])[0]
 
 
 def _has_bias(chain: Chain) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from attncc.ir.build import needed
 from attncc.ir.expr import Expr
 from attncc.ir.rewrite import names
-from attncc.ir.tile import For, If, Let, Param, Statement, block, reads
+from attncc.ir.tile import For, If, Let, Param, Statement, block, every, reads
 
 Body = tuple[Statement, ...]
 
@@ -24,9 +24,7 @@ def tidy(params: Iterable[Param], body: Body) -> tuple[tuple[Param, ...], Body]:
 
 
 def _read(body: Body) -> Iterator[Expr]:
-    for s in body:
-        yield from reads(s)
-        yield from _read(block(s))
+    return (e for s in every(body) for e in reads(s))
 
 
 def _live(body: Body, used: set[str]) -> Iterator[Statement]:
