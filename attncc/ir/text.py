@@ -379,10 +379,8 @@ def statement_lines(s: Statement) -> Iterator[str]:
     match s:
         case Note(words):
             yield from (f"# {line}" for line in words.splitlines())
-        case Barrier():
-            yield "barrier"
-        case Soon(value):
-            yield f"soon {text(value)}"
+        case Barrier() | Soon():
+            yield "barrier" if isinstance(s, Barrier) else f"soon {text(s.value)}"
         case Let(var, value, note):
             yield f"{_typed(var)} = {text(value)}{_comment(note)}"
         case Store(buffer, index, value, mask):
