@@ -146,7 +146,7 @@ def finish(m, l, r, s, known, mail, letter, args, DTYPE: gl.constexpr, ROW: gl.c
 @gluon.jit
 def consume(NUMBER: gl.constexpr, O, sinks, places, o_s, mail, bars, args, OWN_ROOM: gl.constexpr, CONFIG):
     """One warpgroup's rows of each query tile of this block."""
-    q_full, q_empty, _, _, v_full, v_empty, _, _, mail_full, mail_empty = bars
+    q_full, q_empty, _, _, v_full, v_empty, mail_full, mail_empty = bars
     q_s, _, v_s, _ = places
     _, _, _, LSE, lse_h, write_lse, lost, counter = sinks
     BN: gl.constexpr = fixed(CONFIG, "BN")
@@ -174,12 +174,12 @@ def consume(NUMBER: gl.constexpr, O, sinks, places, o_s, mail, bars, args, OWN_R
         q_at = (done % Q_STAGES) * CONSUMERS + NUMBER
         q = tiles_of(q_s, q_at)
         mbarrier.wait(q_full.index(q_at), (done // Q_STAGES) & 1)
+        acc = nothing(v_s)
+        p, m, l, late = fill(q, cuts, read, places, bars, c, r, s, args, NUMBER, S_LAYOUT, CONFIG)
         if Q_STAGES == 2:  # the output of the tile before has left its place by now, which is the next Q's
             tma.store_wait(0)
             barrier()
             mbarrier.arrive(q_empty.index(((done + 1) % 2) * CONSUMERS + NUMBER), count=1, pred=done > 0)
-        acc = nothing(v_s)
-        p, m, l, late = fill(q, cuts, read, places, bars, c, r, s, args, NUMBER, S_LAYOUT, CONFIG)
         read += 1
         for t in range(1, cuts):
             p, m, l, acc, late = overlap(

@@ -11,6 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from . import hopper as variant
 from ._gluon import ROWS, named
+from ._ribbon import read_ribbon
 from ._softmax import LOWEST, lane_sum, per_lane, scaled, softmax
 
 LETTER = gl.constexpr(8)
@@ -20,7 +21,7 @@ FIRST_TURN = gl.constexpr(9)
 FIXED = gl.constexpr({
     "BN": 0, "CONSUMERS": 1, "STAGES": 2, "Q_STAGES": 3, "TURNS": 4, "GROUP": 5, "AGAIN": 6, "MARK_LOST": 7, "KNOWN": 8,
     "FLOATS": 9, "FACTOR": 10, "QUERIES": 11, "KEYS": 12, "KEEP_ROWS": 13, "READS_KEYS": 14, "HEADS": 15,
-    "COLUMNS": 16, "POLY": 17, "DRAWN": 18,
+    "COLUMNS": 16, "POLY": 17, "DRAWN": 18, "OPENS": 19,
 })  # fmt: skip
 """Where what a launch fixes stands in the tuple in which it travels; functions would pass a dozen constants on else."""
 fixed = named(FIXED)
@@ -140,26 +141,38 @@ def fetch_own(mail, at, FLOATS: gl.constexpr):
 
 
 @gluon.jit
-def read_beside(places, bars, read, NUMBER: gl.constexpr, LAYOUT: gl.constexpr):
-    """What is read beside a tile's products, in their layout; 0 where nothing is."""
-    _, _, _, _, _, _, x_full, x_empty, _, _ = bars
-    _, _, _, x_s = places
+def opening(x_s, slot, NUMBER: gl.constexpr, LAYOUT: gl.constexpr, CONFIG):
+    """What scores of a slot begin with."""
+    BN: gl.constexpr = fixed(CONFIG, "BN")
+    if fixed(CONFIG, "OPENS"):
+        first = read_ribbon(x_s[0], slot * fixed(CONFIG, "CONSUMERS") + NUMBER, BN, LAYOUT)
+    else:
+        first = gl.zeros([ROWS, BN], gl.float32, LAYOUT)
+    return first
+
+
+@gluon.jit
+def read_beside(x_s, slot, NUMBER: gl.constexpr, LAYOUT: gl.constexpr, CONFIG):
+    """What scores of a slot take besides, where they do not begin with it; 0 where nothing is."""
     x = 0
-    if len(x_s) > 0:
-        mbarrier.wait(x_full.index(NUMBER), read & 1)
-        x = tile_of(x_s[0], NUMBER).load(LAYOUT)
-        fence_async_shared()  # loads are on their way, and TMA would not wait for them
-        mbarrier.arrive(x_empty.index(NUMBER), count=1)
+    if len(x_s) > fixed(CONFIG, "OPENS"):
+        x = read_ribbon(x_s[0], slot * fixed(CONFIG, "CONSUMERS") + NUMBER, fixed(CONFIG, "BN"), LAYOUT)
     return x
 
 
 @gluon.jit
-def product(q, k_s, slot, LAYOUT: gl.constexpr):
-    """Issues Q K^T of a slot."""
-    BN: gl.constexpr = k_s[0].shape[3]
-    sent = gl.zeros([ROWS, BN], gl.float32, LAYOUT)
+def leave_keys(bar, x_s, CONFIG):
+    """Gives a slot of keys back, and what came along."""
+    if len(x_s) > fixed(CONFIG, "OPENS"):
+        fence_async_shared()  # loads are on their way, and TMA would not wait for them
+    mbarrier.arrive(bar, count=1)
+
+
+@gluon.jit
+def product(q, k_s, slot, sent, OPENS: gl.constexpr):
+    """Issues Q K^T of a slot, added to what scores begin with."""
     for n in gl.static_range(len(q)):
-        sent = warpgroup_mma(q[n], tile_of(k_s[n], slot).permute((1, 0)), sent, use_acc=n > 0, is_async=True)
+        sent = warpgroup_mma(q[n], tile_of(k_s[n], slot).permute((1, 0)), sent, use_acc=n + OPENS > 0, is_async=True)
     return sent
 
 
@@ -217,6 +230,26 @@ def shrunk(acc, alpha, FEW_BITS: gl.constexpr):
 
 
 @gluon.jit
+def between(first, last, like):
+    """Which columns are from the first to the last of a row: a thread has a bit for each of its own, and asks for that.
+
+    Columns are as an accumulator has them, eight by eight; the bits of an eighth's place are one number.
+    """
+    EIGHTHS: gl.constexpr = like.shape[1] // 8
+    PARTS: gl.constexpr = gl.reshape(like, [ROWS, EIGHTHS, 8]).type.layout
+    ROW: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(1, PARTS))
+    first = gl.convert_layout(first, ROW, assert_trivial=True)[:, None]
+    last = gl.convert_layout(last, ROW, assert_trivial=True)[:, None]
+    place = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, PARTS)))[None, :]
+    eighth = gl.arange(0, EIGHTHS, gl.SliceLayout(0, gl.SliceLayout(2, PARTS)))[None, :]
+    begin = gl.minimum(gl.maximum((first - place + 7) >> 3, 0), EIGHTHS)
+    end = gl.minimum(gl.maximum(((last - place) >> 3) + 1, 0), EIGHTHS)
+    bits = ((1 << end) - 1) & (-1 << begin)
+    kept = gl.expand_dims(bits, 1) >> gl.expand_dims(eighth, 2) & 1
+    return gl.convert_layout(gl.reshape(kept, [ROWS, EIGHTHS * 8]), like.type.layout, assert_trivial=True) != 0
+
+
+@gluon.jit
 def masked_scores(qk, n, beside, r, s, args, LAYOUT: gl.constexpr, CONFIG):
     """Scores of the tile of keys from n on, -inf for pairs that the mask hides, or the sequence's end; their shift."""
     BN: gl.constexpr = fixed(CONFIG, "BN")
@@ -226,7 +259,11 @@ def masked_scores(qk, n, beside, r, s, args, LAYOUT: gl.constexpr, CONFIG):
         j = gl.maximum(gl.minimum(j, s[fixed(CONFIG, "KEYS")] - 1), 0)
         kept = inside[None, :] & variant.keep(j, r, s, args)
     else:
-        kept = variant.keep(j, r, s, args)
+        ends = variant.ends(r, s, args)
+        if len(ends) > 0:
+            kept = between(gl.maximum(ends[0], 0) - n, gl.maximum(ends[1], -1) - n, qk)
+        else:
+            kept = variant.keep(j, r, s, args)
     return gl.where(kept, variant.score(qk, beside, j, r, s, args), float("-inf")), variant.shift(n, r, s, args)
 
 
@@ -255,23 +292,24 @@ def whole_scores(qk, t, beside, r, s, args, LAYOUT: gl.constexpr, CONFIG):
 @gluon.jit
 def fill(q, cuts, read, places, bars, c, r, s, args, NUMBER: gl.constexpr, S_LAYOUT: gl.constexpr, CONFIG):
     """Scores and weights of the tile that opens the pipeline; its values are still to come."""
-    _, _, k_full, k_empty, _, _, _, _, _, _ = bars
-    _, k_s, _, _ = places
+    _, _, k_full, k_empty, _, _, _, _ = bars
+    _, k_s, _, x_s = places
     CONSUMERS: gl.constexpr = fixed(CONFIG, "CONSUMERS")
     STAGES: gl.constexpr = fixed(CONFIG, "STAGES")
     TURNS: gl.constexpr = fixed(CONFIG, "TURNS")
     slot = read % STAGES
     mbarrier.wait(k_full.index(slot), (read // STAGES) & 1)
+    first = opening(x_s, slot, NUMBER, S_LAYOUT, CONFIG)
     if TURNS:
         take_turn(NUMBER)
-    qk = product(q, k_s, slot, S_LAYOUT)
+    qk = product(q, k_s, slot, first, fixed(CONFIG, "OPENS"))
+    beside = read_beside(x_s, slot, NUMBER, S_LAYOUT, CONFIG)
     if TURNS == 1:
         pass_turn((NUMBER + 1) % CONSUMERS)
     qk = warpgroup_mma_wait(0, deps=(qk,))
     if TURNS == 2:
         pass_turn((NUMBER + 1) % CONSUMERS)
-    mbarrier.arrive(k_empty.index(slot), count=1)
-    beside = read_beside(places, bars, read, NUMBER, S_LAYOUT)
+    leave_keys(k_empty.index(slot), x_s, CONFIG)
     if cuts > 0:  # a branch keeps ptxas from asking the mask before the product is there, and packing the answers
         x, shift = masked_scores(qk, variant.cut(0, s, args, fixed(CONFIG, "BN")), beside, r, s, args, S_LAYOUT, CONFIG)
     else:
@@ -292,8 +330,8 @@ def overlap(
 ):  # fmt: skip
     """A turn of a loop over cut tiles, or of the main one over whole tiles: Q K(n) and P V(n - 1) are issued together,
     the softmax of n follows."""
-    _, _, k_full, k_empty, v_full, v_empty, _, _, _, _ = bars
-    _, k_s, v_s, _ = places
+    _, _, k_full, k_empty, v_full, v_empty, _, _ = bars
+    _, k_s, v_s, x_s = places
     CONSUMERS: gl.constexpr = fixed(CONFIG, "CONSUMERS")
     STAGES: gl.constexpr = fixed(CONFIG, "STAGES")
     TURNS: gl.constexpr = fixed(CONFIG, "TURNS")
@@ -301,18 +339,19 @@ def overlap(
     slot = read % STAGES
     before = (read - 1) % STAGES
     mbarrier.wait(k_full.index(slot), (read // STAGES) & 1)
+    first = opening(x_s, slot, NUMBER, S_LAYOUT, CONFIG)
     if TURNS:
         take_turn(NUMBER)
-    qk_sent = product(q, k_s, slot, S_LAYOUT)
+    qk_sent = product(q, k_s, slot, first, fixed(CONFIG, "OPENS"))
     mbarrier.wait(v_full.index(before), ((read - 1) // STAGES) & 1)
     acc_sent = add_values(p, v_s, before, acc)
+    beside = read_beside(x_s, slot, NUMBER, S_LAYOUT, CONFIG)
     if TURNS == 1:
         pass_turn((NUMBER + 1) % CONSUMERS)
     qk = warpgroup_mma_wait(len(acc), deps=(qk_sent,))
     if TURNS == 2:
         pass_turn((NUMBER + 1) % CONSUMERS)
-    mbarrier.arrive(k_empty.index(slot), count=1)
-    beside = read_beside(places, bars, read, NUMBER, S_LAYOUT)
+    leave_keys(k_empty.index(slot), x_s, CONFIG)
     if IS_CUT:
         x, shift = cut_scores(qk, t, beside, mail, letter, known, r, args, NUMBER, S_LAYOUT, CONFIG)
     else:

@@ -92,7 +92,7 @@ def _of_hopper(attn: Attention, engine: Engine) -> Iterator[list[str]]:
     q, k, v = engine.tensors
     maps = [*_maps(q, "64", engine.qk), *_maps(k, keys, engine.qk), *_maps(v, keys, engine.v, engine.turned)]
     maps += _maps(engine.output, "64", () if packed else engine.v)
-    yield [*maps, ABSENT if engine.beside is None else f'("tile", "{engine.beside.name}", 64, {keys})']
+    yield [*maps, *(_handle_entries(engine.beside) if engine.beside else [ABSENT])]
     lost = engine.lost or "lse"  # not written where nothing can be hidden
     o = f'"{engine.output}"'
     out = [f'("tensor", {o})', f'("stride", {o}, 1)', f'("stride", {o}, 2)'] if packed else [ABSENT] * 3
@@ -140,6 +140,7 @@ def constants(attn: Attention, engine: Engine) -> dict[str, int]:
         "OWN_ROOM": int(engine.turned or engine.v != engine.qk[: len(engine.v)]),
         "HEADS": attn.heads.q,
         "COLUMNS": attn.dims.v,
+        "OPENS": int(engine.opens),
     }
 
 

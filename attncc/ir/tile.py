@@ -276,7 +276,9 @@ class Engine:
     exact: bool
     """Whether functions are computed as well as fp32 allows, however long it takes."""
     beside: Param | None = None
-    """What is read beside the products, as a tile for each of theirs."""
+    """A ribbon: what stands beside products and moves with key - query alone."""
+    opens: bool = False
+    """Whether scores begin with it."""
     knobs: tuple[Knob, ...] = ()
     before: tuple[Launch, ...] = ()
     """Launches of portable kernels that make what it alone reads."""
