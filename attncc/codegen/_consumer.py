@@ -5,6 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from . import hopper as variant
+from ._exact import as_pieces, exact_zeros, parts_of
 from ._gluon import FIRST_ANSWER, ROWS, barrier, store_by_tma
 from ._softmax import MOST, lane_sum, scaled
 from ._steps import (
@@ -17,6 +18,7 @@ from ._steps import (
     few_bits,
     fill,
     fixed,
+    is_exact,
     joined,
     overlap,
     pass_turn,
@@ -115,11 +117,14 @@ def zeros(place):
 
 
 @gluon.jit
-def nothing(v_s):
+def nothing(v_s, CONFIG):
     """Accumulators of no keys at all."""
     acc = ()
-    for n in gl.static_range(len(v_s)):
-        acc = acc + (zeros(v_s[n]),)
+    if is_exact(v_s, CONFIG):
+        acc = exact_zeros(parts_of(fixed(CONFIG, "COLUMNS")))
+    else:
+        for n in gl.static_range(len(v_s)):
+            acc = acc + (zeros(v_s[n]),)
     return acc
 
 
@@ -178,7 +183,7 @@ def consume(NUMBER: gl.constexpr, O, sinks, places, o_s, mail, bars, args, OWN_R
             tma.store_wait(0)
             barrier()
             mbarrier.arrive(q_empty.index(((done + 1) % 2) * CONSUMERS + NUMBER), count=1, pred=done > 0)
-        acc = nothing(v_s)
+        acc = nothing(v_s, CONFIG)
         p, m, l, late = fill(q, cuts, read, places, bars, c, r, s, args, NUMBER, S_LAYOUT, CONFIG)
         read += 1
         for t in range(1, cuts):
@@ -197,7 +202,7 @@ def consume(NUMBER: gl.constexpr, O, sinks, places, o_s, mail, bars, args, OWN_R
         # the pipeline drains; while it does, the row's end and the next letter's first number
         before = (read - 1) % STAGES
         mbarrier.wait(v_full.index(before), ((read - 1) // STAGES) & 1)
-        acc_sent = add_values(p, v_s, before, acc)
+        acc_sent = add_values(p, v_s, before, acc, CONFIG)
         factor, lse = finish(m, l, r, s, known, mail, letter, args, v_s[0].dtype, ROW, CONFIG)
         b, h, first = fetch(mail, letter + 3), fetch(mail, letter + 4), fetch(mail, letter + 5) + NUMBER * ROWS
         left = fetch(mail, letter + 6) - NUMBER * ROWS
@@ -207,6 +212,8 @@ def consume(NUMBER: gl.constexpr, O, sinks, places, o_s, mail, bars, args, OWN_R
         mbarrier.wait(mail_full.index(done & 1), (done >> 1) & 1)
         count = fetch(mail, (done & 1) * SIZE)
         acc = joined(arrived(acc_sent), acc, late)
+        if is_exact(v_s, CONFIG):
+            acc = as_pieces(acc, o_s)
         mbarrier.arrive(v_empty.index(before), count=1)
         if fixed(CONFIG, "MARK_LOST"):
             mark_lost(acc, lost, counter, again, left, NUMBER)

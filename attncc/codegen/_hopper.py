@@ -34,6 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from . import hopper as variant
 from ._consumer import consume, leave
+from ._exact import BLOCK, blocks_of
 from ._gluon import ROWS, barriers, load_by_tma
 from ._steps import LETTER, few_bits, fixed
 
@@ -52,9 +53,14 @@ def load(X, b, h, row, slot, bar, X_s):
 
 
 @gluon.jit
-def load_values(V, b, h, key, slot, bar, V_s):
+def load_values(V, b, h, key, slot, bar, V_s, COLUMNS: gl.constexpr):
     """The same of values, which come as [column, key] where they are turned."""
-    if few_bits(V[0].dtype):
+    if len(V) == 1 and V[0].block_type.shape[3] < COLUMNS and not few_bits(V[0].dtype):
+        BLOCKS: gl.constexpr = blocks_of(COLUMNS)
+        mbarrier.expect(bar, BLOCKS * V[0].block_type.nbytes)
+        for n in gl.static_range(BLOCKS):
+            load_by_tma(V[0], [b, h, key, n * BLOCK], bar, V_s[0].index(slot * BLOCKS + n))
+    elif few_bits(V[0].dtype):
         if len(V) == 1:
             mbarrier.expect(bar, V[0].block_type.nbytes)
         else:
@@ -118,7 +124,7 @@ def copy(t, copied, done, at, where, cuts, s, maps, places, bars, args, CONFIG):
             mbarrier.expect(x_full.index(c), X[0].block_type.nbytes)
             load_by_tma(X[0], [0, table, 0, column], x_full.index(c), x_s[0].index(c))
     mbarrier.wait(v_empty.index(slot), phase ^ 1)
-    load_values(V, b, hv, first_key + n, slot, v_full.index(slot), v_s)
+    load_values(V, b, hv, first_key + n, slot, v_full.index(slot), v_s, fixed(CONFIG, "COLUMNS"))
 
 
 @gluon.jit
@@ -243,7 +249,11 @@ def forward(
     maps = (pieces(Q0, Q1), pieces(K0, K1), pieces(V0, V1), pieces(X0, None))
     O = pieces(O0, O1)
     q_s = rooms(maps[0], CONSUMERS * Q_STAGES)
-    k_s, v_s, x_s = rooms(maps[1], STAGES), rooms(maps[2], STAGES), rooms(maps[3], CONSUMERS)
+    if len(maps[2]) == 1 and V0.block_type.shape[3] < COLUMNS and not few_bits(V0.dtype):
+        v_s = rooms(maps[2], STAGES * blocks_of(COLUMNS))
+    else:
+        v_s = rooms(maps[2], STAGES)
+    k_s, x_s = rooms(maps[1], STAGES), rooms(maps[3], CONSUMERS)
     places = (q_s, k_s, v_s, x_s)
     if OWN_ROOM:
         if len(O) > 0:

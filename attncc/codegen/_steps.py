@@ -10,6 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from . import hopper as variant
+from ._exact import exact_product
 from ._gluon import ROWS, named
 from ._softmax import LOWEST, lane_sum, per_lane, scaled, softmax
 
@@ -67,6 +68,12 @@ def operand(width, dtype):
 def width_of(place):
     """Columns of the output that a tile of values has, which come as [column, key] where they are turned."""
     return place.shape[3] if few_bits(place.dtype) else place.shape[4]
+
+
+@gluon.constexpr_function
+def is_exact(v_s, config):
+    """Whether values lie in blocks of columns, and are multiplied by an instruction as wide as they are."""
+    return len(v_s) == 1 and width_of(v_s[0]) < fixed(config, "COLUMNS")
 
 
 @gluon.constexpr_function
@@ -176,11 +183,14 @@ def value_product(p, place, slot, acc):
 
 
 @gluon.jit
-def add_values(p, v_s, slot, acc):
+def add_values(p, v_s, slot, acc, CONFIG):
     """Issues acc + P V of a slot; of few bits P V alone, to be `joined`."""
     sent = ()
-    for n in gl.static_range(len(acc)):
-        sent = sent + (value_product(p, v_s[n], slot, acc[n]),)
+    if is_exact(v_s, CONFIG):
+        sent = exact_product(p, v_s[0], slot, acc, fixed(CONFIG, "COLUMNS"))
+    else:
+        for n in gl.static_range(len(acc)):
+            sent = sent + (value_product(p, v_s[n], slot, acc[n]),)
     return sent
 
 
@@ -305,10 +315,10 @@ def overlap(
         take_turn(NUMBER)
     qk_sent = product(q, k_s, slot, S_LAYOUT)
     mbarrier.wait(v_full.index(before), ((read - 1) // STAGES) & 1)
-    acc_sent = add_values(p, v_s, before, acc)
+    acc_sent = add_values(p, v_s, before, acc, CONFIG)
     if TURNS == 1:
         pass_turn((NUMBER + 1) % CONSUMERS)
-    qk = warpgroup_mma_wait(len(acc), deps=(qk_sent,))
+    qk = warpgroup_mma_wait(len(v_s), deps=(qk_sent,))
     if TURNS == 2:
         pass_turn((NUMBER + 1) % CONSUMERS)
     mbarrier.arrive(k_empty.index(slot), count=1)

