@@ -5,8 +5,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from . import hopper as variant
-from ._exact import as_pieces, exact_zeros, parts_of
 from ._gluon import FIRST_ANSWER, ROWS, barrier, store_by_tma
+from ._parts import BLOCK, NARROW, PART, as_blocks, block_at, blocks_of, steps_of, zero_parts
 from ._softmax import MOST, lane_sum, scaled
 from ._steps import (
     LETTER,
@@ -18,11 +18,11 @@ from ._steps import (
     few_bits,
     fill,
     fixed,
-    is_exact,
     joined,
     overlap,
     pass_turn,
     tile_of,
+    unit_of,
     width_of,
 )
 
@@ -87,6 +87,20 @@ def write_lines(o, sinks, h, first, left, column0, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
+def store_blocks(o, O, o_s, sinks, unit, b, h, first, left, COLUMNS: gl.constexpr):
+    for n in gl.static_range(len(o)):
+        block_at(o_s[0], unit + n * 4, ROWS).reshape([ROWS, BLOCK]).store(o[n].to(o_s[0].dtype))
+    fence_async_shared()
+    barrier()
+    for n in gl.static_range(len(o)):
+        place = block_at(o_s[0], unit + n * 4, ROWS)
+        if len(O) > 0:  # TMA ends where the tensor does
+            store_by_tma(O[0], [b, h, first, n * BLOCK], place)
+        else:
+            write_lines(place.reshape([ROWS, BLOCK]), sinks, h, first, left, n * BLOCK, COLUMNS)
+
+
+@gluon.jit
 def store(o, O, o_s, sinks, at, b, h, first, left, COLUMNS: gl.constexpr):
     """Writes an output by way of its place in shared memory, but for what is behind the `left` rows of the sequence."""
     for n in gl.static_range(len(o)):
@@ -120,8 +134,8 @@ def zeros(place):
 def nothing(v_s, CONFIG):
     """Accumulators of no keys at all."""
     acc = ()
-    if is_exact(v_s, CONFIG):
-        acc = exact_zeros(parts_of(fixed(CONFIG, "COLUMNS")))
+    if fixed(CONFIG, "PARTS"):
+        acc = zero_parts(2 * steps_of(fixed(CONFIG, "COLUMNS")))
     else:
         for n in gl.static_range(len(v_s)):
             acc = acc + (zeros(v_s[n]),)
@@ -137,14 +151,24 @@ def tiles_of(q_s, at):
 
 
 @gluon.jit
+def ramps(s, args, LAYOUT: gl.constexpr, CONFIG):
+    """What the variant knows of a tile's columns, for each of the tensors that scores are."""
+    WIDTH: gl.constexpr = NARROW if fixed(CONFIG, "PARTS") else fixed(CONFIG, "BN")
+    made = ()
+    for part in gl.static_range(fixed(CONFIG, "BN") // WIDTH):
+        made = made + (variant.ramp(part * WIDTH + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT)), s, args),)
+    return made
+
+
+@gluon.jit
 def finish(m, l, r, s, known, mail, letter, args, DTYPE: gl.constexpr, ROW: gl.constexpr, CONFIG):
     """What rows' accumulators are multiplied by, and their lse."""
     total = gl.convert_layout(gl.sum(l, 1), ROW)
     if few_bits(DTYPE):  # what only the end needs is heard of again, and takes no registers from the loop
         s_end = known + fetch_own(mail, letter + LETTER, fixed(CONFIG, "FLOATS"))
-        factor, lse = variant.finish(m, total * (1.0 / MOST), r, s_end, args)
+        factor, lse = variant.finish(m, total * (1.0 / MOST), r[0], s_end, args)
     else:
-        factor, lse = variant.finish(m, total, r, s, args)
+        factor, lse = variant.finish(m, total, r[0], s, args)
     return factor, lse
 
 
@@ -159,7 +183,7 @@ def consume(NUMBER: gl.constexpr, O, sinks, places, o_s, mail, bars, args, OWN_R
     STAGES: gl.constexpr = fixed(CONFIG, "STAGES")
     Q_STAGES: gl.constexpr = fixed(CONFIG, "Q_STAGES")
     SIZE: gl.constexpr = mail.shape[0] // 2
-    S_LAYOUT: gl.constexpr = accumulator(BN, v_s[0].dtype)
+    S_LAYOUT: gl.constexpr = PART if fixed(CONFIG, "PARTS") else accumulator(BN, v_s[0].dtype)
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     read = 0  # tiles of K
     done = 0  # query tiles
@@ -175,9 +199,12 @@ def consume(NUMBER: gl.constexpr, O, sinks, places, o_s, mail, bars, args, OWN_R
         s = known + fetch_own(mail, letter + LETTER, fixed(CONFIG, "FLOATS"))
         c = s[fixed(CONFIG, "FACTOR")]
         r = variant.rows(row0 + NUMBER * ROWS + gl.arange(0, ROWS, ROW), s, args)
-        r = r + variant.ramp(gl.arange(0, BN, gl.SliceLayout(0, S_LAYOUT)), s, args)
+        r = (r, ramps(s, args, S_LAYOUT, CONFIG))
         q_at = (done % Q_STAGES) * CONSUMERS + NUMBER
-        q = tiles_of(q_s, q_at)
+        if fixed(CONFIG, "PARTS"):
+            q = q_at * (blocks_of(fixed(CONFIG, "DEPTH")) * 4)
+        else:
+            q = tiles_of(q_s, q_at)
         mbarrier.wait(q_full.index(q_at), (done // Q_STAGES) & 1)
         if Q_STAGES == 2:  # the output of the tile before has left its place by now, which is the next Q's
             tma.store_wait(0)
@@ -212,12 +239,20 @@ def consume(NUMBER: gl.constexpr, O, sinks, places, o_s, mail, bars, args, OWN_R
         mbarrier.wait(mail_full.index(done & 1), (done >> 1) & 1)
         count = fetch(mail, (done & 1) * SIZE)
         acc = joined(arrived(acc_sent), acc, late)
-        if is_exact(v_s, CONFIG):
-            acc = as_pieces(acc, o_s)
+        if fixed(CONFIG, "PARTS"):
+            acc = as_blocks(acc)
         mbarrier.arrive(v_empty.index(before), count=1)
         if fixed(CONFIG, "MARK_LOST"):
             mark_lost(acc, lost, counter, again, left, NUMBER)
-        if OWN_ROOM:
+        if fixed(CONFIG, "PARTS"):
+            if unit_of(CONFIG, "o") > 0:
+                tma.store_wait(0)
+                barrier()
+                o_unit = unit_of(CONFIG, "o") + NUMBER * (4 * blocks_of(fixed(CONFIG, "COLUMNS")))
+            else:
+                o_unit = q
+            store_blocks(scaled(acc, factor), O, o_s, sinks, o_unit, b, h, first, left, fixed(CONFIG, "COLUMNS"))
+        elif OWN_ROOM:
             tma.store_wait(0)
             barrier()
             store(scaled(acc, factor), O, o_s, sinks, NUMBER, b, h, first, left, fixed(CONFIG, "COLUMNS"))

@@ -34,9 +34,9 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from . import hopper as variant
 from ._consumer import consume, leave
-from ._exact import BLOCK, blocks_of
+from ._parts import blocks_of, load_blocks, places_of
 from ._gluon import ROWS, barriers, load_by_tma
-from ._steps import LETTER, few_bits, fixed
+from ._steps import LETTER, few_bits, fixed, unit_of
 
 # -- the producer --------------------------------------------------------------------------------
 
@@ -53,14 +53,9 @@ def load(X, b, h, row, slot, bar, X_s):
 
 
 @gluon.jit
-def load_values(V, b, h, key, slot, bar, V_s, COLUMNS: gl.constexpr):
+def load_values(V, b, h, key, slot, bar, V_s):
     """The same of values, which come as [column, key] where they are turned."""
-    if len(V) == 1 and V[0].block_type.shape[3] < COLUMNS and not few_bits(V[0].dtype):
-        BLOCKS: gl.constexpr = blocks_of(COLUMNS)
-        mbarrier.expect(bar, BLOCKS * V[0].block_type.nbytes)
-        for n in gl.static_range(BLOCKS):
-            load_by_tma(V[0], [b, h, key, n * BLOCK], bar, V_s[0].index(slot * BLOCKS + n))
-    elif few_bits(V[0].dtype):
+    if few_bits(V[0].dtype):
         if len(V) == 1:
             mbarrier.expect(bar, V[0].block_type.nbytes)
         else:
@@ -111,12 +106,22 @@ def copy(t, copied, done, at, where, cuts, s, maps, places, bars, args, CONFIG):
     slot = copied % STAGES
     phase = (copied // STAGES) & 1
     mbarrier.wait(k_empty.index(slot), phase ^ 1)
-    load(K, b, hk, first_key + n, slot, k_full.index(slot), k_s)
+    PARTS: gl.constexpr = fixed(CONFIG, "PARTS")
+    QK: gl.constexpr = blocks_of(fixed(CONFIG, "DEPTH"))
+    PV: gl.constexpr = blocks_of(fixed(CONFIG, "COLUMNS"))
+    if PARTS:
+        k_unit = unit_of(CONFIG, "k") + slot * (BN // 16 * QK)
+        load_blocks(K, b, hk, first_key + n, k_unit, k_full.index(slot), k_s[0], BN, QK)
+    else:
+        load(K, b, hk, first_key + n, slot, k_full.index(slot), k_s)
     if t == 0:
         for c in gl.static_range(CONSUMERS):
             place = (done % Q_STAGES) * CONSUMERS + c
             mbarrier.wait(q_empty.index(place), ((done // Q_STAGES) & 1) ^ 1)
-            load(Q, b, h, first_query + c * ROWS, place, q_full.index(place), q_s)
+            if PARTS:
+                load_blocks(Q, b, h, first_query + c * ROWS, place * (4 * QK), q_full.index(place), q_s[0], ROWS, QK)
+            else:
+                load(Q, b, h, first_query + c * ROWS, place, q_full.index(place), q_s)
     if len(X) > 0:
         for c in gl.static_range(CONSUMERS):
             table, column = variant.beside(n, row0 + c * ROWS, at, args)
@@ -124,7 +129,11 @@ def copy(t, copied, done, at, where, cuts, s, maps, places, bars, args, CONFIG):
             mbarrier.expect(x_full.index(c), X[0].block_type.nbytes)
             load_by_tma(X[0], [0, table, 0, column], x_full.index(c), x_s[0].index(c))
     mbarrier.wait(v_empty.index(slot), phase ^ 1)
-    load_values(V, b, hv, first_key + n, slot, v_full.index(slot), v_s, fixed(CONFIG, "COLUMNS"))
+    if PARTS:
+        v_unit = unit_of(CONFIG, "v") + slot * (BN // 16 * PV)
+        load_blocks(V, b, hv, first_key + n, v_unit, v_full.index(slot), v_s[0], BN, PV)
+    else:
+        load_values(V, b, hv, first_key + n, slot, v_full.index(slot), v_s)
 
 
 @gluon.jit
@@ -223,6 +232,7 @@ def forward(
     MARK_LOST: gl.constexpr, NUMBERS: gl.constexpr, KNOWN: gl.constexpr, FLOATS: gl.constexpr,
     FACTOR: gl.constexpr, QUERIES: gl.constexpr, KEYS: gl.constexpr, KEEP_ROWS: gl.constexpr,
     READS_KEYS: gl.constexpr, OWN_ROOM: gl.constexpr, HEADS: gl.constexpr, COLUMNS: gl.constexpr,
+    DEPTH: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """The forward pass.
 
@@ -248,14 +258,16 @@ def forward(
     """
     maps = (pieces(Q0, Q1), pieces(K0, K1), pieces(V0, V1), pieces(X0, None))
     O = pieces(O0, O1)
-    q_s = rooms(maps[0], CONSUMERS * Q_STAGES)
-    if len(maps[2]) == 1 and V0.block_type.shape[3] < COLUMNS and not few_bits(V0.dtype):
-        v_s = rooms(maps[2], STAGES * blocks_of(COLUMNS))
+    x_s = rooms(maps[3], CONSUMERS)
+    if PARTS:
+        UNITS: gl.constexpr = places_of(DEPTH, COLUMNS, BN, CONSUMERS, STAGES, Q_STAGES)[4]
+        q_s = (gl.allocate_shared_memory(K0.dtype, [UNITS, 1, 1, 16, 64], K0.layout),)
+        k_s, v_s = q_s, q_s
     else:
-        v_s = rooms(maps[2], STAGES)
-    k_s, x_s = rooms(maps[1], STAGES), rooms(maps[3], CONSUMERS)
+        q_s = rooms(maps[0], CONSUMERS * Q_STAGES)
+        k_s, v_s = rooms(maps[1], STAGES), rooms(maps[2], STAGES)
     places = (q_s, k_s, v_s, x_s)
-    if OWN_ROOM:
+    if OWN_ROOM and PARTS == 0:
         if len(O) > 0:
             o_s = rooms(O, CONSUMERS)
         else:  # packed sequences
@@ -277,27 +289,27 @@ def forward(
         gl.warp_specialize([
             (consume, (0, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
                        (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN))),
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN, DEPTH, PARTS))),
             (consume, (1, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
                        (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN))),
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN, DEPTH, PARTS))),
             (produce, (maps, counter, lost, places, mail, bars, tiles, args,
                        (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN))),
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN, DEPTH, PARTS))),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.static_assert(CONSUMERS == 3)
         gl.warp_specialize([
             (consume, (0, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
                        (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN))),
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN, DEPTH, PARTS))),
             (consume, (1, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
                        (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN))),
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN, DEPTH, PARTS))),
             (consume, (2, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
                        (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN))),
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN, DEPTH, PARTS))),
             (produce, (maps, counter, lost, places, mail, bars, tiles, args,
                        (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN))),
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN, DEPTH, PARTS))),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip

@@ -10,9 +10,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from . import hopper as variant
-from ._exact import exact_product
 from ._gluon import ROWS, named
-from ._softmax import LOWEST, lane_sum, per_lane, scaled, softmax
+from ._parts import blocks_of, NARROW, PART, part_scores, part_values, places_of, rounded_parts
+from ._softmax import LOWEST, lane_sums, per_lane, scaled, softmax
 
 LETTER = gl.constexpr(8)
 """Numbers that travel by mail before the variant's own."""
@@ -21,7 +21,7 @@ FIRST_TURN = gl.constexpr(9)
 FIXED = gl.constexpr({
     "BN": 0, "CONSUMERS": 1, "STAGES": 2, "Q_STAGES": 3, "TURNS": 4, "GROUP": 5, "AGAIN": 6, "MARK_LOST": 7, "KNOWN": 8,
     "FLOATS": 9, "FACTOR": 10, "QUERIES": 11, "KEYS": 12, "KEEP_ROWS": 13, "READS_KEYS": 14, "HEADS": 15,
-    "COLUMNS": 16, "POLY": 17, "DRAWN": 18,
+    "COLUMNS": 16, "POLY": 17, "DRAWN": 18, "DEPTH": 19, "PARTS": 20,
 })  # fmt: skip
 """Where what a launch fixes stands in the tuple in which it travels; functions would pass a dozen constants on else."""
 fixed = named(FIXED)
@@ -44,6 +44,13 @@ def take_turn(NUMBER: gl.constexpr):
 def pass_turn(NUMBER: gl.constexpr):
     asm: gl.constexpr = _barrier("arrive", FIRST_TURN + NUMBER)
     gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.constexpr_function
+def unit_of(config, what):
+    """Where queries, keys, values or outputs begin in the room of parts."""
+    names = ("DEPTH", "COLUMNS", "BN", "CONSUMERS", "STAGES", "Q_STAGES")
+    return places_of(*[fixed(config, name) for name in names])["qkvo".index(what)]
 
 
 @gluon.constexpr_function
@@ -71,12 +78,6 @@ def width_of(place):
 
 
 @gluon.constexpr_function
-def is_exact(v_s, config):
-    """Whether values lie in blocks of columns, and are multiplied by an instruction as wide as they are."""
-    return len(v_s) == 1 and width_of(v_s[0]) < fixed(config, "COLUMNS")
-
-
-@gluon.constexpr_function
 def _rounding(dtype):
     """Of as many weights as a register holds, the first in its lowest bits."""
     if few_bits(dtype):
@@ -88,7 +89,16 @@ def _rounding(dtype):
 
 
 @gluon.jit
-def rounded(p, dtype: gl.constexpr):
+def rounded(p, dtype: gl.constexpr, CONFIG):
+    if fixed(CONFIG, "PARTS"):
+        made = rounded_parts(p, dtype)
+    else:
+        made = rounded_whole(p[0], dtype)
+    return made
+
+
+@gluon.jit
+def rounded_whole(p, dtype: gl.constexpr):
     """Weights as they are kept until the second product takes them, in the registers in which the first one left them.
 
     Those of a register are one number, for ptxas gives each of less than 32 bits a register of its own where loops hand
@@ -161,13 +171,29 @@ def read_beside(places, bars, read, NUMBER: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def product(q, k_s, slot, LAYOUT: gl.constexpr):
+def product(q, k_s, slot, LAYOUT: gl.constexpr, CONFIG):
     """Issues Q K^T of a slot."""
-    BN: gl.constexpr = k_s[0].shape[3]
-    sent = gl.zeros([ROWS, BN], gl.float32, LAYOUT)
-    for n in gl.static_range(len(q)):
-        sent = warpgroup_mma(q[n], tile_of(k_s[n], slot).permute((1, 0)), sent, use_acc=n > 0, is_async=True)
-    return sent
+    BN: gl.constexpr = fixed(CONFIG, "BN")
+    if fixed(CONFIG, "PARTS"):
+        UNITS: gl.constexpr = BN // 16 * blocks_of(fixed(CONFIG, "DEPTH"))
+        made = part_scores(
+            q, unit_of(CONFIG, "k") + slot * UNITS, fixed(CONFIG, "DEPTH"), BN, k_s[0].dtype
+        )
+    else:
+        sent = gl.zeros([ROWS, BN], gl.float32, LAYOUT)
+        for n in gl.static_range(len(q)):
+            sent = warpgroup_mma(q[n], tile_of(k_s[n], slot).permute((1, 0)), sent, use_acc=n > 0, is_async=True)
+        made = (sent,)
+    return made
+
+
+@gluon.jit
+def scores_arrived(sent, LEFT: gl.constexpr):
+    if len(sent) == 1:
+        got = (warpgroup_mma_wait(LEFT, deps=sent),)
+    else:
+        got = warpgroup_mma_wait(LEFT, deps=sent)
+    return got
 
 
 @gluon.jit
@@ -186,8 +212,10 @@ def value_product(p, place, slot, acc):
 def add_values(p, v_s, slot, acc, CONFIG):
     """Issues acc + P V of a slot; of few bits P V alone, to be `joined`."""
     sent = ()
-    if is_exact(v_s, CONFIG):
-        sent = exact_product(p, v_s[0], slot, acc, fixed(CONFIG, "COLUMNS"))
+    if fixed(CONFIG, "PARTS"):
+        BN: gl.constexpr = fixed(CONFIG, "BN")
+        UNITS: gl.constexpr = BN // 16 * blocks_of(fixed(CONFIG, "COLUMNS"))
+        sent = part_values(p, unit_of(CONFIG, "v") + slot * UNITS, acc, BN, v_s[0].dtype)
     else:
         for n in gl.static_range(len(acc)):
             sent = sent + (value_product(p, v_s[n], slot, acc[n]),)
@@ -227,17 +255,37 @@ def shrunk(acc, alpha, FEW_BITS: gl.constexpr):
 
 
 @gluon.jit
+def ramp_part(r, N: gl.constexpr):
+    made = ()
+    if len(r[1]) > 0:
+        made = r[1][N]
+    return made
+
+
+@gluon.jit
 def masked_scores(qk, n, beside, r, s, args, LAYOUT: gl.constexpr, CONFIG):
     """Scores of the tile of keys from n on, -inf for pairs that the mask hides, or the sequence's end; their shift."""
-    BN: gl.constexpr = fixed(CONFIG, "BN")
-    j = n + gl.arange(0, BN, gl.SliceLayout(0, LAYOUT))
-    if fixed(CONFIG, "READS_KEYS"):  # reads stay inside, even of no keys at all; `keep` knows of no end then
-        inside = j < s[fixed(CONFIG, "KEYS")]
-        j = gl.maximum(gl.minimum(j, s[fixed(CONFIG, "KEYS")] - 1), 0)
-        kept = inside[None, :] & variant.keep(j, r, s, args)
-    else:
-        kept = variant.keep(j, r, s, args)
-    return gl.where(kept, variant.score(qk, beside, j, r, s, args), float("-inf")), variant.shift(n, r, s, args)
+    WIDTH: gl.constexpr = qk[0].shape[1]
+    x = ()
+    for part in gl.static_range(len(qk)):
+        j = n + part * WIDTH + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
+        r_part = r[0] + ramp_part(r, part)
+        if fixed(CONFIG, "READS_KEYS"):  # reads stay inside, even of no keys at all; `keep` knows of no end then
+            inside = j < s[fixed(CONFIG, "KEYS")]
+            j = gl.maximum(gl.minimum(j, s[fixed(CONFIG, "KEYS")] - 1), 0)
+            kept = inside[None, :] & variant.keep(j, r_part, s, args)
+        else:
+            kept = variant.keep(j, r_part, s, args)
+        x = x + (gl.where(kept, variant.score(qk[part], beside, j, r_part, s, args), float("-inf")),)
+    return x, variant.shift(n, r[0] + ramp_part(r, 0), s, args)
+
+
+@gluon.jit
+def hidden(qk):
+    x = ()
+    for part in gl.static_range(len(qk)):
+        x = x + (qk[part] + float("-inf"),)
+    return x
 
 
 @gluon.jit
@@ -246,11 +294,11 @@ def cut_scores(qk, t, beside, mail, letter, known, r, args, NUMBER: gl.constexpr
     s = known + fetch_own(mail, letter + LETTER, fixed(CONFIG, "FLOATS"))
     if not fixed(CONFIG, "KEEP_ROWS"):
         rows = fetch(mail, letter + 2) + NUMBER * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
-        r = variant.rows(rows, s, args)
+        r = (variant.rows(rows, s, args), ())
     if s[fixed(CONFIG, "KEYS")] > 0:  # a branch, which keeps ptxas from asking the mask before the product is there
         x, shift = masked_scores(qk, variant.cut(t, s, args, fixed(CONFIG, "BN")), beside, r, s, args, LAYOUT, CONFIG)
     else:
-        x, shift = qk + float("-inf"), variant.shift(0, r, s, args)
+        x, shift = hidden(qk), variant.shift(0, r[0] + ramp_part(r, 0), s, args)
     return x, shift
 
 
@@ -258,8 +306,12 @@ def cut_scores(qk, t, beside, mail, letter, known, r, args, NUMBER: gl.constexpr
 def whole_scores(qk, t, beside, r, s, args, LAYOUT: gl.constexpr, CONFIG):
     """Scores of whole tile t, which neither mask nor end is asked about."""
     n = variant.whole(t, s, args, fixed(CONFIG, "BN"))
-    j = n + gl.arange(0, fixed(CONFIG, "BN"), gl.SliceLayout(0, LAYOUT))
-    return variant.score(qk, beside, j, r, s, args), variant.shift(n, r, s, args)
+    WIDTH: gl.constexpr = qk[0].shape[1]
+    x = ()
+    for part in gl.static_range(len(qk)):
+        j = n + part * WIDTH + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
+        x = x + (variant.score(qk[part], beside, j, r[0] + ramp_part(r, part), s, args),)
+    return x, variant.shift(n, r[0] + ramp_part(r, 0), s, args)
 
 
 @gluon.jit
@@ -274,10 +326,10 @@ def fill(q, cuts, read, places, bars, c, r, s, args, NUMBER: gl.constexpr, S_LAY
     mbarrier.wait(k_full.index(slot), (read // STAGES) & 1)
     if TURNS:
         take_turn(NUMBER)
-    qk = product(q, k_s, slot, S_LAYOUT)
+    qk = product(q, k_s, slot, S_LAYOUT, CONFIG)
     if TURNS == 1:
         pass_turn((NUMBER + 1) % CONSUMERS)
-    qk = warpgroup_mma_wait(0, deps=(qk,))
+    qk = scores_arrived(qk, 0)
     if TURNS == 2:
         pass_turn((NUMBER + 1) % CONSUMERS)
     mbarrier.arrive(k_empty.index(slot), count=1)
@@ -292,7 +344,7 @@ def fill(q, cuts, read, places, bars, c, r, s, args, NUMBER: gl.constexpr, S_LAY
     late = ()
     if FEW_BITS:
         late = (alpha,)
-    return rounded(p, k_s[0].dtype), m, lane_sum(p), late
+    return rounded(p, k_s[0].dtype, CONFIG), m, lane_sums(p), late
 
 
 @gluon.jit
@@ -313,12 +365,12 @@ def overlap(
     mbarrier.wait(k_full.index(slot), (read // STAGES) & 1)
     if TURNS:
         take_turn(NUMBER)
-    qk_sent = product(q, k_s, slot, S_LAYOUT)
+    qk_sent = product(q, k_s, slot, S_LAYOUT, CONFIG)
     mbarrier.wait(v_full.index(before), ((read - 1) // STAGES) & 1)
     acc_sent = add_values(p, v_s, before, acc, CONFIG)
     if TURNS == 1:
         pass_turn((NUMBER + 1) % CONSUMERS)
-    qk = warpgroup_mma_wait(len(v_s), deps=(qk_sent,))
+    qk = scores_arrived(qk_sent, len(v_s))
     if TURNS == 2:
         pass_turn((NUMBER + 1) % CONSUMERS)
     mbarrier.arrive(k_empty.index(slot), count=1)
@@ -328,10 +380,10 @@ def overlap(
     else:
         x, shift = whole_scores(qk, t, beside, r, s, args, S_LAYOUT, CONFIG)
     new, alpha, m = softmax(x, shift, m, c, FEW_BITS, fixed(CONFIG, "POLY"))
-    l = l * per_lane(alpha, l) + lane_sum(new)
+    l = l * per_lane(alpha, l) + lane_sums(new)
     got = arrived(acc_sent)
     # not before: what the next product reads must not be written while this one runs
-    p_new = rounded(new, k_s[0].dtype)
+    p_new = rounded(new, k_s[0].dtype, CONFIG)
     mbarrier.arrive(v_empty.index(before), count=1)
     acc, late = shrunk(joined(got, acc, late), alpha, FEW_BITS)
     return p_new, m, l, acc, late

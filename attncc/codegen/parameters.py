@@ -87,24 +87,28 @@ SHAPES: Final[Mapping[str, tuple[str, ...]]] = {"hopper": ("BM",), "latent": ("B
 ABSENT: Final = '("absent",)'
 
 
+def parts(engine):
+    import os
+    return bool(os.environ.get("ATTNCC_PARTS")) and not engine.turned and engine.beside is None
+
+
 def _of_hopper(attn: Attention, engine: Engine) -> Iterator[list[str]]:
     packed, keys = attn.layout == "varlen", '"E_KEYS"'
     q, k, v = engine.tensors
-    maps = [*_maps(q, "64", engine.qk), *_maps(k, keys, engine.qk), *_maps(v, keys, _exact(engine), engine.turned)]
-    maps += _maps(engine.output, "64", () if packed else engine.v)
+    if parts(engine):
+        maps = [*_maps(q, "64", (64,)), *_maps(k, "64", (64,)), *_maps(v, "64", (64,))]
+        maps[3] = f'("tile", "{k}", 16, 64)'
+        maps[5] = f'("tile", "{v}", 16, 64)'
+        maps += _maps(engine.output, "64", () if packed else (64,))
+    else:
+        maps = [*_maps(q, "64", engine.qk), *_maps(k, keys, engine.qk), *_maps(v, keys, engine.v, engine.turned)]
+        maps += _maps(engine.output, "64", () if packed else engine.v)
     yield [*maps, ABSENT if engine.beside is None else f'("tile", "{engine.beside.name}", 64, {keys})']
     lost = engine.lost or "lse"  # not written where nothing can be hidden
     o = f'"{engine.output}"'
     out = [f'("tensor", {o})', f'("stride", {o}, 1)', f'("stride", {o}, 2)'] if packed else [ABSENT] * 3
     yield [out[0], '("tensor", "lse")', f'("tensor", "{lost}")', '("counter",)']
     yield [*out[1:], f'("stride", "lse", {0 if packed else 1})', '("knob", "WRITE_LSE")', '("programs",)']
-
-
-def _exact(engine):
-    import os
-    if os.environ.get("ATTNCC_EXACT") and len(engine.v) > 1 and not engine.turned:
-        return (64,)
-    return engine.v
 
 
 def _of_latent(attn: Attention, engine: Engine) -> Iterator[list[str]]:
@@ -147,6 +151,8 @@ def constants(attn: Attention, engine: Engine) -> dict[str, int]:
         "OWN_ROOM": int(engine.turned or engine.v != engine.qk[: len(engine.v)]),
         "HEADS": attn.heads.q,
         "COLUMNS": attn.dims.v,
+        "DEPTH": attn.dims.qk,
+        "PARTS": int(parts(engine)),
     }
 
 

@@ -1,0 +1,208 @@
+"""Products of any multiple of eight columns, and of sixteen keys, where Gluon's tensors have powers of two.
+
+An accumulator is a tuple of parts: tensors of eight columns, of which a thread has four numbers, as `wgmma` has them.
+Instructions are printed here. Operands lie in one room of shared memory, in blocks of 64 columns, which one swizzle
+spans; the last one of a row is filled up with zeros by TMA. Blocks begin at units of sixteen rows.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from ._gluon import ROWS, load_by_tma, reinterpreted
+
+BLOCK = gl.constexpr(64)
+"""Columns that stand together."""
+NARROW = gl.constexpr(8)
+"""Columns of a part."""
+UNIT = gl.constexpr(16)
+"""Rows of a unit, and keys that an instruction multiplies."""
+PART = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16]))
+
+
+@gluon.constexpr_function
+def blocks_of(columns):
+    """How many blocks hold so many columns."""
+    return -(-columns // BLOCK.value)
+
+
+@gluon.constexpr_function
+def steps_of(columns):
+    """How many instructions multiply over so many columns."""
+    return -(-columns // 16)
+
+
+@gluon.constexpr_function
+def places_of(depth, columns, bn, consumers, stages, q_stages):
+    """The first units of queries, keys, values, and of the output, and how many there are."""
+    q = consumers * q_stages * blocks_of(depth) * (ROWS.value // UNIT.value)
+    k = stages * blocks_of(depth) * (bn // UNIT.value)
+    v = stages * blocks_of(columns) * (bn // UNIT.value)
+    own = 0 if blocks_of(columns) == blocks_of(depth) else consumers * blocks_of(columns) * 4
+    return (0, q, q + k, q + k + v if own else 0, q + k + v + own)
+
+
+# -- text ----------------------------------------------------------------------------------------
+
+
+@gluon.constexpr_function
+def _numbered(first, count):
+    return ", ".join(f"${n}" for n in range(first, first + count))
+
+
+@gluon.constexpr_function
+def _kind(dtype):
+    return "bf16.bf16" if dtype == gl.bfloat16 else "f16.f16"
+
+
+@gluon.constexpr_function
+def _scores_text(parts, steps, bn, dtype):
+    first, second = 4 * parts + 4, 4 * parts + 8  # behind a number that only says how many there are
+    lines = ["{ .reg .b64 a, b; .reg .pred p; wgmma.fence.sync.aligned;"]
+    for step in range(steps):
+        block, within = step // 4, 32 * (step % 4)
+        lines.append(f"add.s64 a, ${first}, {(block * ROWS.value * 128 + within) // 16};")
+        lines.append(f"add.s64 b, ${second}, {(block * bn * 128 + within) // 16};")
+        lines.append(f"setp.ne.b32 p, {int(step > 0)}, 0;")
+        lines.append(
+            f"wgmma.mma_async.sync.aligned.m64n{8 * parts}k16.f32.{_kind(dtype)} "
+            f"{{{_numbered(0, 4 * parts)}}}, a, b, p, 1, 1, 0, 0;"
+        )
+    return "\n".join([*lines, "wgmma.commit_group.sync.aligned; }"])
+
+
+@gluon.constexpr_function
+def _scores_sides(parts):
+    return ",".join(["=f"] * (4 * parts) + ["r"] * 4 + ["l"] * 8)
+
+
+@gluon.constexpr_function
+def _values_text(parts, steps, dtype):
+    weights_, tile = 4 * parts, 4 * (parts + steps)
+    lines = ["{ .reg .b64 b; wgmma.fence.sync.aligned;"]
+    for step in range(steps):
+        lines.append(f"add.s64 b, ${tile}, {step * UNIT.value * 128 // 16};")
+        lines.append(
+            f"wgmma.mma_async.sync.aligned.m64n{8 * parts}k16.f32.{_kind(dtype)} "
+            f"{{{_numbered(0, 4 * parts)}}}, {{{_numbered(weights_ + 4 * step, 4)}}}, b, 1, 1, 1, 1;"
+        )
+    return "\n".join([*lines, "wgmma.commit_group.sync.aligned; }"])
+
+
+@gluon.constexpr_function
+def _values_sides(parts, steps):
+    accumulators = range(4 * parts)
+    return ",".join(["=f" for _ in accumulators] + ["r"] * (4 * steps) + ["l"] * 4 + [str(n) for n in accumulators])
+
+
+@gluon.constexpr_function
+def _rounding_text(dtype):
+    """Of two parts side by side: what an instruction takes of sixteen keys, along rows first."""
+    kind = "bf16x2" if dtype == gl.bfloat16 else "f16x2"
+    pairs = ((0, 4), (1, 6), (2, 8), (3, 10))
+    return " ".join(f"cvt.rn.{kind}.f32 ${to}, ${at + 1}, ${at};" for to, at in pairs)
+
+
+@gluon.constexpr_function
+def _floats(count):
+    return (gl.float32,) * count
+
+
+# -- products ------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def matrix_at(unit, STRIDE: gl.constexpr):
+    """What tells wgmma of a matrix that begins at this unit: swizzled by 128 bytes, from eight rows to the next it is
+    1024 bytes, and so many from a block of columns to the next."""
+    room = gl.inline_asm_elementwise("mov.u32 $0, global_smem;", "=r", [], dtype=gl.int32, is_pure=True, pack=1)
+    at = ((room + unit * (UNIT * 128)) & 0x3FFFF) >> 4
+    return at.to(gl.int64) | ((1 << 62) | (64 << 32) | ((STRIDE // 16) << 16))
+
+
+@gluon.jit
+def part_scores(q_unit, k_unit, DEPTH: gl.constexpr, BN: gl.constexpr, DTYPE: gl.constexpr):
+    """Issues Q K^T of a tile."""
+    PARTS: gl.constexpr = BN // NARROW
+    asm: gl.constexpr = _scores_text(PARTS, steps_of(DEPTH), BN, DTYPE)
+    sides: gl.constexpr = _scores_sides(PARTS)
+    kinds: gl.constexpr = _floats(PARTS)
+    shape = gl.full([ROWS, NARROW], 0, gl.int32, PART)
+    given = [shape, matrix_at(q_unit, 16), matrix_at(k_unit, 16)]
+    return gl.inline_asm_elementwise(asm, sides, given, dtype=kinds, is_pure=False, pack=4)
+
+
+@gluon.jit
+def part_values(p, v_unit, acc, BN: gl.constexpr, DTYPE: gl.constexpr):
+    """Issues acc + P V of a tile."""
+    asm: gl.constexpr = _values_text(len(acc), len(p), DTYPE)
+    sides: gl.constexpr = _values_sides(len(acc), len(p))
+    kinds: gl.constexpr = _floats(len(acc))
+    given = p + (matrix_at(v_unit, BN * 128),) + acc
+    return gl.inline_asm_elementwise(asm, sides, given, dtype=kinds, is_pure=False, pack=4)
+
+
+@gluon.jit
+def rounded_parts(p, DTYPE: gl.constexpr):
+    """Weights, as the second product takes them."""
+    asm: gl.constexpr = _rounding_text(DTYPE)
+    sides: gl.constexpr = "=r,=r,=r,=r,f,f,f,f,f,f,f,f"
+    made = ()
+    for n in gl.static_range(len(p) // 2):
+        both = [p[2 * n], p[2 * n + 1]]
+        made = made + (gl.inline_asm_elementwise(asm, sides, both, dtype=gl.int32, is_pure=True, pack=4),)
+    return made
+
+
+@gluon.jit
+def zero_parts(COUNT: gl.constexpr):
+    acc = ()
+    for _ in gl.static_range(COUNT):
+        acc = acc + (gl.zeros([ROWS, NARROW], gl.float32, PART),)
+    return acc
+
+
+# -- copies --------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def block_at(room, unit, LINES: gl.constexpr):
+    """So many rows of a block, from this unit on."""
+    LAYOUT: gl.constexpr = room.layout
+    return reinterpreted(room.index(unit), room.dtype, [1, 1, LINES, BLOCK], LAYOUT)
+
+
+@gluon.jit
+def load_blocks(X, b, h, row, unit, bar, room, LINES: gl.constexpr, BLOCKS: gl.constexpr):
+    """Copies a tile of so many rows and blocks: 64 rows at once, and sixteen where fewer are left."""
+    mbarrier.expect(bar, LINES * BLOCKS * 128)
+    for n in gl.static_range(BLOCKS):
+        for m in gl.static_range(LINES // ROWS):
+            place = block_at(room, unit + n * (LINES // UNIT) + m * (ROWS // UNIT), ROWS)
+            load_by_tma(X[0], [b, h, row + m * ROWS, n * BLOCK], bar, place)
+        for m in gl.static_range(LINES % ROWS // UNIT):
+            place = block_at(room, unit + n * (LINES // UNIT) + LINES // ROWS * (ROWS // UNIT) + m, UNIT)
+            load_by_tma(X[1], [b, h, row + LINES // ROWS * ROWS + m * UNIT, n * BLOCK], bar, place)
+
+
+@gluon.jit
+def beside_each_other(parts):
+    """Parts, a power of two of them, as a tensor."""
+    made = parts[0]
+    if len(parts) > 1:
+        HALF: gl.constexpr = len(parts) // 2
+        a, b = beside_each_other(parts[:HALF]), beside_each_other(parts[HALF:])
+        made = gl.reshape(gl.permute(gl.join(a, b), (0, 2, 1)), [ROWS, 2 * a.shape[1]])
+    return made
+
+
+@gluon.jit
+def as_blocks(acc):
+    """Parts as tensors of a block's columns; the last one is filled up."""
+    if len(acc) > 8:
+        made = (beside_each_other(acc[:8]),) + as_blocks(acc[8:])
+    elif len(acc) == 8:
+        made = (beside_each_other(acc),)
+    else:
+        made = as_blocks(acc + (acc[0],))
+    return made
