@@ -6,12 +6,14 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from . import hopper as variant
 from ._gluon import FIRST_ANSWER, ROWS, barrier, store_by_tma
-from ._parts import BLOCK, NARROW, PART, as_blocks, block_at, blocks_of, steps_of, zero_parts
+from ._parts import BLOCK, NARROW, PART, as_blocks, blocks_of, in_blocks, steps_of, zero_parts
 from ._softmax import MOST, lane_sum, scaled
 from ._steps import (
     LETTER,
     accumulator,
+    area,
     add_values,
+    at_slot,
     arrived,
     fetch,
     fetch_own,
@@ -22,7 +24,6 @@ from ._steps import (
     overlap,
     pass_turn,
     tile_of,
-    unit_of,
     width_of,
 )
 
@@ -87,17 +88,17 @@ def write_lines(o, sinks, h, first, left, column0, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def store_blocks(o, O, o_s, sinks, unit, b, h, first, left, COLUMNS: gl.constexpr):
+def store_blocks(o, O, blocks, sinks, at, b, h, first, left, COLUMNS: gl.constexpr):
+    """The same in blocks of columns from this one on."""
     for n in gl.static_range(len(o)):
-        block_at(o_s[0], unit + n * 4, ROWS).reshape([ROWS, BLOCK]).store(o[n].to(o_s[0].dtype))
+        tile_of(blocks, at + n).store(o[n].to(blocks.dtype))
     fence_async_shared()
     barrier()
     for n in gl.static_range(len(o)):
-        place = block_at(o_s[0], unit + n * 4, ROWS)
         if len(O) > 0:  # TMA ends where the tensor does
-            store_by_tma(O[0], [b, h, first, n * BLOCK], place)
+            store_by_tma(O[0], [b, h, first, n * BLOCK], blocks.index(at + n))
         else:
-            write_lines(place.reshape([ROWS, BLOCK]), sinks, h, first, left, n * BLOCK, COLUMNS)
+            write_lines(tile_of(blocks, at + n), sinks, h, first, left, n * BLOCK, COLUMNS)
 
 
 @gluon.jit
@@ -202,7 +203,7 @@ def consume(NUMBER: gl.constexpr, O, sinks, places, o_s, mail, bars, args, OWN_R
         r = (r, ramps(s, args, S_LAYOUT, CONFIG))
         q_at = (done % Q_STAGES) * CONSUMERS + NUMBER
         if fixed(CONFIG, "PARTS"):
-            q = q_at * (blocks_of(fixed(CONFIG, "DEPTH")) * 4)
+            q = at_slot(CONFIG, "q", q_at)
         else:
             q = tiles_of(q_s, q_at)
         mbarrier.wait(q_full.index(q_at), (done // Q_STAGES) & 1)
@@ -245,13 +246,15 @@ def consume(NUMBER: gl.constexpr, O, sinks, places, o_s, mail, bars, args, OWN_R
         if fixed(CONFIG, "MARK_LOST"):
             mark_lost(acc, lost, counter, again, left, NUMBER)
         if fixed(CONFIG, "PARTS"):
-            if unit_of(CONFIG, "o") > 0:
+            BLOCKS: gl.constexpr = blocks_of(fixed(CONFIG, "COLUMNS"))
+            if area(CONFIG, "o")[0] < area(CONFIG, "k")[0]:  # a room of their own
                 tma.store_wait(0)
                 barrier()
-                o_unit = unit_of(CONFIG, "o") + NUMBER * (4 * blocks_of(fixed(CONFIG, "COLUMNS")))
+                o_at = CONSUMERS * Q_STAGES * blocks_of(fixed(CONFIG, "DEPTH")) + NUMBER * BLOCKS
             else:
-                o_unit = q
-            store_blocks(scaled(acc, factor), O, o_s, sinks, o_unit, b, h, first, left, fixed(CONFIG, "COLUMNS"))
+                o_at = q_at * BLOCKS
+            o_blocks = in_blocks(q_s[0])
+            store_blocks(scaled(acc, factor), O, o_blocks, sinks, o_at, b, h, first, left, fixed(CONFIG, "COLUMNS"))
         elif OWN_ROOM:
             tma.store_wait(0)
             barrier()

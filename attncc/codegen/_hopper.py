@@ -34,9 +34,9 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from . import hopper as variant
 from ._consumer import consume, leave
-from ._parts import blocks_of, load_blocks, places_of
+from ._parts import blocks_of, first_unit, in_blocks, load_blocks
 from ._gluon import ROWS, barriers, load_by_tma
-from ._steps import LETTER, few_bits, fixed, unit_of
+from ._steps import LETTER, area, at_slot, few_bits, fixed
 
 # -- the producer --------------------------------------------------------------------------------
 
@@ -110,8 +110,7 @@ def copy(t, copied, done, at, where, cuts, s, maps, places, bars, args, CONFIG):
     QK: gl.constexpr = blocks_of(fixed(CONFIG, "DEPTH"))
     PV: gl.constexpr = blocks_of(fixed(CONFIG, "COLUMNS"))
     if PARTS:
-        k_unit = unit_of(CONFIG, "k") + slot * (BN // 16 * QK)
-        load_blocks(K, b, hk, first_key + n, k_unit, k_full.index(slot), k_s[0], BN, QK)
+        load_blocks(K[0], b, hk, first_key + n, at_slot(CONFIG, "k", slot), k_full.index(slot), k_s[0], BN, QK)
     else:
         load(K, b, hk, first_key + n, slot, k_full.index(slot), k_s)
     if t == 0:
@@ -119,7 +118,8 @@ def copy(t, copied, done, at, where, cuts, s, maps, places, bars, args, CONFIG):
             place = (done % Q_STAGES) * CONSUMERS + c
             mbarrier.wait(q_empty.index(place), ((done // Q_STAGES) & 1) ^ 1)
             if PARTS:
-                load_blocks(Q, b, h, first_query + c * ROWS, place * (4 * QK), q_full.index(place), q_s[0], ROWS, QK)
+                q_blocks = in_blocks(q_s[0])
+                load_blocks(Q[0], b, h, first_query + c * ROWS, place * QK, q_full.index(place), q_blocks, ROWS, QK)
             else:
                 load(Q, b, h, first_query + c * ROWS, place, q_full.index(place), q_s)
     if len(X) > 0:
@@ -130,8 +130,7 @@ def copy(t, copied, done, at, where, cuts, s, maps, places, bars, args, CONFIG):
             load_by_tma(X[0], [0, table, 0, column], x_full.index(c), x_s[0].index(c))
     mbarrier.wait(v_empty.index(slot), phase ^ 1)
     if PARTS:
-        v_unit = unit_of(CONFIG, "v") + slot * (BN // 16 * PV)
-        load_blocks(V, b, hv, first_key + n, v_unit, v_full.index(slot), v_s[0], BN, PV)
+        load_blocks(V[0], b, hv, first_key + n, at_slot(CONFIG, "v", slot), v_full.index(slot), v_s[0], BN, PV)
     else:
         load_values(V, b, hv, first_key + n, slot, v_full.index(slot), v_s)
 
@@ -232,7 +231,7 @@ def forward(
     MARK_LOST: gl.constexpr, NUMBERS: gl.constexpr, KNOWN: gl.constexpr, FLOATS: gl.constexpr,
     FACTOR: gl.constexpr, QUERIES: gl.constexpr, KEYS: gl.constexpr, KEEP_ROWS: gl.constexpr,
     READS_KEYS: gl.constexpr, OWN_ROOM: gl.constexpr, HEADS: gl.constexpr, COLUMNS: gl.constexpr,
-    DEPTH: gl.constexpr, PARTS: gl.constexpr,
+    DEPTH: gl.constexpr, PARTS: gl.constexpr, UNIT: gl.constexpr,
 ):  # fmt: skip
     """The forward pass.
 
@@ -260,8 +259,8 @@ def forward(
     O = pieces(O0, O1)
     x_s = rooms(maps[3], CONSUMERS)
     if PARTS:
-        UNITS: gl.constexpr = places_of(DEPTH, COLUMNS, BN, CONSUMERS, STAGES, Q_STAGES)[4]
-        q_s = (gl.allocate_shared_memory(K0.dtype, [UNITS, 1, 1, 16, 64], K0.layout),)
+        UNITS: gl.constexpr = first_unit("e", (DEPTH, COLUMNS, BN, CONSUMERS, STAGES, Q_STAGES, UNIT))
+        q_s = (gl.allocate_shared_memory(K0.dtype, [UNITS, 1, 1, UNIT, 64], K0.layout),)
         k_s, v_s = q_s, q_s
     else:
         q_s = rooms(maps[0], CONSUMERS * Q_STAGES)
@@ -289,27 +288,27 @@ def forward(
         gl.warp_specialize([
             (consume, (0, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
                        (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN, DEPTH, PARTS))),
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN, DEPTH, PARTS, UNIT))),
             (consume, (1, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
                        (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN, DEPTH, PARTS))),
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN, DEPTH, PARTS, UNIT))),
             (produce, (maps, counter, lost, places, mail, bars, tiles, args,
                        (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN, DEPTH, PARTS))),
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN, DEPTH, PARTS, UNIT))),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.static_assert(CONSUMERS == 3)
         gl.warp_specialize([
             (consume, (0, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
                        (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN, DEPTH, PARTS))),
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN, DEPTH, PARTS, UNIT))),
             (consume, (1, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
                        (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN, DEPTH, PARTS))),
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN, DEPTH, PARTS, UNIT))),
             (consume, (2, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
                        (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN, DEPTH, PARTS))),
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN, DEPTH, PARTS, UNIT))),
             (produce, (maps, counter, lost, places, mail, bars, tiles, args,
                        (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN, DEPTH, PARTS))),
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN, DEPTH, PARTS, UNIT))),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip

@@ -12,11 +12,13 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from ._gluon import ROWS, load_by_tma, reinterpreted
 
 BLOCK = gl.constexpr(64)
-"""Columns that stand together."""
+"""Columns that stand together, of 128 bytes."""
 NARROW = gl.constexpr(8)
 """Columns of a part."""
-UNIT = gl.constexpr(16)
-"""Rows of a unit, and keys that an instruction multiplies."""
+DEEP = gl.constexpr(16)
+"""What an instruction sums over."""
+HIGH = gl.constexpr(1 << 30 | 1024 // 16)
+"""The upper half of what tells wgmma of a matrix: swizzled by 128 bytes, 1024 bytes from eight rows to the next."""
 PART = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16]))
 
 
@@ -28,18 +30,17 @@ def blocks_of(columns):
 
 @gluon.constexpr_function
 def steps_of(columns):
-    """How many instructions multiply over so many columns."""
-    return -(-columns // 16)
+    """How many instructions sum over so many columns."""
+    return -(-columns // DEEP.value)
 
 
 @gluon.constexpr_function
-def places_of(depth, columns, bn, consumers, stages, q_stages):
-    """The first units of queries, keys, values, and of the output, and how many there are."""
-    q = consumers * q_stages * blocks_of(depth) * (ROWS.value // UNIT.value)
-    k = stages * blocks_of(depth) * (bn // UNIT.value)
-    v = stages * blocks_of(columns) * (bn // UNIT.value)
-    own = 0 if blocks_of(columns) == blocks_of(depth) else consumers * blocks_of(columns) * 4
-    return (0, q, q + k, q + k + v if own else 0, q + k + v + own)
+def first_unit(what, shape):
+    """Where queries, outputs of another width than theirs, keys or values begin in the room, or where it ends."""
+    depth, columns, bn, consumers, stages, q_stages, unit = shape
+    q, v = blocks_of(depth), blocks_of(columns)
+    rows = (consumers * q_stages * q * ROWS.value, consumers * v * ROWS.value * (v != q), stages * q * bn, stages * v * bn)
+    return sum(rows[: "qokve".index(what)]) // unit
 
 
 # -- text ----------------------------------------------------------------------------------------
@@ -57,23 +58,27 @@ def _kind(dtype):
 
 @gluon.constexpr_function
 def _scores_text(parts, steps, bn, dtype):
-    first, second = 4 * parts + 4, 4 * parts + 8  # behind a number that only says how many there are
-    lines = ["{ .reg .b64 a, b; .reg .pred p; wgmma.fence.sync.aligned;"]
+    """Queries come as what tells wgmma of each step's, for they stay what they are while keys change."""
+    queries, keys = 4 * parts + 4, 4 * parts + 4 + 4 * steps  # behind a number that only says how many there are
+    lines = ["{ .reg .b64 b; .reg .pred p; wgmma.fence.sync.aligned;"]
     for step in range(steps):
-        block, within = step // 4, 32 * (step % 4)
-        lines.append(f"add.s64 a, ${first}, {(block * ROWS.value * 128 + within) // 16};")
-        lines.append(f"add.s64 b, ${second}, {(block * bn * 128 + within) // 16};")
-        lines.append(f"setp.ne.b32 p, {int(step > 0)}, 0;")
+        lines.append(f"add.s64 b, ${keys}, {step_of(step, bn)}; setp.ne.b32 p, {int(step > 0)}, 0;")
         lines.append(
             f"wgmma.mma_async.sync.aligned.m64n{8 * parts}k16.f32.{_kind(dtype)} "
-            f"{{{_numbered(0, 4 * parts)}}}, a, b, p, 1, 1, 0, 0;"
+            f"{{{_numbered(0, 4 * parts)}}}, ${queries + 4 * step}, b, p, 1, 1, 0, 0;"
         )
     return "\n".join([*lines, "wgmma.commit_group.sync.aligned; }"])
 
 
 @gluon.constexpr_function
-def _scores_sides(parts):
-    return ",".join(["=f"] * (4 * parts) + ["r"] * 4 + ["l"] * 8)
+def step_of(step, rows):
+    """From the first columns of so many rows to those of a step, in units of sixteen bytes."""
+    return (step // 4 * rows * 128 + step % 4 * 32) // 16
+
+
+@gluon.constexpr_function
+def _scores_sides(parts, steps):
+    return ",".join(["=f"] * (4 * parts) + ["r"] * 4 + ["l"] * (4 * steps + 4))
 
 
 @gluon.constexpr_function
@@ -81,7 +86,7 @@ def _values_text(parts, steps, dtype):
     weights_, tile = 4 * parts, 4 * (parts + steps)
     lines = ["{ .reg .b64 b; wgmma.fence.sync.aligned;"]
     for step in range(steps):
-        lines.append(f"add.s64 b, ${tile}, {step * UNIT.value * 128 // 16};")
+        lines.append(f"add.s64 b, ${tile}, {step * DEEP.value * 128 // 16};")
         lines.append(
             f"wgmma.mma_async.sync.aligned.m64n{8 * parts}k16.f32.{_kind(dtype)} "
             f"{{{_numbered(0, 4 * parts)}}}, {{{_numbered(weights_ + 4 * step, 4)}}}, b, 1, 1, 1, 1;"
@@ -112,33 +117,35 @@ def _floats(count):
 
 
 @gluon.jit
-def matrix_at(unit, STRIDE: gl.constexpr):
-    """What tells wgmma of a matrix that begins at this unit: swizzled by 128 bytes, from eight rows to the next it is
-    1024 bytes, and so many from a block of columns to the next."""
+def matrix_at(unit, STRIDE: gl.constexpr, UNIT: gl.constexpr):
+    """The lower half for one that begins at this unit, and has so many bytes from a block of columns to the next."""
     room = gl.inline_asm_elementwise("mov.u32 $0, global_smem;", "=r", [], dtype=gl.int32, is_pure=True, pack=1)
     at = ((room + unit * (UNIT * 128)) & 0x3FFFF) >> 4
-    return at.to(gl.int64) | ((1 << 62) | (64 << 32) | ((STRIDE // 16) << 16))
+    return (at | ((STRIDE // 16) << 16)).to(gl.int64) | (HIGH << 32)
 
 
 @gluon.jit
-def part_scores(q_unit, k_unit, DEPTH: gl.constexpr, BN: gl.constexpr, DTYPE: gl.constexpr):
+def part_scores(q_unit, k_unit, DEPTH: gl.constexpr, BN: gl.constexpr, UNIT: gl.constexpr, DTYPE: gl.constexpr):
     """Issues Q K^T of a tile."""
     PARTS: gl.constexpr = BN // NARROW
-    asm: gl.constexpr = _scores_text(PARTS, steps_of(DEPTH), BN, DTYPE)
-    sides: gl.constexpr = _scores_sides(PARTS)
+    STEPS: gl.constexpr = steps_of(DEPTH)
+    asm: gl.constexpr = _scores_text(PARTS, STEPS, BN, DTYPE)
+    sides: gl.constexpr = _scores_sides(PARTS, STEPS)
     kinds: gl.constexpr = _floats(PARTS)
-    shape = gl.full([ROWS, NARROW], 0, gl.int32, PART)
-    given = [shape, matrix_at(q_unit, 16), matrix_at(k_unit, 16)]
+    given = (gl.full([ROWS, NARROW], 0, gl.int32, PART),)
+    for step in gl.static_range(STEPS):
+        given = given + (matrix_at(q_unit, 16, UNIT) + step_of(step, ROWS),)
+    given = given + (matrix_at(k_unit, 16, UNIT),)
     return gl.inline_asm_elementwise(asm, sides, given, dtype=kinds, is_pure=False, pack=4)
 
 
 @gluon.jit
-def part_values(p, v_unit, acc, BN: gl.constexpr, DTYPE: gl.constexpr):
+def part_values(p, v_unit, acc, BN: gl.constexpr, UNIT: gl.constexpr, DTYPE: gl.constexpr):
     """Issues acc + P V of a tile."""
     asm: gl.constexpr = _values_text(len(acc), len(p), DTYPE)
     sides: gl.constexpr = _values_sides(len(acc), len(p))
     kinds: gl.constexpr = _floats(len(acc))
-    given = p + (matrix_at(v_unit, BN * 128),) + acc
+    given = p + (matrix_at(v_unit, BN * 128, UNIT),) + acc
     return gl.inline_asm_elementwise(asm, sides, given, dtype=kinds, is_pure=False, pack=4)
 
 
@@ -166,23 +173,22 @@ def zero_parts(COUNT: gl.constexpr):
 
 
 @gluon.jit
-def block_at(room, unit, LINES: gl.constexpr):
-    """So many rows of a block, from this unit on."""
+def in_blocks(room):
+    """The room as blocks of 64 rows, as queries and outputs have."""
     LAYOUT: gl.constexpr = room.layout
-    return reinterpreted(room.index(unit), room.dtype, [1, 1, LINES, BLOCK], LAYOUT)
+    COUNT: gl.constexpr = room.shape[0] * room.shape[3] // ROWS
+    return reinterpreted(room, room.dtype, [COUNT, 1, 1, ROWS, BLOCK], LAYOUT)
 
 
 @gluon.jit
-def load_blocks(X, b, h, row, unit, bar, room, LINES: gl.constexpr, BLOCKS: gl.constexpr):
-    """Copies a tile of so many rows and blocks: 64 rows at once, and sixteen where fewer are left."""
+def load_blocks(X, b, h, row, first, bar, room, LINES: gl.constexpr, BLOCKS: gl.constexpr):
+    """Copies so many rows and blocks to a room, as units from `first` on."""
+    UNIT: gl.constexpr = room.shape[3]
     mbarrier.expect(bar, LINES * BLOCKS * 128)
     for n in gl.static_range(BLOCKS):
-        for m in gl.static_range(LINES // ROWS):
-            place = block_at(room, unit + n * (LINES // UNIT) + m * (ROWS // UNIT), ROWS)
-            load_by_tma(X[0], [b, h, row + m * ROWS, n * BLOCK], bar, place)
-        for m in gl.static_range(LINES % ROWS // UNIT):
-            place = block_at(room, unit + n * (LINES // UNIT) + LINES // ROWS * (ROWS // UNIT) + m, UNIT)
-            load_by_tma(X[1], [b, h, row + LINES // ROWS * ROWS + m * UNIT, n * BLOCK], bar, place)
+        for m in gl.static_range(LINES // UNIT):
+            place = room.index(first + n * (LINES // UNIT) + m)
+            load_by_tma(X, [b, h, row + m * UNIT, n * BLOCK], bar, place)
 
 
 @gluon.jit

@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from . import hopper as variant
 from ._gluon import ROWS, named
-from ._parts import blocks_of, NARROW, PART, part_scores, part_values, places_of, rounded_parts
+from ._parts import blocks_of, first_unit, part_scores, part_values, rounded_parts
 from ._softmax import LOWEST, lane_sums, per_lane, scaled, softmax
 
 LETTER = gl.constexpr(8)
@@ -21,7 +21,7 @@ FIRST_TURN = gl.constexpr(9)
 FIXED = gl.constexpr({
     "BN": 0, "CONSUMERS": 1, "STAGES": 2, "Q_STAGES": 3, "TURNS": 4, "GROUP": 5, "AGAIN": 6, "MARK_LOST": 7, "KNOWN": 8,
     "FLOATS": 9, "FACTOR": 10, "QUERIES": 11, "KEYS": 12, "KEEP_ROWS": 13, "READS_KEYS": 14, "HEADS": 15,
-    "COLUMNS": 16, "POLY": 17, "DRAWN": 18, "DEPTH": 19, "PARTS": 20,
+    "COLUMNS": 16, "POLY": 17, "DRAWN": 18, "DEPTH": 19, "PARTS": 20, "UNIT": 21,
 })  # fmt: skip
 """Where what a launch fixes stands in the tuple in which it travels; functions would pass a dozen constants on else."""
 fixed = named(FIXED)
@@ -47,10 +47,11 @@ def pass_turn(NUMBER: gl.constexpr):
 
 
 @gluon.constexpr_function
-def unit_of(config, what):
-    """Where queries, keys, values or outputs begin in the room of parts."""
-    names = ("DEPTH", "COLUMNS", "BN", "CONSUMERS", "STAGES", "Q_STAGES")
-    return places_of(*[fixed(config, name) for name in names])["qkvo".index(what)]
+def area(config, what):
+    """Where queries, outputs, keys or values begin in the room that parts are read from, and how many units one takes."""
+    shape = [fixed(config, name) for name in ("DEPTH", "COLUMNS", "BN", "CONSUMERS", "STAGES", "Q_STAGES", "UNIT")]
+    rows = ROWS.value if what in "qo" else shape[2]
+    return first_unit(what, shape), rows * blocks_of(shape[what in "vo"]) // shape[6]
 
 
 @gluon.constexpr_function
@@ -157,6 +158,14 @@ def fetch_own(mail, at, FLOATS: gl.constexpr):
 
 
 @gluon.jit
+def at_slot(CONFIG, WHAT: gl.constexpr, slot):
+    """The first unit of a slot."""
+    FIRST: gl.constexpr = area(CONFIG, WHAT)[0]
+    UNITS: gl.constexpr = area(CONFIG, WHAT)[1]
+    return FIRST + slot * UNITS
+
+
+@gluon.jit
 def read_beside(places, bars, read, NUMBER: gl.constexpr, LAYOUT: gl.constexpr):
     """What is read beside a tile's products, in their layout; 0 where nothing is."""
     _, _, _, _, _, _, x_full, x_empty, _, _ = bars
@@ -175,10 +184,7 @@ def product(q, k_s, slot, LAYOUT: gl.constexpr, CONFIG):
     """Issues Q K^T of a slot."""
     BN: gl.constexpr = fixed(CONFIG, "BN")
     if fixed(CONFIG, "PARTS"):
-        UNITS: gl.constexpr = BN // 16 * blocks_of(fixed(CONFIG, "DEPTH"))
-        made = part_scores(
-            q, unit_of(CONFIG, "k") + slot * UNITS, fixed(CONFIG, "DEPTH"), BN, k_s[0].dtype
-        )
+        made = part_scores(q, at_slot(CONFIG, "k", slot), fixed(CONFIG, "DEPTH"), BN, fixed(CONFIG, "UNIT"), k_s[0].dtype)
     else:
         sent = gl.zeros([ROWS, BN], gl.float32, LAYOUT)
         for n in gl.static_range(len(q)):
@@ -214,8 +220,7 @@ def add_values(p, v_s, slot, acc, CONFIG):
     sent = ()
     if fixed(CONFIG, "PARTS"):
         BN: gl.constexpr = fixed(CONFIG, "BN")
-        UNITS: gl.constexpr = BN // 16 * blocks_of(fixed(CONFIG, "COLUMNS"))
-        sent = part_values(p, unit_of(CONFIG, "v") + slot * UNITS, acc, BN, v_s[0].dtype)
+        sent = part_values(p, at_slot(CONFIG, "v", slot), acc, BN, fixed(CONFIG, "UNIT"), v_s[0].dtype)
     else:
         for n in gl.static_range(len(acc)):
             sent = sent + (value_product(p, v_s[n], slot, acc[n]),)
