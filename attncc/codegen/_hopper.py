@@ -227,11 +227,11 @@ def forward(
     out_h, out_s, lse_h, write_lse,
     tiles, args,
     BN: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, GROUP: gl.constexpr,
-    TURNS: gl.constexpr, REGISTERS: gl.constexpr, POLY: gl.constexpr, DRAWN: gl.constexpr, AGAIN: gl.constexpr,
+    TURNS: gl.constexpr, REGISTERS: gl.constexpr, POLY: gl.constexpr, DRAWN: gl.constexpr, UNIT: gl.constexpr, AGAIN: gl.constexpr,
     MARK_LOST: gl.constexpr, NUMBERS: gl.constexpr, KNOWN: gl.constexpr, FLOATS: gl.constexpr,
     FACTOR: gl.constexpr, QUERIES: gl.constexpr, KEYS: gl.constexpr, KEEP_ROWS: gl.constexpr,
     READS_KEYS: gl.constexpr, OWN_ROOM: gl.constexpr, HEADS: gl.constexpr, COLUMNS: gl.constexpr,
-    DEPTH: gl.constexpr, PARTS: gl.constexpr, UNIT: gl.constexpr,
+    DEPTH: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """The forward pass.
 

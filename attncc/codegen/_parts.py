@@ -185,8 +185,8 @@ def load_blocks(X, b, h, row, first, bar, room, LINES: gl.constexpr, BLOCKS: gl.
     """Copies so many rows and blocks to a room, as units from `first` on."""
     UNIT: gl.constexpr = room.shape[3]
     mbarrier.expect(bar, LINES * BLOCKS * 128)
-    for n in gl.static_range(BLOCKS):
-        for m in gl.static_range(LINES // UNIT):
+    for m in range(LINES // UNIT):
+        for n in gl.static_range(BLOCKS):
             place = room.index(first + n * (LINES // UNIT) + m)
             load_by_tma(X, [b, h, row + m * UNIT, n * BLOCK], bar, place)
 

@@ -96,7 +96,7 @@ def _of_hopper(attn: Attention, engine: Engine) -> Iterator[list[str]]:
     packed, keys = attn.layout == "varlen", '"E_KEYS"'
     q, k, v = engine.tensors
     if parts(engine):
-        maps = [*_maps(q, "64", (64,)), *_maps(k, '"UNIT"', (64,)), *_maps(v, '"UNIT"', (64,))]
+        maps = [*_maps(q, "64", (64,)), *_maps(k, '"E_UNIT"', (64,)), *_maps(v, '"E_UNIT"', (64,))]
         maps += _maps(engine.output, "64", () if packed else (64,))
     else:
         maps = [*_maps(q, "64", engine.qk), *_maps(k, keys, engine.qk), *_maps(v, keys, engine.v, engine.turned)]
@@ -151,7 +151,6 @@ def constants(attn: Attention, engine: Engine) -> dict[str, int]:
         "COLUMNS": attn.dims.v,
         "DEPTH": attn.dims.qk,
         "PARTS": int(parts(engine)),
-        "UNIT": 16,
     }
 
 

@@ -71,7 +71,7 @@ def _engine(
 ) -> Config:
     return {
         "E_KEYS": keys, "E_CONSUMERS": consumers, "E_STAGES": stages, "E_Q_STAGES": q_stages, "E_GROUP": 8,
-        "E_TURNS": turns, "E_REGISTERS": registers, "E_POLY": 0, "E_DRAWN": 1,
+        "E_TURNS": turns, "E_REGISTERS": registers, "E_POLY": 0, "E_DRAWN": 1, "E_UNIT": min(keys & -keys, 64),
     }  # fmt: skip
 
 

@@ -39,6 +39,7 @@ ENGINE_KNOBS: Final = (
     Knob("E_REGISTERS", (240, 160), "of a consumer's thread"),
     E_POLY,
     Knob("E_DRAWN", (1, 0), "1: blocks draw query tiles from a counter; 0: they are dealt out beforehand"),
+    Knob("E_UNIT", (64, 32, 16), "rows of keys that a copy moves"),
 )
 LATENT_KNOBS: Final = (Knob("L_WIDTH", (128, 64, 256), "columns of the pieces in which key tiles are copied"),)
 
