@@ -6,20 +6,19 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from . import hopper as variant
 from ._gluon import FIRST_ANSWER, ROWS, barrier, store_by_tma
-from ._parts import BLOCK, NARROW, PART, as_blocks, blocks_of, in_blocks, steps_of, zero_parts
+from ._parts import NARROW, PART, as_blocks, zero_parts
 from ._softmax import MOST, lane_sum, scaled
 from ._steps import (
     LETTER,
     accumulator,
-    area,
     add_values,
-    at_slot,
     arrived,
     fetch,
     fetch_own,
     few_bits,
     fill,
     fixed,
+    in_room,
     joined,
     overlap,
     pass_turn,
@@ -88,31 +87,26 @@ def write_lines(o, sinks, h, first, left, column0, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def store_blocks(o, O, blocks, sinks, at, b, h, first, left, COLUMNS: gl.constexpr):
-    """The same in blocks of columns from this one on."""
-    for n in gl.static_range(len(o)):
-        tile_of(blocks, at + n).store(o[n].to(blocks.dtype))
-    fence_async_shared()
-    barrier()
-    for n in gl.static_range(len(o)):
-        if len(O) > 0:  # TMA ends where the tensor does
-            store_by_tma(O[0], [b, h, first, n * BLOCK], blocks.index(at + n))
-        else:
-            write_lines(tile_of(blocks, at + n), sinks, h, first, left, n * BLOCK, COLUMNS)
+def nth(x, N: gl.constexpr):
+    """Of several; or the one that does for all."""
+    AT: gl.constexpr = N if len(x) > 1 else 0
+    return x[AT]
 
 
 @gluon.jit
 def store(o, O, o_s, sinks, at, b, h, first, left, COLUMNS: gl.constexpr):
-    """Writes an output by way of its place in shared memory, but for what is behind the `left` rows of the sequence."""
+    """Writes an output by way of its places in shared memory, but for what is behind the `left` rows of the sequence.
+    Pieces have a place each, or one behind the other."""
     for n in gl.static_range(len(o)):
-        tile_of(o_s[n], at).store(o[n].to(o_s[n].dtype))
+        tile_of(nth(o_s, n), at + n * (len(o_s) == 1)).store(o[n].to(o_s[0].dtype))
     fence_async_shared()
     barrier()
     for n in gl.static_range(len(o)):
+        place = nth(o_s, n).index(at + n * (len(o_s) == 1))
         if len(O) > 0:  # TMA ends where the tensor does
-            store_by_tma(O[n], [b, h, first, n * o[0].shape[1]], o_s[n].index(at))
+            store_by_tma(nth(O, n), [b, h, first, n * o[0].shape[1]], place)
         else:
-            write_lines(tile_of(o_s[n], at), sinks, h, first, left, n * o[0].shape[1], COLUMNS)
+            write_lines(place.reshape([ROWS, o[n].shape[1]]), sinks, h, first, left, n * o[0].shape[1], COLUMNS)
 
 
 @gluon.jit
@@ -136,19 +130,11 @@ def nothing(v_s, CONFIG):
     """Accumulators of no keys at all."""
     acc = ()
     if fixed(CONFIG, "PARTS"):
-        acc = zero_parts(2 * steps_of(fixed(CONFIG, "COLUMNS")))
+        acc = zero_parts(fixed(CONFIG, "COLUMNS"))
     else:
         for n in gl.static_range(len(v_s)):
             acc = acc + (zeros(v_s[n]),)
     return acc
-
-
-@gluon.jit
-def tiles_of(q_s, at):
-    q = ()
-    for n in gl.static_range(len(q_s)):
-        q = q + (tile_of(q_s[n], at),)
-    return q
 
 
 @gluon.jit
@@ -177,7 +163,7 @@ def finish(m, l, r, s, known, mail, letter, args, DTYPE: gl.constexpr, ROW: gl.c
 def consume(NUMBER: gl.constexpr, O, sinks, places, o_s, mail, bars, args, OWN_ROOM: gl.constexpr, CONFIG):
     """One warpgroup's rows of each query tile of this block."""
     q_full, q_empty, _, _, v_full, v_empty, _, _, mail_full, mail_empty = bars
-    q_s, _, v_s, _ = places
+    _, _, v_s, _ = places
     _, _, _, LSE, lse_h, write_lse, lost, counter = sinks
     BN: gl.constexpr = fixed(CONFIG, "BN")
     CONSUMERS: gl.constexpr = fixed(CONFIG, "CONSUMERS")
@@ -202,27 +188,23 @@ def consume(NUMBER: gl.constexpr, O, sinks, places, o_s, mail, bars, args, OWN_R
         r = variant.rows(row0 + NUMBER * ROWS + gl.arange(0, ROWS, ROW), s, args)
         r = (r, ramps(s, args, S_LAYOUT, CONFIG))
         q_at = (done % Q_STAGES) * CONSUMERS + NUMBER
-        if fixed(CONFIG, "PARTS"):
-            q = at_slot(CONFIG, "q", q_at)
-        else:
-            q = tiles_of(q_s, q_at)
         mbarrier.wait(q_full.index(q_at), (done // Q_STAGES) & 1)
         if Q_STAGES == 2:  # the output of the tile before has left its place by now, which is the next Q's
             tma.store_wait(0)
             barrier()
             mbarrier.arrive(q_empty.index(((done + 1) % 2) * CONSUMERS + NUMBER), count=1, pred=done > 0)
         acc = nothing(v_s, CONFIG)
-        p, m, l, late = fill(q, cuts, read, places, bars, c, r, s, args, NUMBER, S_LAYOUT, CONFIG)
+        p, m, l, late = fill(q_at, cuts, read, places, bars, c, r, s, args, NUMBER, S_LAYOUT, CONFIG)
         read += 1
         for t in range(1, cuts):
             p, m, l, acc, late = overlap(
-                q, p, m, l, acc, late, t, read, places, bars, mail, letter, known, c, r, s, args,
+                q_at, p, m, l, acc, late, t, read, places, bars, mail, letter, known, c, r, s, args,
                 NUMBER, S_LAYOUT, True, CONFIG,
             )  # fmt: skip
             read += 1
         for t in range(gl.maximum(1 - cuts, 0), count - cuts):
             p, m, l, acc, late = overlap(
-                q, p, m, l, acc, late, t, read, places, bars, mail, letter, known, c, r, s, args,
+                q_at, p, m, l, acc, late, t, read, places, bars, mail, letter, known, c, r, s, args,
                 NUMBER, S_LAYOUT, False, CONFIG,
             )  # fmt: skip
             read += 1
@@ -245,22 +227,13 @@ def consume(NUMBER: gl.constexpr, O, sinks, places, o_s, mail, bars, args, OWN_R
         mbarrier.arrive(v_empty.index(before), count=1)
         if fixed(CONFIG, "MARK_LOST"):
             mark_lost(acc, lost, counter, again, left, NUMBER)
-        if fixed(CONFIG, "PARTS"):
-            BLOCKS: gl.constexpr = blocks_of(fixed(CONFIG, "COLUMNS"))
-            if area(CONFIG, "o")[0] < area(CONFIG, "k")[0]:  # a room of their own
-                tma.store_wait(0)
-                barrier()
-                o_at = CONSUMERS * Q_STAGES * blocks_of(fixed(CONFIG, "DEPTH")) + NUMBER * BLOCKS
-            else:
-                o_at = q_at * BLOCKS
-            o_blocks = in_blocks(q_s[0])
-            store_blocks(scaled(acc, factor), O, o_blocks, sinks, o_at, b, h, first, left, fixed(CONFIG, "COLUMNS"))
-        elif OWN_ROOM:
+        if OWN_ROOM:
             tma.store_wait(0)
             barrier()
             store(scaled(acc, factor), O, o_s, sinks, NUMBER, b, h, first, left, fixed(CONFIG, "COLUMNS"))
         else:
-            store(scaled(acc, factor), O, o_s, sinks, q_at, b, h, first, left, fixed(CONFIG, "COLUMNS"))
+            o_at = in_room(CONFIG, "q", q_at)
+            store(scaled(acc, factor), O, o_s, sinks, o_at, b, h, first, left, fixed(CONFIG, "COLUMNS"))
         if write_lse > 0:
             write_rows(LSE + (b * fixed(CONFIG, "HEADS") + h).to(gl.int64) * lse_h, lse, first, left, ROW)
         if Q_STAGES == 1:
