@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language import core
 
-from ._gluon import ROWS, seen_as
+from ._gluon import ROWS, reinterpreted
 
 LINE = gl.constexpr(256)
 """Numbers of a line that come along with a key tile."""
@@ -57,7 +57,7 @@ def read_ribbon(place, at, WIDTH: gl.constexpr, LAYOUT: gl.constexpr):
     OWN: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(4, PARTS)))
     lane, row = thread() % 32, thread() // 32 % 4 * 16 + thread() % 32 // 4
     pair = (LINE + STAGGER) // 2 * (row % 2) + 32 - row // 2 + lane % 4
-    lines = seen_as(place.index(at), gl.float32, [LINE, 2], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    lines = reinterpreted(place.index(at), gl.float32, [LINE, 2], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     read = ()
     for n in gl.static_range(EIGHTHS + 1):
         read = read + (lines.index(pair + 4 * n - 4).load(_own()),)
