@@ -82,6 +82,8 @@ class Way:
     interpreted: bool = False
     has_ptx: Callable[[], bool] = lambda: True
     """Whether kernels may hold PTX."""
+    has_fp8: Callable[[], bool] = lambda: torch.cuda.get_device_capability() >= (8, 9)
+    """Whether the GPU makes numbers of fp8 itself."""
 
 
 def current_stream(device: int) -> int:

@@ -42,6 +42,8 @@ class EngineLaunch(Persistent, Launch):
         if view.dtype == torch.uint8:  # what an operand of few bits is stored as
             view = view.view(torch.float8_e4m3fn)
         layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[view.dtype])
+        if view.dtype == torch.float32:  # of which threads read numbers of their own
+            layout = gl.NVMMASharedLayout(0, 32, len(block))
         return TensorDescriptor(view, list(view.shape), map_strides(view), block, layout)
 
 

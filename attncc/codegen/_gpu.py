@@ -109,7 +109,7 @@ class Runner:
         numbers = sizes | {k: x for k, x in config.items() if k not in OPTIONS} | {"WRITE_LSE": int(with_lse)}
         in_words = all(t.dtype == torch.int16 for x, t in zip(v.tensors, tensors, strict=True) if x.words)
         flags = {"TMA": bool(numbers.pop("TMA", 0)) and not interpreted and with_maps and in_words}
-        flags |= {"WORDS": in_words, "PTX": self.way.has_ptx()}
+        flags |= {"WORDS": in_words, "PTX": self.way.has_ptx(), "FP8": self.way.has_fp8()}
         # the engine reads operands by tensor maps alone
         numbers["ENGINE"] = int(bool(config.get("ENGINE")) and flags["TMA"] and self.is_examined())
         due = [k for k in v.kernels if k.when(numbers)]
@@ -175,6 +175,10 @@ class Runner:
                     value = launch.own(at, parameter[0])
                 case ("tile", name, rows, columns) if flags["TMA"]:
                     block = [1, 1, *(numbers.get(d, d) for d in (rows, columns))]
+                    launch.bound.tiles.append((at, order[name], axes[name], block))
+                case ("block", name, rows, columns):
+                    lines = numbers.get(rows, rows)
+                    block = [1, 1, min(lines & -lines, columns), columns]
                     launch.bound.tiles.append((at, order[name], axes[name], block))
                 case ("tile", name, _, _) | ("tensor", name):
                     launch.bound.tensors.append((at, order[name]))

@@ -35,34 +35,36 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from . import hopper as variant
 from ._consumer import consume, leave
 from ._gluon import ROWS, barriers, load_by_tma
-from ._steps import LETTER, few_bits, fixed
+from ._parts import BLOCK, area, blocks_of, in_blocks, load_blocks, stop_elsewhere, unit_of
+from ._steps import LETTER, few_bits, fixed, in_room
 
 # -- the producer --------------------------------------------------------------------------------
 
 
 @gluon.jit
-def load(X, b, h, row, slot, bar, X_s):
-    """Copies a tile, piece by piece, to its slot; the barrier hears of all its bytes."""
-    if len(X) == 1:
-        mbarrier.expect(bar, X[0].block_type.nbytes)
+def load(WHAT: gl.constexpr, X, b, h, row, slot, bar, X_s, CONFIG, ALONG: gl.constexpr = 0):
+    """Copies a tile of queries, keys or values to its slot; the barrier hears of all its bytes, and of those that come
+    along."""
+    if fixed(CONFIG, "PARTS"):
+        LINES: gl.constexpr = ROWS if WHAT == "q" else fixed(CONFIG, "BN")
+        BLOCKS: gl.constexpr = blocks_of(fixed(CONFIG, "COLUMNS") if WHAT == "v" else fixed(CONFIG, "DEPTH"))
+        load_blocks(X[0], b, h, row, in_room(CONFIG, WHAT, slot), bar, X_s[0], LINES, BLOCKS)
     else:
-        mbarrier.expect(bar, X[0].block_type.nbytes + X[1].block_type.nbytes)
-    for n in gl.static_range(len(X)):
-        load_by_tma(X[n], [b, h, row, n * X[0].block_type.shape[3]], bar, X_s[n].index(slot))
+        load_pieces(X, b, h, row, slot, bar, X_s, WHAT == "v" and few_bits(X[0].dtype), ALONG)
 
 
 @gluon.jit
-def load_values(V, b, h, key, slot, bar, V_s):
-    """The same of values, which come as [column, key] where they are turned."""
-    if few_bits(V[0].dtype):
-        if len(V) == 1:
-            mbarrier.expect(bar, V[0].block_type.nbytes)
-        else:
-            mbarrier.expect(bar, V[0].block_type.nbytes + V[1].block_type.nbytes)
-        for n in gl.static_range(len(V)):
-            load_by_tma(V[n], [b, h, n * V[0].block_type.shape[2], key], bar, V_s[n].index(slot))
+def load_pieces(X, b, h, row, slot, bar, X_s, TURNED: gl.constexpr, ALONG: gl.constexpr):
+    """The same piece by piece; values come as [column, key] where they are turned."""
+    if len(X) == 1:
+        mbarrier.expect(bar, X[0].block_type.nbytes + ALONG)
     else:
-        load(V, b, h, key, slot, bar, V_s)
+        mbarrier.expect(bar, X[0].block_type.nbytes + X[1].block_type.nbytes + ALONG)
+    for n in gl.static_range(len(X)):
+        if TURNED:
+            load_by_tma(X[n], [b, h, n * X[0].block_type.shape[2], row], bar, X_s[n].index(slot))
+        else:
+            load_by_tma(X[n], [b, h, row, n * X[0].block_type.shape[3]], bar, X_s[n].index(slot))
 
 
 @gluon.jit
@@ -90,7 +92,7 @@ def find(number, tiles, args, CONFIG):
 @gluon.jit
 def copy(t, copied, done, at, where, cuts, s, maps, places, bars, args, CONFIG):
     """Copies key tile t of a query tile, and with the first one the queries."""
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, x_full, x_empty, _, _ = bars
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, _, _ = bars
     Q, K, V, X = maps
     q_s, k_s, v_s, x_s = places
     b, h, hk, hv, first_query, first_key, row0, _ = where
@@ -105,20 +107,20 @@ def copy(t, copied, done, at, where, cuts, s, maps, places, bars, args, CONFIG):
     slot = copied % STAGES
     phase = (copied // STAGES) & 1
     mbarrier.wait(k_empty.index(slot), phase ^ 1)
-    load(K, b, hk, first_key + n, slot, k_full.index(slot), k_s)
+    if len(X) > 0:
+        load("k", K, b, hk, first_key + n, slot, k_full.index(slot), k_s, CONFIG, CONSUMERS * X[0].block_type.nbytes)
+        for c in gl.static_range(CONSUMERS):
+            table, column = variant.beside(n, row0 + c * ROWS, at, args)
+            load_by_tma(X[0], [0, table, 0, column], k_full.index(slot), x_s[0].index(slot * CONSUMERS + c))
+    else:
+        load("k", K, b, hk, first_key + n, slot, k_full.index(slot), k_s, CONFIG)
     if t == 0:
         for c in gl.static_range(CONSUMERS):
             place = (done % Q_STAGES) * CONSUMERS + c
             mbarrier.wait(q_empty.index(place), ((done // Q_STAGES) & 1) ^ 1)
-            load(Q, b, h, first_query + c * ROWS, place, q_full.index(place), q_s)
-    if len(X) > 0:
-        for c in gl.static_range(CONSUMERS):
-            table, column = variant.beside(n, row0 + c * ROWS, at, args)
-            mbarrier.wait(x_empty.index(c), (copied & 1) ^ 1)
-            mbarrier.expect(x_full.index(c), X[0].block_type.nbytes)
-            load_by_tma(X[0], [0, table, 0, column], x_full.index(c), x_s[0].index(c))
+            load("q", Q, b, h, first_query + c * ROWS, place, q_full.index(place), q_s, CONFIG)
     mbarrier.wait(v_empty.index(slot), phase ^ 1)
-    load_values(V, b, hv, first_key + n, slot, v_full.index(slot), v_s)
+    load("v", V, b, hv, first_key + n, slot, v_full.index(slot), v_s, CONFIG)
 
 
 @gluon.jit
@@ -129,7 +131,7 @@ def produce(maps, counter, lost, places, mail, bars, tiles, args, CONFIG):
     first query's place in the sequence, its batch entry, head and row in the operands, how many queries are left from
     there, the program that would do the tile again, and the variant's own numbers.
     """
-    mail_full, mail_empty = bars[8], bars[9]
+    mail_full, mail_empty = bars[6], bars[7]
     CONSUMERS: gl.constexpr = fixed(CONFIG, "CONSUMERS")
     STAGES: gl.constexpr = fixed(CONFIG, "STAGES")
     copied = 0  # tiles of K: slot = copied % STAGES, phase = copied // STAGES % 2
@@ -217,12 +219,14 @@ def forward(
     MARK_LOST: gl.constexpr, NUMBERS: gl.constexpr, KNOWN: gl.constexpr, FLOATS: gl.constexpr,
     FACTOR: gl.constexpr, QUERIES: gl.constexpr, KEYS: gl.constexpr, KEEP_ROWS: gl.constexpr,
     READS_KEYS: gl.constexpr, OWN_ROOM: gl.constexpr, HEADS: gl.constexpr, COLUMNS: gl.constexpr,
+    OPENS: gl.constexpr, DEPTH: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """The forward pass.
 
     Args:
         Q0, Q1, K0, ...: tensor maps of [b, h, row, column], one for each piece of an operand.
-        X0: a tensor map of what is read beside the products, as a tile for each of theirs; else None.
+        X0: a tensor map of ribbons, two lines of LINE numbers a box, where something moves with key - query alone; else
+            None.
         out: the output itself where sequences are packed: TMA would write into the next one. Either it or its maps are
             None.
         lost: int32: how many query tiles hold NaN in the output, and the programs that would do them again, of AGAIN
@@ -238,12 +242,20 @@ def forward(
         KEEP_ROWS: whether what the variant knows of rows comes from memory, and so is better kept than found again.
         READS_KEYS: whether score or mask read memory at the keys; if not, the mask ends where they do.
         HEADS: query heads. COLUMNS: of the output.
+        OPENS: whether scores begin with their ribbon, and their formula has none.
         OWN_ROOM: whether the output does not leave by way of Q's shared memory, because its pieces or dtype are others.
     """
     maps = (pieces(Q0, Q1), pieces(K0, K1), pieces(V0, V1), pieces(X0, None))
     O = pieces(O0, O1)
-    q_s = rooms(maps[0], CONSUMERS * Q_STAGES)
-    k_s, v_s, x_s = rooms(maps[1], STAGES), rooms(maps[2], STAGES), rooms(maps[3], CONSUMERS)
+    x_s = rooms(maps[3], CONSUMERS * STAGES)
+    if PARTS:
+        UNITS: gl.constexpr = area("end", DEPTH, COLUMNS, BN, CONSUMERS, STAGES, Q_STAGES)[0]
+        k_s = (gl.allocate_shared_memory(K0.dtype, [UNITS, 1, 1, unit_of(BN), BLOCK], K0.layout),)
+        stop_elsewhere(k_s[0])
+        q_s, v_s = (in_blocks(k_s[0]),), k_s
+    else:
+        q_s = rooms(maps[0], CONSUMERS * Q_STAGES)
+        k_s, v_s = rooms(maps[1], STAGES), rooms(maps[2], STAGES)
     places = (q_s, k_s, v_s, x_s)
     if OWN_ROOM:
         if len(O) > 0:
@@ -258,36 +270,42 @@ def forward(
     q_full, q_empty = barriers(CONSUMERS * Q_STAGES, 1), barriers(CONSUMERS * Q_STAGES, 1)
     k_full, k_empty = barriers(STAGES, 1), barriers(STAGES, CONSUMERS)  # a consumer arrives once, not once a thread
     v_full, v_empty = barriers(STAGES, 1), barriers(STAGES, CONSUMERS)
-    x_full, x_empty = barriers(CONSUMERS, 1), barriers(CONSUMERS, 1)
     mail_full, mail_empty = barriers(2, 1), barriers(2, CONSUMERS)
-    bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty, x_full, x_empty, mail_full, mail_empty)
+    bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty, mail_full, mail_empty)
     sinks = (out, out_h, out_s, LSE, lse_h, write_lse, lost, counter)
     # constants stay constants only where they are written inside the call; the first entry runs on the kernel's warps
     if CONSUMERS == 2:
         gl.warp_specialize([
             (consume, (0, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
                        (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN))),
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN,
+                        OPENS, DEPTH, PARTS))),
             (consume, (1, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
                        (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN))),
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN,
+                        OPENS, DEPTH, PARTS))),
             (produce, (maps, counter, lost, places, mail, bars, tiles, args,
                        (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN))),
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN,
+                        OPENS, DEPTH, PARTS))),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.static_assert(CONSUMERS == 3)
         gl.warp_specialize([
             (consume, (0, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
                        (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN))),
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN,
+                        OPENS, DEPTH, PARTS))),
             (consume, (1, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
                        (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN))),
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN,
+                        OPENS, DEPTH, PARTS))),
             (consume, (2, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
                        (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN))),
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN,
+                        OPENS, DEPTH, PARTS))),
             (produce, (maps, counter, lost, places, mail, bars, tiles, args,
                        (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN))),
+                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN,
+                        OPENS, DEPTH, PARTS))),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip

@@ -154,4 +154,9 @@ def has_ptx() -> bool:
     return not INTERPRETED and triton.runtime.driver.active.get_current_target().backend == "cuda"
 
 
-BY_TRITON = Way(bind, TRITON, INTERPRETED, has_ptx)
+def has_fp8() -> bool:
+    """Whether it is one that makes numbers of fp8 itself."""
+    return has_ptx() and triton.runtime.driver.active.get_current_target().arch >= 89
+
+
+BY_TRITON = Way(bind, TRITON, INTERPRETED, has_ptx, has_fp8)

@@ -21,6 +21,7 @@ ROLES: Final[Mapping[str, tuple[str, ...]]] = {
     "rows": ("rows", "s", "args"),
     "ramp": ("u", "s", "args"),
     "shift": ("n", "r", "s", "args"),
+    "ends": ("r", "s", "args"),
     "score": ("qk", "beside", "j", "r", "s", "args"),
     "keep": ("j", "r", "s", "args"),
     "finish": ("m", "total", "r", "s", "args"),
@@ -113,7 +114,7 @@ def _results(engine: Engine, f: Function) -> str:
         case "walk":
             own = len(texts) - len(engine.tile)
             return f"{', '.join(texts[:own])}, ({', '.join(texts[own:])})"
-        case "rows" | "known" | "ramp" | "shift":
+        case "rows" | "known" | "ramp" | "shift" | "ends":
             return f"({', '.join(texts)}{',' * (len(texts) == 1)})"
         case _:
             return ", ".join(texts)

@@ -270,17 +270,46 @@ def power(x, y):
 
 
 @triton.jit
-def to_fp8(x, MANTISSA: tl.constexpr, BIAS: tl.constexpr):
+def divided(x, y, PTX: tl.constexpr):
+    """x / y as fp32 rounds it, for finite x many of which share their y; below 2**-80 it may be off in the last bit.
+
+    The reciprocal of y is rounded once, and each quotient twice corrected by what is left of x: a compiler's division
+    does that, too, but finds a reciprocal for each and branches where numbers might be too small.
+    """
+    if PTX:
+        lift = tl.where(y < 2.0**-64, 2.0**64, 1.0)
+        a, d = x * lift, y * lift
+        inverse = tl.div_rn(1.0, d)
+        q = a * inverse
+        q = tl.fma(tl.fma(-q, d, a), inverse, q)
+        q = tl.fma(tl.fma(-q, d, a), inverse, q)
+        q = tl.where(x == 0.0, x, q)  # of its own sign
+    else:
+        q = tl.div_rn(x, y)
+    return q
+
+
+@triton.jit
+def to_fp8(x, MANTISSA: tl.constexpr, BIAS: tl.constexpr, FP8: tl.constexpr):
     """The bits of the fp8 number next to x, the even one of two; x is within the format's range."""
-    bits = x.to(tl.uint32, bitcast=True)
-    size = bits & 0x7FFFFFFF
-    half = (1 << (22 - MANTISSA)) - 1 + ((size >> (23 - MANTISSA)) & 1)
-    normal = ((size + half) >> (23 - MANTISSA)) - ((127 - BIAS) << MANTISSA)
-    # numbers below the least normal one are as far apart as those of fp32 behind this power of 2
-    shifted = (tl.abs(x) + 2.0 ** (24 - BIAS - MANTISSA)).to(tl.uint32, bitcast=True)
-    small = shifted - ((151 - BIAS - MANTISSA) << 23)
-    code = tl.where(size < ((128 - BIAS) << 23), small, normal)
-    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+    if FP8:
+        TO: tl.constexpr = "e4m3x2" if MANTISSA == 3 else "e5m2x2"
+        code = tl.inline_asm_elementwise(
+            f"{{ .reg .b16 low, high; cvt.rn.satfinite.{TO}.f32 low, $2, $1; "
+            f"cvt.rn.satfinite.{TO}.f32 high, $4, $3; mov.b32 $0, {{low, high}}; }}",
+            "=r,f,f,f,f", [x], dtype=tl.uint8, is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        bits = x.to(tl.uint32, bitcast=True)
+        size = bits & 0x7FFFFFFF
+        half = (1 << (22 - MANTISSA)) - 1 + ((size >> (23 - MANTISSA)) & 1)
+        normal = ((size + half) >> (23 - MANTISSA)) - ((127 - BIAS) << MANTISSA)
+        # numbers below the least normal one are as far apart as those of fp32 behind this power of 2
+        shifted = (tl.abs(x) + 2.0 ** (24 - BIAS - MANTISSA)).to(tl.uint32, bitcast=True)
+        small = shifted - ((151 - BIAS - MANTISSA) << 23)
+        code = tl.where(size < ((128 - BIAS) << 23), small, normal)
+        code = (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+    return code
 
 
 @triton.jit

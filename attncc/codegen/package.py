@@ -38,7 +38,7 @@ from attncc.ir.tile import Kernel, Launch, Program, Scratch
 from attncc.ir.widths import entry_width, exit_width
 
 ENGINE_FILES: Final[Mapping[str, tuple[str, ...]]] = {
-    "hopper": ("_hopper", "_consumer", "_steps", "_softmax", "_gluon"),
+    "hopper": ("_hopper", "_consumer", "_steps", "_turns", "_ribbon", "_masks", "_softmax", "_parts", "_gluon"),
     "latent": ("_latent", "_latent_consumer", "_latent_steps", "_softmax", "_gluon"),
 }
 """An engine's own source."""
@@ -309,7 +309,9 @@ def _operand_axes(attn: Attention, program: Program) -> dict[str, str]:
     made = {s.name for s in scratch_of(program)}
     named = [p.name for k in program.kernels for p in k.params if p.role == "operand"]
     engine = program.engine
-    read = [x for x in (*named, *((*engine.tensors, engine.output) if engine else ())) if x in made]
+    if engine is not None:
+        named += [*engine.tensors, engine.output, *([engine.beside.name] if engine.beside else [])]
+    read = [x for x in named if x in made]
     given = dict.fromkeys(("q", *cache_rows(attn), "o"), strided(attn.layout))
     if attn.page_size:
         given |= dict.fromkeys(cache_rows(attn), "bshd")

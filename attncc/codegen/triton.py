@@ -107,7 +107,9 @@ class Printer:
 
     def expr(self, e: Expr, outer: int = 0) -> str:
         if e.op == "div" and e.attr == "rounded":
-            return f"tl.div_rn({', '.join(map(self.expr, e.args))})"
+            texts = [self.expr(a) for a in e.args]
+            shared = e.args[0].shape and (not e.args[1].shape or e.args[1].op == "expand")
+            return f"divided({', '.join(texts)}, {self.flag('PTX')})" if shared else f"tl.div_rn({', '.join(texts)})"
         if e.op in INFIX or (e.op in MACHINE_DIVISION and e.attr == "nonneg"):
             sign, strength = INFIX.get(e.op) or MACHINE_DIVISION[e.op]
             left = self.expr(e.args[0], strength + (strength == 4))
@@ -134,7 +136,7 @@ class Printer:
             case "name":
                 return str(e.attr)
             case "cast" if e.dtype in STORED:
-                return f"to_fp8({self.expr(a[0])}, {FP8[e.dtype]})"
+                return f"to_fp8({self.expr(a[0])}, {FP8[e.dtype]}, {self.flag('FP8')})"
             case "cast" if a[0].dtype in STORED:
                 half = f"from_fp8({self.expr(a[0])}, {FP8[a[0].dtype]})"
                 return half if e.dtype == "f16" else f"{half}{self.suffix(e)}"

@@ -276,7 +276,9 @@ class Engine:
     exact: bool
     """Whether functions are computed as well as fp32 allows, however long it takes."""
     beside: Param | None = None
-    """What is read beside the products, as a tile for each of theirs."""
+    """A ribbon: what stands beside products and moves with key - query alone."""
+    opens: bool = False
+    """Whether scores begin with it."""
     knobs: tuple[Knob, ...] = ()
     before: tuple[Launch, ...] = ()
     """Launches of portable kernels that make what it alone reads."""
@@ -288,6 +290,8 @@ class Engine:
     """Where its tiles of queries, keys and values come from."""
     turned: bool = False
     """Whether values come as [b, h, column, key]."""
+    parts: bool = False
+    """Whether operands are read in blocks of 64 columns, and products are as wide as a head is."""
     output: str = "o"
     """Where its tiles of outputs go to."""
     lost: str = ""

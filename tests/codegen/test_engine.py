@@ -125,7 +125,7 @@ def visits(v: Any, args: Any, lengths: tuple[int, int], rows: int, width: int) -
 
 @pytest.mark.parametrize("mask", MASKS)
 @settings(max_examples=12, deadline=None)
-@given(st.integers(1, 700), st.integers(1, 900), st.sampled_from([(128, 128), (192, 128), (128, 64)]))
+@given(st.integers(1, 700), st.integers(1, 900), st.sampled_from([(128, 128), (192, 112), (128, 80)]))
 def test_each_visible_pair_is_visited_once(mask: str, queries: int, keys: int, tile: tuple[int, int]) -> None:
     text, brute = MASKS[mask]
     seen = visits(functions(f"{PLAIN}mask: {text}"), (1, queries, keys, 0.1), (queries, keys), *tile)
@@ -136,7 +136,7 @@ def test_each_visible_pair_is_visited_once(mask: str, queries: int, keys: int, t
 @settings(max_examples=15, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 300), st.integers(0, 400)), min_size=1, max_size=6),
-    st.sampled_from([(128, 128), (192, 128), (128, 64)]),
+    st.sampled_from([(128, 128), (192, 112), (128, 80)]),
 )
 def test_packed_sequences(lengths: list[tuple[int, int]], tile: tuple[int, int]) -> None:
     """Every row of every sequence sees its own keys, all of them, and TMA is sent to where they are."""
@@ -182,17 +182,34 @@ def test_listed_tiles() -> None:
 
 
 @pytest.mark.parametrize(("shape", "table"), [("Hq, n", 3), ("n", 0)])
-def test_relative_positions_are_read_as_blocks(shape: str, table: int) -> None:
+def test_relative_positions_are_read_as_lines(shape: str, table: int) -> None:
+    """Scores begin with theirs, or take them from beside."""
     index = "h, i - j + n // 2" if "Hq" in shape else "i - j + n // 2"
-    v = functions(f"{PLAIN}inputs: {{w: {{shape: [{shape}]}}}}\nscore: qk * scale + w[{index}]")
-    args = (*[0] * (v.engine.args[0].rank + 1), 2, 300, 400, 900, 0.25)
-    # the copy has 64 rows for each of five blocks of queries; its columns begin with those of the last block
-    assert tuple(map(int, v.beside(128, 192, (1, 3, 0, 0), args))) == (table, 128 + 320 - 64 - 192)
-    qk, beside = np.ones((64, 4)), np.arange(256.0).reshape(64, 4)
-    beside = np.asarray(beside, np.float32).view(Float)
+    for sign, wanted in (("+", 0.25), ("*", 0.25 * np.arange(256.0).reshape(64, 4))):
+        v = functions(f"{PLAIN}inputs: {{w: {{shape: [{shape}]}}}}\nscore: qk * scale {sign} w[{index}]")
+        args = (*[0] * (v.engine.args[0].rank + 1), 2, 300, 400, 900, 0.25)
+        # lines begin with the last row of 384 and the first key; a box, 64 columns before its first pair's
+        assert tuple(map(int, v.beside(128, 192, (1, 3, 0, 0), args))) == (table, 128 + 384 - 64 - 192)
+        qk, beside = np.ones((64, 4)), np.asarray(np.arange(256.0).reshape(64, 4), np.float32)
+        _, _, s = v.walk((1, 3, 1, 192), args, 64, 128)
+        x = v.score(qk, beside.view(Float), np.arange(4), v.rows(192 + np.arange(64), s, args), s, args)
+        factor = s[v.factor] / np.log2(np.e)
+        np.testing.assert_allclose(np.broadcast_to(x * factor, (64, 4)), np.broadcast_to(wanted, (64, 4)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("mask", ["causal & window(200)", "window(150, 70)", "causal", "causal & dilated(3)"])
+def test_ends_say_what_the_mask_says(mask: str) -> None:
+    """Where a mask is no more than two ends of a row's keys, these are told; else nothing is."""
+    v = functions(f"{PLAIN}mask: {mask}")
+    args = (2, 300, 400, 0.25)
     _, _, s = v.walk((1, 3, 1, 192), args, 64, 128)
-    x = v.score(qk, beside, np.arange(4), v.rows(192 + np.arange(64), s, args), s, args)
-    np.testing.assert_allclose(np.asarray(x), 0.25 + np.arange(256.0).reshape(64, 4))
+    r = v.rows(192 + np.arange(64), s, args)
+    ends = v.ends(r, s, args)
+    assert len(ends) == (2 if "window" in mask else 0)
+    if ends:
+        j = np.arange(512)
+        first, last = (np.broadcast_to(e, (64,))[:, None] for e in ends)
+        np.testing.assert_array_equal((first <= j) & (j <= last), v.keep(j, r, s, args))
 
 
 def test_value_heads_of_their_own() -> None:

@@ -132,7 +132,9 @@ def turned(out: Path, v: torch.Tensor) -> dict[str, torch.Tensor]:
         scratch = [s for s in module.VARIANT.scratch if s.name in shapes]
         made |= {s.name: torch.full(shapes[s.name].shape, 77, dtype=s.dtype) for s in scratch}
         for kernel in due:
-            runner.bind(kernel, shapes, numbers, {"TMA": False}, {})([q, k, v, *made.values()], 1.0, 0)
+            runner.bind(kernel, shapes, numbers, dict.fromkeys(("TMA", "PTX", "FP8"), False), {})(
+                [q, k, v, *made.values()], 1.0, 0
+            )
         return made
 
 

@@ -142,10 +142,10 @@ EXPRESSIONS: dict[str, Expr] = {
 
 
 NARROW: dict[str, Expr] = {
-    "to_fp8(x, 3, 7)": cast_to(x, "f8e4m3"),
-    "to_fp8(x + 1.0, 2, 15)": cast_to(x + 1.0, "f8e5m2"),
-    "from_fp8(to_fp8(x, 3, 7), 3, 7)": cast_to(cast_to(x, "f8e4m3"), "f16"),
-    "from_fp8(to_fp8(x, 2, 15), 2, 15).to(BF16)": cast_to(cast_to(x, "f8e5m2"), "bf16"),
+    "to_fp8(x, 3, 7, FP8)": cast_to(x, "f8e4m3"),
+    "to_fp8(x + 1.0, 2, 15, FP8)": cast_to(x + 1.0, "f8e5m2"),
+    "from_fp8(to_fp8(x, 3, 7, FP8), 3, 7)": cast_to(cast_to(x, "f8e4m3"), "f16"),
+    "from_fp8(to_fp8(x, 2, 15, FP8), 2, 15).to(BF16)": cast_to(cast_to(x, "f8e5m2"), "bf16"),
     "tl.div_rn(x, y + 1.0) * 2.0": divide_exactly(x, y + 1.0) * 2.0,
 }
 

@@ -216,7 +216,7 @@ def test_a_group_of_zeros_is_zero() -> None:
 @triton.jit
 def convert(X, Codes, Back, MANTISSA: tl.constexpr, BIAS: tl.constexpr, N: tl.constexpr):
     at = tl.arange(0, N)
-    tl.store(Codes + at, to_fp8(tl.load(X + at), MANTISSA, BIAS))
+    tl.store(Codes + at, to_fp8(tl.load(X + at), MANTISSA, BIAS, False))
     tl.store(Back + at, from_fp8(tl.load(Codes + at), MANTISSA, BIAS).to(tl.float32))
 
 

@@ -46,6 +46,6 @@ def kernel(attn: Attention) -> Kernel:
         else:
             t = place_dense(b, attn, *split_head(b, attn, head), number)
         with b.when(t.row0 < t.queries) if is_varlen(attn) else nullcontext():
-            functions.append(one_tile(b, attn, t))
+            functions.append(one_tile(b, attn, t, skewed=False))
     doc = "Does the query tiles again into which the engine may have let a hidden NaN leak."
     return Kernel(f"{attn.name}_again", *tidy(params.values(), b.body), tuple(functions), const(PROGRAMS), doc)

@@ -75,10 +75,6 @@ def reads_tiles(attn: Attention) -> bool:
     return bool(split_diagonals(attn)[1])
 
 
-def reads_wide_tiles(attn: Attention) -> bool:
-    return any(d.dtype == "f32" for d in split_diagonals(attn)[1])
-
-
 def fills_shared(attn: Attention) -> bool:
     """Whether two key tiles of 128 and one query tile of 128 are what shared memory holds."""
     return attn.dims.qk + attn.dims.v <= 320

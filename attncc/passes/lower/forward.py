@@ -133,7 +133,7 @@ def parameters(attn: Attention) -> dict[str, Param]:
     return {p.name: p for p in out}
 
 
-def one_tile(b: Builder, attn: Attention, t: QueryTile, lost: Param | None = None) -> Function:
+def one_tile(b: Builder, attn: Attention, t: QueryTile, lost: Param | None = None, *, skewed: bool = True) -> Function:
     """Everything one program does; returns the device function it calls.
 
     `lost`: where tiles are marked that hidden values have spoilt; without it, care is taken from the first.
@@ -146,7 +146,7 @@ def one_tile(b: Builder, attn: Attention, t: QueryTile, lost: Param | None = Non
         b.let("q" + p.suffix(columns), quantize.poison(attn, q), f"[BM, {p.width}]")
     if attn.heads.v != attn.heads.kv:
         b.let("hv", t.key_head(attn, attn.heads.v))
-    formulas = formulas_of(b, attn, t, rule)
+    formulas = formulas_of(b, attn, t, rule, skewed)
     runs = solve_runs(b, key_tiles_of(attn), t.keys, lambda e: share_reads(b, e, t.scope))
     step = key_tile(b, attn, t, rule, formulas)
     if lost is None:

@@ -13,7 +13,7 @@ from typing import Final
 
 from attncc.ir.attention import Attention
 from attncc.ir.build import Builder, function, quotient, read
-from attncc.ir.expr import Expr, const, eq, maximum, name, where
+from attncc.ir.expr import FLOATS, Expr, const, eq, maximum, name, where
 from attncc.ir.rewrite import names, substitute
 from attncc.ir.tile import (
     Engine,
@@ -26,7 +26,7 @@ from attncc.ir.tile import (
     Scratch,
     Statement,
 )
-from attncc.passes.lower import again, classify, quantize, skew, stored
+from attncc.passes.lower import again, classify, quantize, ribbon, skew, stored
 from attncc.passes.lower.chains import output, source
 from attncc.passes.lower.fragments import formulas_of, may_hide_values
 from attncc.passes.lower.gap import Gap, first
@@ -46,12 +46,14 @@ from attncc.passes.lower.grid import (
     size_parameters,
     split_head,
 )
-from attncc.passes.lower.knobs import E_POLY, E_TURNS, ENGINE_KNOBS
+from attncc.passes.lower.knobs import E_KEYS, E_POLY, E_TURNS, ENGINE_KNOBS
 from attncc.passes.lower.normalizers import rule_of
+from attncc.passes.lower.parts import has_parts
 from attncc.passes.lower.pieces import pieces
 from attncc.passes.lower.roles import (
     WALK,
     around,
+    ends_of,
     floats_first,
     is_over_rows,
     numbered,
@@ -68,6 +70,8 @@ ROWS: Final = 64
 PIECES: Final = 2
 """At most, of a head dim."""
 WIDEST: Final = 256
+POWERS: Final = (64, 128)
+"""Keys of a tile that Gluon's tensors hold."""
 MULTIPLIED: Final = dict.fromkeys("qkvp", "fp8_e4m3")
 """The one way in which operands of few bits are multiplied as they are stored."""
 WIDEST_QUANTISED: Final = 128
@@ -93,6 +97,10 @@ GAPS: Final = (
     Gap("a score without qk", lambda a: "qk" not in names(a.part.score)),
     Gap("several tables of relative positions", lambda a: len(skew.split_diagonals(a)[1]) > 1),
     Gap(
+        "relative positions that are no floats",
+        lambda a: any(d.dtype not in FLOATS for d in skew.split_diagonals(a)[1]),
+    ),
+    Gap(
         "relative positions beside listed tiles", lambda a: bool(skew.split_diagonals(a)[1]) and key_tiles_of(a).listed
     ),
     Gap("ranges over all rows of a tile", lambda a: any(map(is_over_rows, _bounds(a)))),
@@ -111,13 +119,16 @@ def accelerated(attn: Attention, program: Program) -> Program:
     made = replace(engine(attn), replaces=(program.kernels[-1].name,), knobs=_knobs(attn))
     q, k, v = (source(attn, x).lower() for x in "qkv")
     made = replace(made, tensors=(q, k, v), output=output(attn).lower())
+    _, beside = ribbon.split(attn)
+    if beside is not None:
+        program, made = _with_ribbon(attn, beside, program, made)
     if attn.quantize:
         return _over_stored(quantize.with_scales(attn), program, made)
     if not may_hide_values(attn):
         return replace(program, engine=made)
     kernel = again.kernel(attn)
     entries = Scratch(again.listed(attn).name, (made.grid * name("E_CONSUMERS") + 1,), "i32")
-    made = replace(made, after=(Launch(kernel.name),), scratch=(entries,), lost=entries.name)
+    made = replace(made, after=(Launch(kernel.name),), scratch=(*made.scratch, entries), lost=entries.name)
     return replace(program, engine=made, kernels=(*program.kernels, kernel))
 
 
@@ -127,7 +138,7 @@ def _knobs(attn: Attention) -> tuple[Knob, ...]:
     Of 16 bits turns that last until scores are there cost two consumers 16 to 35 %, and polynomials 3 to 7 % for each
     eighth (`benchmarks/results/turns-nvidia_h200.json`, `polynomial-nvidia_h200.json`).
     """
-    left: dict[Knob, tuple[int, ...]] = {}
+    left: dict[Knob, tuple[int, ...]] = {} if has_parts(attn) else {E_KEYS: POWERS}
     if not attn.quantize:
         left[E_TURNS] = (0, 1)
     if not attn.quantize or is_exact(attn):
@@ -142,19 +153,33 @@ def _over_stored(attn: Attention, program: Program, engine: Engine) -> Program:
     engine = replace(
         engine,
         replaces=(stored.store(attn, values).name, *engine.replaces),
-        before=(Launch(kernel.name),),
-        scratch=(scratch,),
+        before=(*engine.before, Launch(kernel.name)),
+        scratch=(*engine.scratch, scratch),
         tensors=(q.tensor, k.tensor, scratch.name),
         turned=True,
     )
     return replace(program, engine=engine, kernels=(*program.kernels, kernel))
 
 
+def _with_ribbon(attn: Attention, r: ribbon.Ribbon, program: Program, engine: Engine) -> tuple[Program, Engine]:
+    """The engine with lines that are written before it, in place of skewed copies."""
+    kernel = ribbon.kernel(attn, r)
+    copies = (skew.kernel(attn, d).name for d in skew.split_diagonals(attn)[1])
+    engine = replace(
+        engine,
+        replaces=(*copies, *engine.replaces),
+        before=(Launch(kernel.name),),
+        scratch=(ribbon.scratch(attn, r),),
+        beside=r.operand,
+        opens=r.opens,
+    )
+    return replace(program, kernels=(kernel, *program.kernels)), engine
+
+
 def engine(attn: Attention) -> Engine:
     """What the engine asks of a variant."""
-    attn = quantize.with_scales(attn)
+    attn, beside = ribbon.split(quantize.with_scales(attn))
     rule = rule_of(attn)
-    _, diagonals = skew.split_diagonals(attn)
     tensors = [*([CU_Q, CU_K] if is_varlen(attn) else []), *map(input_param, attn.inputs)]
     tensors += classify.lists(attn) if key_tiles_of(attn).listed else ()
     params = [*tensors, *size_parameters(attn), Param("scale", "scalar", "f32")]
@@ -169,13 +194,13 @@ def engine(attn: Attention) -> Engine:
 
     place = _place(attn)
     at = place.results[: len(PACKED_AT if is_varlen(attn) else DENSE_AT)]
-    ramp, shift = ramp_of(b, formulas), shift_of(b, formulas)
-    made = told(b, attn, t, rule, formulas, at, FIXED, (cut, whole, ramp, shift))
+    ramp, shift, ends = ramp_of(b, formulas), shift_of(b, formulas), ends_of(b, formulas)
+    made = told(b, attn, t, rule, formulas, at, FIXED, (cut, whole, ramp, shift, ends))
     known = _known(made.numbers, made.tile, {p.name for p in params})
     tile = (*known, *floats_first(e for e in made.tile if e not in known))
     walk_ = around("walk", b, made.numbers, [name("cuts"), name("wholes"), *tile], WALK)
     known_ = around("known", b, made.numbers, known, "What is known before any query tile is.")
-    functions = (known_, place, walk_, cut, whole, _beside(attn, diagonals), ramp, shift, *made.functions)
+    functions = (known_, place, walk_, cut, whole, _beside(attn, beside), ramp, shift, ends, *made.functions)
     return Engine(
         NAME,
         (),
@@ -189,7 +214,7 @@ def engine(attn: Attention) -> Engine:
         tuple(p.width for p in pieces(attn.dims.v, PIECES)),
         substitute(programs(attn), {"BM": name("E_CONSUMERS") * ROWS}),
         is_exact(attn),
-        next((d.operand for d in diagonals), None),
+        parts=has_parts(attn),
     )
 
 
@@ -281,10 +306,9 @@ def _listed(b: Builder, attn: Attention, t: QueryTile) -> tuple[Function, Functi
     return cut, function("whole", inner, [name("n")], ("BN",), "The first key of whole tile t."), cuts
 
 
-def _beside(attn: Attention, diagonals: Sequence[skew.Diagonal]) -> Function:
+def _beside(attn: Attention, r: ribbon.Ribbon | None) -> Function:
     b = Builder({p.name: p for p in size_parameters(attn)})
-    table, column, doc = const(0), const(0), "Nothing is read beside the products."
-    for d in diagonals:
-        table, column = skew.place(d, attn, name("b"), name("h"), name("row0"), name("n"), ROWS)
-        doc = f"Where the block of {d.name} is that goes with {ROWS} rows and the keys from n on."
+    (table, column), doc = (const(0), const(0)), "Nothing is read beside the products."
+    if r is not None:
+        (table, column), doc = ribbon.place(attn, r), f"Lines of {r.name} that go with 64 rows and the keys from n on."
     return function("beside", b, [b.let("table", table), b.let("column", column)], (), doc)

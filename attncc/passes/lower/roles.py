@@ -17,7 +17,7 @@ from attncc.ir.expr import FLOATS, Expr, cast_to, const, name
 from attncc.ir.rewrite import names, transform, walk
 from attncc.ir.tile import Function, Let, Note, Statement, binds, block, reads, reads_memory
 from attncc.passes.lower import quantize
-from attncc.passes.lower.ends import with_end
+from attncc.passes.lower.ends import ends, with_end
 from attncc.passes.lower.fragments import Formulas, read_early
 from attncc.passes.lower.grid import QueryTile
 from attncc.passes.lower.normalizers import TOTAL, M, Rule
@@ -62,7 +62,7 @@ def told(
         always: vectors of rows that the engine itself reads, first.
     """
     score, keep, finish = score_of(b, formulas), keep_of(b, formulas), finish_of(b, attn, t, rule)
-    if not (reads_memory(score) or reads_memory(keep)):
+    if not reads_keys(b, formulas):
         keep = keep_of(b, replace(formulas, mask=with_end(formulas.mask)), "")
     of_tile, of_rows = parted(b.body)
     others = tuple(others)
@@ -101,7 +101,7 @@ def score_of(b: Builder, formulas: Formulas) -> Function:
     inner = Builder(b.params)
     qk = name("qk", "f32", ("BM", "BN"))
     scope = formulas.scope.with_(j=row(name("j", "i32", ("BN",))))
-    score = read_early(inner, formulas, scope, lambda d: name("beside", d.dtype, ("BM", "BN")))
+    score = read_early(inner, formulas, scope, lambda d: name("beside", "f32", ("BM", "BN")))
     score = scope.with_(qk=qk).bind(score)
     inner.let("x", score if formulas.sloped is None else score + row(RAMP), "[rows, BN]")
     return function("score", inner, [name("x", "f32", ("BM", "BN"))], (), "Scores of products, but for the factor c.")
@@ -118,15 +118,35 @@ def ramp_of(b: Builder, formulas: Formulas) -> Function:
 def shift_of(b: Builder, formulas: Formulas) -> Function:
     """A line's own height where a tile begins: it moves a row's maximum, and no weight."""
 
-    def without_columns(e: Expr) -> Expr | None:
-        return e.args[0] if e.op == "expand" else None
-
     inner = Builder(b.params)
     found: list[Expr] = []
     if formulas.sloped is not None:
-        line = transform(formulas.scope.with_(j=name("n")).bind(formulas.sloped.line), without_columns)
+        line = transform(formulas.scope.with_(j=name("n")).bind(formulas.sloped.line), _without_columns)
         found = [inner.let("shift", line)]
     return function("shift", inner, found, (), "What scores of the key tile from n on have beside in a row.")
+
+
+def ends_of(b: Builder, formulas: Formulas) -> Function:
+    """Both ends of what a row sees, where its mask is no more than these: pairs then need no two comparisons."""
+    inner = Builder(b.params)
+    found: list[Expr] = []
+    between = None if reads_keys(b, formulas) else ends(with_end(formulas.mask))
+    if between is not None:
+        bounds = [transform(formulas.scope.bind(e), _without_columns) for e in between]
+        if all(e.shape for e in bounds):
+            found = [inner.let(text, e) for text, e in zip(("first", "last"), bounds, strict=True)]
+    return function(
+        "ends", inner, found, (), "The first and the last key that count of a row, if that is all a mask says."
+    )
+
+
+def _without_columns(e: Expr) -> Expr | None:
+    return e.args[0] if e.op == "expand" else None
+
+
+def reads_keys(b: Builder, formulas: Formulas) -> bool:
+    """Whether score or mask read memory at the keys."""
+    return reads_memory(score_of(b, formulas)) or reads_memory(keep_of(b, formulas))
 
 
 def keep_of(b: Builder, formulas: Formulas, but: str = "; keys behind the last aside") -> Function:

@@ -48,6 +48,9 @@ class Diagonal:
     def operand(self) -> Param:
         return Param(self.name, "operand", self.dtype, tiles=(("BM", "BN"),), doc=f"skewed copy of {self.read.attr}")
 
+    def is_read_by(self, node: Expr) -> bool:
+        return node.op == "load" and node.attr == self.name
+
     def by(self, *indices: str) -> bool:
         return bool(names(self.read) & set(indices))
 
@@ -119,12 +122,16 @@ def read_tile(d: Diagonal, attn: Attention, t: QueryTile, n: Expr) -> Expr:
     return Expr(e.op, (*e.args[:3], at), e.attr, e.dtype, e.shape)
 
 
-def place(d: Diagonal, attn: Attention, b: Expr, h: Expr, row0: Expr, n: Expr, rows: Value = BM) -> tuple[Expr, Expr]:
-    """Table and column of a copy for the query tile of so many rows from row0 on, and the keys from n on."""
-    table: Expr = h if d.by("h", "hk") else const(0)
+def place(d: Diagonal, attn: Attention, b: Expr, h: Expr, row0: Expr, n: Expr) -> tuple[Expr, Expr]:
+    """Table and column of a copy for the query tile from row0 on, and the keys from n on."""
+    return table_of(d, attn, b, h), n + (padded_queries() - BM - row0)
+
+
+def table_of(d: Diagonal, attn: Attention, b: Expr, h: Expr) -> Expr:
+    """The number of the table of a batch entry and head."""
     if d.by("b"):
-        table = b * attn.heads.q + h if d.by("h", "hk") else b
-    return table, n + (padded_queries(rows) - rows - row0)
+        return b * attn.heads.q + h if d.by("h", "hk") else b
+    return h if d.by("h", "hk") else const(0)
 
 
 def kernel(attn: Attention, d: Diagonal) -> Kernel:
@@ -138,8 +145,8 @@ def kernel(attn: Attention, d: Diagonal) -> Kernel:
     u, table = b.let("u", remainder(rest, BM)), b.let("table", quotient(rest, BM))
     x = b.let("x", chunk * CHUNK + iota(CHUNK), f"[{CHUNK}]")
     b.note("row u of the last query tile and column x are this far apart")
-    distance = b.let("d", u + (name("Sk") - name("Sq")) * _moved(attn) + (padded_queries() - BM) - x)
-    value = b.let("value", _scope(b, attn, d, table, distance).bind(d.read))
+    distance = b.let("d", u + (name("Sk") - name("Sq")) * moved(attn) + (padded_queries() - BM) - x)
+    value = b.let("value", scope_of(b, attn, d, table, distance).bind(d.read))
     b.store(_written(d), (0, table, u, x), cast_to(value, d.dtype), x < width)
     grid = tables(attn, d) * BM * cdiv(columns(), CHUNK)
     doc = f"Writes {d.name}: input {d.read.attr} as its diagonals, each row shifted against the one above it."
@@ -150,11 +157,13 @@ def _written(d: Diagonal) -> Param:
     return Param(d.name, "buffer", d.dtype, rank=4, doc="the skewed copy")
 
 
-def _moved(attn: Attention) -> int:
+def moved(attn: Attention) -> int:
+    """How many times Sk - Sq positions of queries are behind their rows."""
     return 1 if attn.align.kind == "bottom_right" else 0
 
 
-def _scope(b: Builder, attn: Attention, d: Diagonal, table: Expr, distance: Expr) -> Scope:
+def scope_of(b: Builder, attn: Attention, d: Diagonal, table: Expr, distance: Expr) -> Scope:
+    """What the names of a table's formula stand for, at so many i - j."""
     values: dict[str, Expr] = {"d": distance, "Sq": name("Sq"), "Sk": name("Sk")}
     heads, dims = attn.heads, attn.dims
     fixed: Mapping[str, int] = {"Hq": heads.q, "Hk": heads.kv, "Hv": heads.v, "Dqk": dims.qk, "Dv": dims.v}

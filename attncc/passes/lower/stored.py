@@ -68,10 +68,11 @@ def _peaks(attn: Attention, h: Held) -> Kernel:
     """One program a span of tokens of a head."""
     b = _builder(attn, h, _stored(h))
     batch, head, begin = _bind_place(b, h, SPAN)
-    peak = b.let("peak", _nothing(h))
+    most = b.let("most", full((_rows(h), _padded(h)), 0.0))
     with b.loop("first", begin, minimum(begin + SPAN, h.tokens), _rows(h)) as first:
         size = _magnitude(b, _read(b, attn, h, batch, head, first + iota(_rows(h)), h.tokens))
-        b.let("peak", maximum(peak, reduce("max", size, 0) if h.per == "channel" else reduce_all("max", size)))
+        b.let("most", maximum(most, size))
+    peak = b.let("peak", reduce("max", most, 0) if h.per == "channel" else reduce_all("max", most))
     into = _peaks_of(attn, h)
     span = quotient(begin, SPAN)
     if h.per == "channel":

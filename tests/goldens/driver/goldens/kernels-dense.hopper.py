@@ -92,6 +92,12 @@ def shift(n, r, s, args):
 
 
 @gluon.jit
+def ends(r, s, args):
+    """The first and the last key that count of a row, if that is all a mask says."""
+    return ()
+
+
+@gluon.jit
 def rows(rows, s, args):
     """What the formulas know of rows, [rows] or [rows, 1] each."""
     return (rows,)

@@ -53,17 +53,46 @@ def store_tile(
 
 
 @triton.jit
-def to_fp8(x, MANTISSA: tl.constexpr, BIAS: tl.constexpr):
+def divided(x, y, PTX: tl.constexpr):
+    """x / y as fp32 rounds it, for finite x many of which share their y; below 2**-80 it may be off in the last bit.
+
+    The reciprocal of y is rounded once, and each quotient twice corrected by what is left of x: a compiler's division
+    does that, too, but finds a reciprocal for each and branches where numbers might be too small.
+    """
+    if PTX:
+        lift = tl.where(y < 2.0**-64, 2.0**64, 1.0)
+        a, d = x * lift, y * lift
+        inverse = tl.div_rn(1.0, d)
+        q = a * inverse
+        q = tl.fma(tl.fma(-q, d, a), inverse, q)
+        q = tl.fma(tl.fma(-q, d, a), inverse, q)
+        q = tl.where(x == 0.0, x, q)  # of its own sign
+    else:
+        q = tl.div_rn(x, y)
+    return q
+
+
+@triton.jit
+def to_fp8(x, MANTISSA: tl.constexpr, BIAS: tl.constexpr, FP8: tl.constexpr):
     """The bits of the fp8 number next to x, the even one of two; x is within the format's range."""
-    bits = x.to(tl.uint32, bitcast=True)
-    size = bits & 0x7FFFFFFF
-    half = (1 << (22 - MANTISSA)) - 1 + ((size >> (23 - MANTISSA)) & 1)
-    normal = ((size + half) >> (23 - MANTISSA)) - ((127 - BIAS) << MANTISSA)
-    # numbers below the least normal one are as far apart as those of fp32 behind this power of 2
-    shifted = (tl.abs(x) + 2.0 ** (24 - BIAS - MANTISSA)).to(tl.uint32, bitcast=True)
-    small = shifted - ((151 - BIAS - MANTISSA) << 23)
-    code = tl.where(size < ((128 - BIAS) << 23), small, normal)
-    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+    if FP8:
+        TO: tl.constexpr = "e4m3x2" if MANTISSA == 3 else "e5m2x2"
+        code = tl.inline_asm_elementwise(
+            f"{{ .reg .b16 low, high; cvt.rn.satfinite.{TO}.f32 low, $2, $1; "
+            f"cvt.rn.satfinite.{TO}.f32 high, $4, $3; mov.b32 $0, {{low, high}}; }}",
+            "=r,f,f,f,f", [x], dtype=tl.uint8, is_pure=True, pack=4,
+        )
+    else:
+        bits = x.to(tl.uint32, bitcast=True)
+        size = bits & 0x7FFFFFFF
+        half = (1 << (22 - MANTISSA)) - 1 + ((size >> (23 - MANTISSA)) & 1)
+        normal = ((size + half) >> (23 - MANTISSA)) - ((127 - BIAS) << MANTISSA)
+        # numbers below the least normal one are as far apart as those of fp32 behind this power of 2
+        shifted = (tl.abs(x) + 2.0 ** (24 - BIAS - MANTISSA)).to(tl.uint32, bitcast=True)
+        small = shifted - ((151 - BIAS - MANTISSA) << 23)
+        code = tl.where(size < ((128 - BIAS) << 23), small, normal)
+        code = (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+    return code
 
 
 @triton.jit
@@ -78,7 +107,7 @@ def from_fp8(x, MANTISSA: tl.constexpr, BIAS: tl.constexpr):
 def key_tile(
     acc, m, l, k_stored, k_stored_b, k_stored_h, k_stored_s, v_stored, v_stored_b, v_stored_h, v_stored_s, b,
     hk, n, Sk, q, i, c,
-    MASKED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
+    MASKED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, FP8: tl.constexpr, TMA: tl.constexpr,
 ):
     """Adds the keys from n on to the state."""
     k = from_fp8(
@@ -99,7 +128,7 @@ def key_tile(
     v = from_fp8(
         load_tile(v_stored, b, hk, n, 0, v_stored_b, v_stored_h, v_stored_s, Sk, 128, BN, 128, TMA), 3, 7,
     ).to(BF16)  # [BN, 128]
-    acc = tl.dot(from_fp8(to_fp8(tl.minimum(p * 448.0, 448.0), 3, 7), 3, 7).to(BF16), v, acc * alpha[:, None])
+    acc = tl.dot(from_fp8(to_fp8(tl.minimum(p * 448.0, 448.0), 3, 7, FP8), 3, 7).to(BF16), v, acc * alpha[:, None])
     m = m_new
     return acc, m, l
 
@@ -117,7 +146,7 @@ def fp8_heads_peaks_v(
     heads = tl.program_id(0) // spans
     b = heads // 8
     h = heads % 8
-    peak = 0.0
+    most = tl.full([32, 128], 0.0, tl.float32)
     for first in range(begin, tl.minimum(begin + 256, Sk), 32):
         tokens = first + tl.arange(0, 32)  # [32]
         columns = tl.arange(0, 128)  # [128]
@@ -127,7 +156,8 @@ def fp8_heads_peaks_v(
         ).to(tl.float32)  # [32, 128]
         size = tl.abs(x)
         size = tl.where(size < float("inf"), size, float("inf"))
-        peak = tl.maximum(peak, tl.max(size))
+        most = tl.maximum(most, size)
+    peak = tl.max(most)
     tl.store(v_peaks + b * v_peaks_s0 + h * v_peaks_s1 + begin // 256 * v_peaks_s2, peak)
 
 
@@ -138,6 +168,7 @@ def fp8_heads_store_v(
     v_peaks_s2: tl.int64, v_peaks_s3: tl.int64, v_stored_b: tl.int64, v_stored_h: tl.int64,
     v_stored_s: tl.int64, v_scales_s0: tl.int64, v_scales_s1: tl.int64, v_scales_s2: tl.int64,
     Sk,
+    FP8: tl.constexpr, PTX: tl.constexpr,
 ):
     """Writes v as f8e4m3, and the scales: of its groups' greatest magnitudes."""
     spans = (Sk + 255) // 256
@@ -165,10 +196,10 @@ def fp8_heads_store_v(
             V + b * v_b + h * v_h + tokens[:, None] * v_s + columns[None, :],
             mask=(tokens < end)[:, None] & (columns < 128)[None, :], other=0,
         ).to(tl.float32)  # [32, 128]
-        y = tl.where(scale == scale, tl.div_rn(x, scale), 1.0)
+        y = tl.where(scale == scale, divided(x, scale, PTX), 1.0)
         tl.store(
             v_stored + b * v_stored_b + h * v_stored_h + tokens[:, None] * v_stored_s + columns[None, :],
-            to_fp8(tl.maximum(tl.minimum(y, 448.0), -448.0), 3, 7),
+            to_fp8(tl.maximum(tl.minimum(y, 448.0), -448.0), 3, 7, FP8),
             mask=(tokens < end)[:, None] & (columns < 128)[None, :],
         )
 
@@ -186,7 +217,7 @@ def fp8_heads_peaks_k(
     heads = tl.program_id(0) // spans
     b = heads // 8
     h = heads % 8
-    peak = 0.0
+    most = tl.full([32, 128], 0.0, tl.float32)
     for first in range(begin, tl.minimum(begin + 256, Sk), 32):
         tokens = first + tl.arange(0, 32)  # [32]
         columns = tl.arange(0, 128)  # [128]
@@ -196,7 +227,8 @@ def fp8_heads_peaks_k(
         ).to(tl.float32)  # [32, 128]
         size = tl.abs(x)
         size = tl.where(size < float("inf"), size, float("inf"))
-        peak = tl.maximum(peak, tl.max(size))
+        most = tl.maximum(most, size)
+    peak = tl.max(most)
     tl.store(k_peaks + b * k_peaks_s0 + h * k_peaks_s1 + begin // 256 * k_peaks_s2, peak)
 
 
@@ -207,6 +239,7 @@ def fp8_heads_store_k(
     k_peaks_s2: tl.int64, k_peaks_s3: tl.int64, k_stored_b: tl.int64, k_stored_h: tl.int64,
     k_stored_s: tl.int64, k_scales_s0: tl.int64, k_scales_s1: tl.int64, k_scales_s2: tl.int64,
     Sk,
+    FP8: tl.constexpr, PTX: tl.constexpr,
 ):
     """Writes k as f8e4m3, and the scales: of its groups' greatest magnitudes."""
     spans = (Sk + 255) // 256
@@ -234,10 +267,10 @@ def fp8_heads_store_k(
             K + b * k_b + h * k_h + tokens[:, None] * k_s + columns[None, :],
             mask=(tokens < end)[:, None] & (columns < 128)[None, :], other=0,
         ).to(tl.float32)  # [32, 128]
-        y = tl.where(scale == scale, tl.div_rn(x, scale), 1.0)
+        y = tl.where(scale == scale, divided(x, scale, PTX), 1.0)
         tl.store(
             k_stored + b * k_stored_b + h * k_stored_h + tokens[:, None] * k_stored_s + columns[None, :],
-            to_fp8(tl.maximum(tl.minimum(y, 448.0), -448.0), 3, 7),
+            to_fp8(tl.maximum(tl.minimum(y, 448.0), -448.0), 3, 7, FP8),
             mask=(tokens < end)[:, None] & (columns < 128)[None, :],
         )
 
@@ -255,7 +288,7 @@ def fp8_heads_peaks_q(
     heads = tl.program_id(0) // spans
     b = heads // 32
     h = heads % 32
-    peak = 0.0
+    most = tl.full([32, 128], 0.0, tl.float32)
     for first in range(begin, tl.minimum(begin + 256, Sq), 32):
         tokens = first + tl.arange(0, 32)  # [32]
         columns = tl.arange(0, 128)  # [128]
@@ -265,7 +298,8 @@ def fp8_heads_peaks_q(
         ).to(tl.float32)  # [32, 128]
         size = tl.abs(x)
         size = tl.where(size < float("inf"), size, float("inf"))
-        peak = tl.maximum(peak, tl.max(size))
+        most = tl.maximum(most, size)
+    peak = tl.max(most)
     tl.store(q_peaks + b * q_peaks_s0 + h * q_peaks_s1 + begin // 256 * q_peaks_s2, peak)
 
 
@@ -276,6 +310,7 @@ def fp8_heads_store_q(
     q_peaks_s2: tl.int64, q_peaks_s3: tl.int64, q_stored_b: tl.int64, q_stored_h: tl.int64,
     q_stored_s: tl.int64, q_scales_s0: tl.int64, q_scales_s1: tl.int64, q_scales_s2: tl.int64,
     Sq,
+    FP8: tl.constexpr, PTX: tl.constexpr,
 ):
     """Writes q as f8e4m3, and the scales: of its groups' greatest magnitudes."""
     spans = (Sq + 255) // 256
@@ -303,10 +338,10 @@ def fp8_heads_store_q(
             Q + b * q_b + h * q_h + tokens[:, None] * q_s + columns[None, :],
             mask=(tokens < end)[:, None] & (columns < 128)[None, :], other=0,
         ).to(tl.float32)  # [32, 128]
-        y = tl.where(scale == scale, tl.div_rn(x, scale), 1.0)
+        y = tl.where(scale == scale, divided(x, scale, PTX), 1.0)
         tl.store(
             q_stored + b * q_stored_b + h * q_stored_h + tokens[:, None] * q_stored_s + columns[None, :],
-            to_fp8(tl.maximum(tl.minimum(y, 448.0), -448.0), 3, 7),
+            to_fp8(tl.maximum(tl.minimum(y, 448.0), -448.0), 3, 7, FP8),
             mask=(tokens < end)[:, None] & (columns < 128)[None, :],
         )
 
@@ -321,7 +356,8 @@ def fp8_heads_forward(
     k_scales_s0: tl.int64, k_scales_s1: tl.int64, k_scales_s2: tl.int64, v_scales_s0: tl.int64,
     v_scales_s1: tl.int64, v_scales_s2: tl.int64,
     B, Sq, Sk, scale,
-    BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, WRITE_LSE: tl.constexpr, TMA: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, WRITE_LSE: tl.constexpr, FP8: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """Forward pass of fp8_heads: one program per query tile and head."""
     # groups of GROUP heads share the L2 cache; inside one, the tiles with the most keys come first
@@ -363,13 +399,13 @@ def fp8_heads_forward(
     for n in range(0, full_end, BN):
         acc, m, l = key_tile(
             acc, m, l, k_stored, k_stored_b, k_stored_h, k_stored_s, v_stored, v_stored_b, v_stored_h, v_stored_s, b,
-            hk, n, Sk, q, i, c, False, BM, BN, TMA,
+            hk, n, Sk, q, i, c, False, BM, BN, FP8, TMA,
         )
     # tiles cut by the mask or by the end of the keys
     for n in range(full_end, key_hi, BN):
         acc, m, l = key_tile(
             acc, m, l, k_stored, k_stored_b, k_stored_h, k_stored_s, v_stored, v_stored_b, v_stored_h, v_stored_s, b,
-            hk, n, Sk, q, i, c, True, BM, BN, TMA,
+            hk, n, Sk, q, i, c, True, BM, BN, FP8, TMA,
         )
     total = tl.sum(l, 1)  # [BM]
     empty = total <= 0.0
@@ -394,6 +430,7 @@ def fp8_heads_turn_v(
     v_peaks_s2: tl.int64, v_peaks_s3: tl.int64, v_turned_b: tl.int64, v_turned_h: tl.int64,
     v_turned_s: tl.int64, v_scales_s0: tl.int64, v_scales_s1: tl.int64, v_scales_s2: tl.int64,
     Sk,
+    FP8: tl.constexpr, PTX: tl.constexpr,
 ):
     """Writes v as f8e4m3 for tensor cores, which want keys as neighbours, and the scales."""
     spans = (Sk + 255) // 256
@@ -422,8 +459,9 @@ def fp8_heads_turn_v(
             V + b * v_b + h * v_h + tokens[:, None] * v_s + columns[None, :],
             mask=(tokens < Sk)[:, None] & (columns < 128)[None, :], other=0,
         ).to(tl.float32)  # [32, 128]
-        y = tl.where(scale == scale, tl.div_rn(x, scale), 1.0)
+        y = tl.where(scale == scale, divided(x, scale, PTX), 1.0)
         tl.store(
             v_turned + b * v_turned_b + h * v_turned_h + columns[None, :] * v_turned_s + at[:, None],
-            to_fp8(tl.maximum(tl.minimum(y, 448.0), -448.0), 3, 7), mask=(at < end)[:, None] & (columns < 128)[None, :],
+            to_fp8(tl.maximum(tl.minimum(y, 448.0), -448.0), 3, 7, FP8),
+            mask=(at < end)[:, None] & (columns < 128)[None, :],
         )

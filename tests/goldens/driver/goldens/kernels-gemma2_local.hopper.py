@@ -116,6 +116,16 @@ def shift(n, r, s, args):
 
 
 @gluon.jit
+def ends(r, s, args):
+    """The first and the last key that count of a row, if that is all a mask says."""
+    B, Sq, Sk, scale = args
+    i, mask = r
+    first = mask
+    last = gl.minimum(i, Sk - 1)
+    return (first, last)
+
+
+@gluon.jit
 def rows(rows, s, args):
     """What the formulas know of rows, [rows] or [rows, 1] each."""
     c, Sq, Sk, offset, score, last_row, cut_0, lo, full_end, full_start = s

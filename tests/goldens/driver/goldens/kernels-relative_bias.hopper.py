@@ -17,7 +17,7 @@ from triton.experimental.gluon import language as gl
 def known(args):
     """What is known before any query tile is."""
     bias_ptr, bias_s0, bias_s1, B, Sq, Sk, len_W, scale = args
-    c = 1.4426950408889634  # to units of log 2
+    c = scale * 1.4426950408889634  # to units of log 2
     return (c, Sq, Sk)
 
 
@@ -47,7 +47,7 @@ def place(number, args, BM: gl.constexpr, GROUP: gl.constexpr, AGAIN: gl.constex
 def walk(at, args, BM: gl.constexpr, BN: gl.constexpr):
     """Tiles cut by the mask or by the end of the keys, whole tiles, and what is known of the query tile."""
     bias_ptr, bias_s0, bias_s1, B, Sq, Sk, len_W, scale = args
-    c = 1.4426950408889634  # to units of log 2
+    c = scale * 1.4426950408889634  # to units of log 2
     full_end = Sk // BN * BN
     cut_0 = (gl.maximum(Sk - full_end, 0) + (BN - 1)) // BN
     whole_0 = (gl.maximum(full_end, 0) + (BN - 1)) // BN
@@ -73,11 +73,11 @@ def whole(t, s, args, BN: gl.constexpr):
 
 @gluon.jit
 def beside(n, row0, at, args):
-    """Where the block of skew_0 is that goes with 64 rows and the keys from n on."""
+    """Lines of ribbon that go with 64 rows and the keys from n on."""
     bias_ptr, bias_s0, bias_s1, B, Sq, Sk, len_W, scale = args
     b, h, number, _row0 = at
     table = h
-    column = n + ((Sq + 63) // 64 * 64 - 64 - row0)
+    column = n + ((Sq + 383) // 384 * 384 - 64 - row0)
     return table, column
 
 
@@ -94,6 +94,12 @@ def shift(n, r, s, args):
 
 
 @gluon.jit
+def ends(r, s, args):
+    """The first and the last key that count of a row, if that is all a mask says."""
+    return ()
+
+
+@gluon.jit
 def rows(rows, s, args):
     """What the formulas know of rows, [rows] or [rows, 1] each."""
     return (rows,)
@@ -102,9 +108,7 @@ def rows(rows, s, args):
 @gluon.jit
 def score(qk, beside, j, r, s, args):
     """Scores of products, but for the factor c."""
-    bias_ptr, bias_s0, bias_s1, B, Sq, Sk, len_W, scale = args
-    bias_ij = beside
-    x = qk * scale + bias_ij  # [rows, BN]
+    x = qk  # [rows, BN]
     return x
 
 

@@ -130,6 +130,32 @@ def group_key_tile(
 
 
 @triton.jit(do_not_specialize=["Sq", "Sk", "len_W"])
+def relative_bias_ribbon(
+    bias_ptr, ribbon,
+    bias_s0: tl.int64, bias_s1: tl.int64, ribbon_s0: tl.int64, ribbon_s1: tl.int64, ribbon_s2: tl.int64,
+    ribbon_s3: tl.int64,
+    Sq, Sk, len_W, scale,
+):
+    """Writes ribbon: what moves with query - key alone, as lines, the second one of the next row."""
+    width = (Sq + 383) // 384 * 384 + (Sk + 127) // 128 * 128 + 16
+    chunks = (width + 1023) // 1024
+    rest = tl.program_id(0) // chunks
+    line = rest % 2
+    table = rest // 2
+    x = tl.program_id(0) % chunks * 1024 + tl.arange(0, 1024)  # [1024]
+    # column x of line 0 is as far from the last row's position as x from the padded rows' number
+    d = line * 17 + (Sk - Sq) + (Sq + 383) // 384 * 384 - x
+    value = (
+        tl.load(
+            bias_ptr + table * bias_s0 + tl.minimum(tl.maximum(d + len_W // 2, 0), len_W - 1) * bias_s1,
+            mask=tl.minimum(tl.maximum(d + len_W // 2, 0), len_W - 1) >= 0, other=0,
+        )
+        / scale
+    )
+    tl.store(ribbon + table * ribbon_s1 + line * ribbon_s2 + x * ribbon_s3, value, mask=x < width)
+
+
+@triton.jit(do_not_specialize=["Sq", "Sk", "len_W"])
 def relative_bias_skew_0(
     bias_ptr, skew_0,
     bias_s0: tl.int64, bias_s1: tl.int64, skew_0_s0: tl.int64, skew_0_s1: tl.int64, skew_0_s2: tl.int64,
