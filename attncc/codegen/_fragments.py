@@ -12,14 +12,17 @@ its own.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from ._gluon import ROWS, barrier
+from ._gluon import ROWS, barrier, load_by_threads
 
+FIRST_TURN = gl.constexpr(9)
+"""Of the named barriers by which two parties take turns; Triton takes those from 0 on."""
 ONES = gl.constexpr(16)
 """Columns of a factor of ones, by which a bias is multiplied: as few as wgmma takes."""
 
@@ -46,10 +49,12 @@ def words_of(width):
 
 
 @gluon.constexpr_function
-def askers():
-    """Four threads a row, as tiles have them."""
-    lanes = [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout([[8, 0]], lanes, [[16, 0], [32, 0]], [], [64, 4])
+def room_of(width):
+    """Where threads find their words in shared memory: those of a warp, 16 bytes each, beside each other."""
+    further = [[0, n] for n in (16, 32) if n < width // 2]
+    return gl.SharedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], [0, 8], [1, 0], [2, 0], [4, 0], *further, [8, 0], [16, 0], [32, 0]]
+    )
 
 
 @gluon.constexpr_function
@@ -119,9 +124,7 @@ def side_by_side(a, b):
 @gluon.jit
 def read_rows(X, rows, stride, width: gl.constexpr, keep=None):
     """Rows of numbers of 16 bits as words, 0 where they are not kept."""
-    words = X.to(gl.pointer_type(gl.int32))
-    at = gl.convert_layout(rows, gl.SliceLayout(1, words_of(width)), assert_trivial=True)[:, None] * (stride // 2)
-    place = words + at + gl.arange(0, width // 2, gl.SliceLayout(0, words_of(width)))[None, :]
+    place = places(X, rows, stride, width)
     if keep is None:
         found = gl.load(place)
     else:
@@ -131,20 +134,43 @@ def read_rows(X, rows, stride, width: gl.constexpr, keep=None):
 
 
 @gluon.jit
-def bring_rows(X, rows, stride, width: gl.constexpr):
-    """Has rows of numbers of 16 bits brought to the L2 cache: each of the four threads of a row asks for its share."""
-    rows = gl.convert_layout(rows, gl.SliceLayout(1, askers()), assert_trivial=True)[:, None]
-    share = gl.arange(0, 4, gl.SliceLayout(0, askers()))[None, :] * (width // 4)
-    text: gl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
-    place = (X + rows * stride + share).to(gl.int64)
-    gl.inline_asm_elementwise(text, "=r,l", [place], dtype=gl.int32, is_pure=False, pack=1)
+def places(X, rows, stride, width: gl.constexpr):
+    """Where rows of numbers of 16 bits lie, as words."""
+    at = gl.convert_layout(rows, gl.SliceLayout(1, words_of(width)), assert_trivial=True)[:, None] * (stride // 2)
+    words = gl.arange(0, width // 2, gl.SliceLayout(0, words_of(width)))[None, :]
+    return X.to(gl.pointer_type(gl.int32)) + at + words
 
 
 @gluon.jit
 def write_rows(X, rows, stride, value, keep):
-    W: gl.constexpr = value.shape[1]
-    place = X + rows[:, None] * stride + gl.arange(0, W, columns_of(W))[None, :]
-    gl.store(place, value.to(X.dtype.element_ty), mask=keep[:, None])
+    if value.dtype == gl.int32:  # as they came
+        W: gl.constexpr = 2 * value.shape[1]
+        keep = gl.convert_layout(keep, gl.SliceLayout(1, words_of(W)), assert_trivial=True)[:, None]
+        gl.store(places(X, rows, stride, W), value, mask=keep)
+    else:
+        W: gl.constexpr = value.shape[1]
+        place = X + rows[:, None] * stride + gl.arange(0, W, columns_of(W))[None, :]
+        gl.store(place, value.to(X.dtype.element_ty), mask=keep[:, None])
+
+
+@gluon.jit
+def room(width: gl.constexpr):
+    """Shared memory for rows of words that are on their way."""
+    return gl.allocate_shared_memory(gl.int32, [ROWS, width // 2], room_of(width))
+
+
+@gluon.jit
+def bring(room, X, rows, stride):
+    """Has rows of numbers of 16 bits brought to shared memory, while threads go on."""
+    load_by_threads(room, places(X, rows, stride, 2 * room.shape[1]))
+    async_copy.commit_group()
+
+
+@gluon.jit
+def arrived(room, width: gl.constexpr):
+    """The rows, when all that was on its way is there."""
+    async_copy.wait_group(0)
+    return room.load(words_of(width))
 
 
 @gluon.jit
@@ -205,14 +231,50 @@ def factor(words):
     return gl.convert_layout(x, factor_of(W), assert_trivial=True)
 
 
+@gluon.constexpr_function
+def _bar(what, number):
+    return f"bar.{what} {number}, 256; mov.u32 $0, 0;"  # the threads of both
+
+
 @gluon.jit
-def products(tiles, matrices, start):
-    """What tiles, a tuple, are multiplied by matrices, and the start of their sum."""
+def take_turn(TURN: gl.constexpr):
+    """Waits until the other four warps have begun their products."""
+    asm: gl.constexpr = _bar("sync", FIRST_TURN + TURN)
+    gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def pass_turn(TURN: gl.constexpr):
+    asm: gl.constexpr = _bar("arrive", FIRST_TURN + 1 - TURN)
+    gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def begin_turns(TURN: gl.constexpr):
+    if TURN == 1:
+        pass_turn(TURN)
+
+
+@gluon.jit
+def end_turns(TURN: gl.constexpr):
+    """Takes what the last turn has passed on."""
+    if TURN == 0:
+        take_turn(TURN)
+
+
+@gluon.jit
+def products(tiles, matrices, start, TURN: gl.constexpr = None):
+    """What tiles, a tuple, are multiplied by matrices, and the start of their sum; TURN: two parties take turns, so
+    that what one makes of its products goes on under those of the other."""
     W: gl.constexpr = start.shape[1]
     total = gl.convert_layout(counted(start), sums_of(W), assert_trivial=True)
+    if TURN is not None:
+        take_turn(TURN)
     for n in gl.static_range(len(tiles)):
         x = factor(tiles[n]) if tiles[n].dtype == gl.int32 else tiles[n]
         total = warpgroup_mma(x, matrices[n], total, is_async=True)
+    if TURN is not None:
+        pass_turn(TURN)
     total = warpgroup_mma_wait(0, deps=(total,))
     return gl.convert_layout(counted(total), tile_of(W), assert_trivial=True)
 

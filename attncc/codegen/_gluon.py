@@ -4,6 +4,7 @@ from typing import Any
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 ROWS = gl.constexpr(64)
@@ -14,6 +15,7 @@ FIRST_ANSWER = gl.constexpr(12)
 # what newer versions of Triton call otherwise
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 reinterpreted = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
+load_by_threads = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 load_by_tma = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 store_by_tma = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 

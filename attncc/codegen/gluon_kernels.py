@@ -7,32 +7,43 @@ columns by the axis along which it is used.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
-from attncc.codegen.source import Writer, called, definitions
+from attncc.codegen.source import Writer, called, definitions, filled
 from attncc.codegen.triton import ATOM, CALL, DTYPE, Printer, dim, signature, strides
 from attncc.errors import CompilerBug
 from attncc.ir.expr import INTS, Dim, Expr, const
 from attncc.ir.rewrite import names, walk
-from attncc.ir.tile import For, Kernel, Let, Param, Soon, Statement, Store, every, reads
+from attncc.ir.tile import AtOnce, For, Function, Kernel, Let, Param, Statement, Store, every, reads
 
 MODULE: Final = "_fragments"
+TURN: Final = "TURN"
+"""The constexpr by which two functions that multiply at once know which is the first to: then they take turns."""
 CALLS: Final = CALL | {"sin": "sine", "cos": "cosine", "sigmoid": "sigmoid"}
 """Functions that Gluon has otherwise."""
 
 
-def print_kernel(kernel: Kernel) -> str:
-    """The text of a kernel."""
-    printer, inner = GluonPrinter(kernel.params, kernel.body), Writer()
+def print_kernel(kernel: Kernel) -> list[str]:
+    """The texts of a kernel's functions, and its own."""
+    functions = {f.name: f for f in kernel.functions}
+    return [_print(what, functions) for what in (*kernel.functions, kernel)]
+
+
+def _print(what: Function | Kernel, functions: Mapping[str, Function]) -> str:
+    is_entry = isinstance(what, Kernel)
+    printer, inner = GluonPrinter(what.params, what.body, functions), Writer()
     with inner.indented():
-        inner.line(f'"""{kernel.doc}"""')
-        for s in kernel.body:
+        inner.line(f'"""{what.doc}"""')
+        inner.block(printer.rooms())
+        inner.block([f"begin_turns({TURN})"] * printer.takes_turns)
+        for s in what.body:
             printer.statement(inner, s)
-    dynamic = ", ".join(f'"{p.name}"' for p in kernel.params if p.role == "scalar" and p.dtype in INTS)
+        inner.block([f"end_turns({TURN})"] * printer.takes_turns)
+    dynamic = ", ".join(f'"{p.name}"' for p in what.params if p.role == "scalar" and p.dtype in INTS)
     head = Writer()
-    head.line(f"@gluon.jit(do_not_specialize=[{dynamic}])")
-    signature(head, kernel.name, kernel.params, (), entry=True)
+    head.line(f"@gluon.jit(do_not_specialize=[{dynamic}])" if is_entry else "@gluon.jit")
+    signature(head, what.name, what.params, (), entry=is_entry)
     return as_gluon(head.text() + inner.text().rstrip())
 
 
@@ -52,12 +63,14 @@ def as_gluon(text: str) -> str:
 
 
 class GluonPrinter(Printer):
-    """Prints a kernel whose tiles have 64 rows."""
+    """Prints a kernel or a function of one, whose tiles have 64 rows."""
 
-    def __init__(self, params: Iterable[Param], body: tuple[Statement, ...]) -> None:
-        super().__init__(params, {}, {}, CALLS)
+    def __init__(
+        self, params: Iterable[Param], body: tuple[Statement, ...], functions: Mapping[str, Function] = {}
+    ) -> None:
+        super().__init__(params, functions, {text: [] for text in functions}, CALLS)
         self.columns = _column_names(body)
-        self.widest = max(int(s.value.shape[1]) for s in every(body) if isinstance(s, Store))
+        self.widest = max((int(s.value.shape[1]) for s in every(body) if isinstance(s, Store)), default=0)
         """Columns of the tiles like whose rows vectors of rows are spread."""
         self.width: Dim = self.widest
         """Those of the tile that is being printed."""
@@ -65,6 +78,13 @@ class GluonPrinter(Printer):
         """Whether what is counted are columns."""
         self.has_new_matrices = False
         self.kept = _kept(body)
+        self.takes_turns = TURN in self.params
+        self.coming = {str(s.var.attr): s.var for s in every(body) if isinstance(s, Let) and s.ahead}
+        """Tiles that are on their way to shared memory until they are read."""
+
+    def rooms(self) -> list[str]:
+        """Where tiles come to."""
+        return [f"{text} = room({dim(var.shape[1])})" for text, var in self.coming.items()]
 
     def statement(self, w: Writer, s: Statement) -> None:
         match s:
@@ -73,24 +93,43 @@ class GluonPrinter(Printer):
                 self.along_columns = len(var.shape) == 1
                 w.line(f"{var.attr} = kept({self.expr(value)}){note}")
                 return
+            case Let(var, value, note, True):
+                if value.op != "load" or value.args[4:]:
+                    raise CompilerBug(f"Gluon has no text for what comes ahead as {value}")
+                base, row, _ = self._place(self.params[str(value.attr)], value.args, None)
+                w.line(f"bring({var.attr}, {base}, {row})" + (f"  # {note}" if note else ""))
+                return
             case Let(_, value) if _is_matrix(value):
                 self.has_new_matrices = True
             case Let(var) if len(var.shape) == 1:
                 self.along_columns = str(var.attr) in self.columns
-            case For() if self.has_new_matrices:
+            case For() | AtOnce() if self.has_new_matrices:
                 w.line("settle()")
                 self.has_new_matrices = False
-            case Soon(value):
-                base, row, _ = self._place(self.params[str(value.attr)], value.args[:4], None)
-                w.line(f"bring_rows({base}, {row}, {dim(value.shape[1])})")
-                return
             case Store(tensor, index, value, mask):
                 base, row, keep = self._place(self.params[tensor], index, mask)
                 w.line(f"write_rows({base}, {row}, {self.expr(_uncast(value))}, {keep})")
                 return
             case _:
                 pass
-        super().statement(w, s)
+        if isinstance(s, AtOnce):
+            self._at_once(w, s)
+        else:
+            super().statement(w, s)
+
+    def _at_once(self, w: Writer, s: AtOnce) -> None:
+        w.line("gl.warp_specialize(")
+        with w.indented():
+            w.line("[")
+            for call in s.calls:
+                with w.indented():
+                    w.line(f"({call.function}, (")
+                    with w.indented():
+                        w.block(filled(self.arguments(call.function, call.args)))
+                    w.line(")),")
+            w.line("],")
+            w.line(f"{[*s.warps]}, {[*s.registers]},")
+        w.line(")")
 
     def expr(self, e: Expr, outer: int = 0) -> str:
         before = self.width
@@ -108,6 +147,8 @@ class GluonPrinter(Printer):
                 return self._expanded(e)
             case "dot":
                 return self._products(e)
+            case "name" if str(e.attr) in self.coming:
+                return f"arrived({e.attr}, {dim(e.shape[1])})"
             case "name" if str(e.attr) in self.kept:
                 layout = "tile_of" if len(e.shape) == 2 else "columns_of"
                 return f"{e.attr}.load({layout}({dim(e.shape[-1])}))"
@@ -152,12 +193,13 @@ class GluonPrinter(Printer):
     def _place(self, p: Param, index: tuple[Expr, ...], mask: Expr | None) -> tuple[str, str, str]:
         """Where the head of an operand begins; its rows and how far they are apart; which are meant."""
         batch, head, rows, columns = index
-        if batch.shape or head.shape or not (_isevery(columns) and _is_vector(rows, 1)):
+        first = _first(columns)
+        if batch.shape or head.shape or first is None or not _is_vector(rows, 1):
             raise CompilerBug(f"Gluon has no text for an access to {p.name} at {index}")
         if mask is not None and not _is_vector(mask, 1):
             raise CompilerBug(f"Gluon has no text for an access to {p.name} where {mask}")
         self.along_columns = False
-        base = self.pointer(p, (batch, head, const(0), const(0)))
+        base = self.pointer(p, (batch, head, const(0), first))
         keep = "" if mask is None else self.expr(mask.args[0])
         return base, f"{self.expr(rows.args[0])}, {strides(p)[2]}", keep
 
@@ -169,7 +211,8 @@ class GluonPrinter(Printer):
             tile, matrix, e = e.args
             tiles.insert(0, f"ones({self.widest})" if tile.op == "full" else self.expr(tile))
             matrices.insert(0, self.expr(matrix))
-        return f"products({_tuple(tiles)}, {_tuple(matrices)}, {self.expr(e)})"
+        turn = f", {TURN}" if self.takes_turns else ""
+        return f"products({_tuple(tiles)}, {_tuple(matrices)}, {self.expr(e)}{turn})"
 
 
 def _tuple(texts: Sequence[str]) -> str:
@@ -185,8 +228,13 @@ def _is_vector(e: Expr, axis: int) -> bool:
     return e.op == "expand" and e.attr == axis
 
 
-def _isevery(columns: Expr) -> bool:
-    return _is_vector(columns, 0) and columns.args[0].op == "iota"
+def _first(columns: Expr) -> Expr | None:
+    """The first of columns that follow each other, if they do."""
+    at = columns.args[0] if _is_vector(columns, 0) else columns
+    if at.op == "add" and at.args[1].op == "const":
+        at, first = at.args
+        return first if at.op == "iota" else None
+    return const(0) if at.op == "iota" else None
 
 
 def _is_matrix(e: Expr) -> bool:

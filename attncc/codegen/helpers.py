@@ -201,6 +201,25 @@ def side_by_side(a, b):
 
 
 @triton.jit
+def even_columns(x):
+    """Every other column, from the first on."""
+    a, _ = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+    return a
+
+
+@triton.jit
+def odd_columns(x):
+    _, b = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+    return b
+
+
+@triton.jit
+def in_turn(a, b):
+    """A column of a, then one of b, and so on."""
+    return tl.reshape(tl.join(a, b), [a.shape[0], 2 * a.shape[1]])
+
+
+@triton.jit
 def floor_div(a, b):
     """a // b rounded down, as in Python; the machine's division rounds towards 0. 0 where b is 0."""
     divisor = tl.where(b == 0, 1, b)

@@ -29,7 +29,7 @@ SHARED: Final = (
 
 def prologue_module(attn: Attention, kernels: Sequence[Kernel], header: Iterable[str]) -> str:
     """The kernels in Gluon that run before an engine."""
-    texts = [*map(print_kernel, kernels)]
+    texts = [text for kernel in kernels for text in print_kernel(kernel)]
     texts = [*helpers_of(texts), *texts]
     about = (f"Kernels before the engine of {attn.name}, whose tiles stay in the registers of products.", "", *header)
     imports = ["from triton.experimental import gluon", "from triton.experimental.gluon import language as gl", ""]

@@ -10,6 +10,7 @@ from attncc.codegen.source import Writer, called, definitions, filled
 from attncc.errors import CompilerBug
 from attncc.ir.expr import FLOATS, INTS, STORED, TRUE, WORD, Dim, Dtype, Expr, const
 from attncc.ir.tile import (
+    AtOnce,
     Barrier,
     CallFn,
     For,
@@ -19,7 +20,6 @@ from attncc.ir.tile import (
     Note,
     Param,
     Program,
-    Soon,
     Statement,
     Store,
     StoreTile,
@@ -49,6 +49,7 @@ UNPACK: Final[dict[str, str]] = {
     "u4 above 0": "raised_nibbles({}, {}", "f8e4m3": "from_e4m3({}, {}",
 }  # fmt: skip
 """Calls that take fields from words, before the dtype that they make."""
+HALF: Final = {"0": "first_half", "1": "second_half", "even": "even_columns", "odd": "odd_columns"}
 ATOM: Final = 10
 UNARY: Final = 9
 
@@ -175,9 +176,9 @@ class Printer:
             case "full":
                 return f"tl.full({shape}, {self.expr(e.args[0])}, {DTYPE[e.dtype]})"
             case "half":
-                return f"{'second_half' if e.attr else 'first_half'}({self.expr(e.args[0])})"
+                return f"{HALF[str(e.attr)]}({self.expr(e.args[0])})"
             case "joined":
-                return f"side_by_side({', '.join(map(self.expr, e.args))})"
+                return f"{'in_turn' if e.attr else 'side_by_side'}({', '.join(map(self.expr, e.args))})"
             case "reshape":
                 return f"tl.reshape({self.expr(e.args[0])}, {shape})"
             case "reduce" if isinstance(e.attr, tuple):
@@ -244,8 +245,6 @@ class Printer:
                 w.line(f"# {text}")
             case Barrier():
                 w.line("tl.debug_barrier()")
-            case Soon():  # Triton has no word for it
-                pass
             case Let(var, value, note):
                 w.line(f"{var.attr} = {self.expr(value)}" + (f"  # {note}" if note else ""))
             case Store(tensor, index, value, mask):
@@ -266,14 +265,18 @@ class Printer:
                 self.block(w, body)
             case CallFn(targets, function, args):
                 w.line(f"{', '.join(str(t.attr) for t in targets)} = {self.call(function, args)}")
+            case AtOnce():
+                raise CompilerBug("Triton has no word for calls at once")
 
     def call(self, function: str, args: tuple[Expr, ...]) -> str:
-        callee = self.functions[function]
-        texts: list[str] = []
-        for p, a in zip(callee.params, args, strict=True):
-            texts += [*handles(p), *strides(p)] if p.role in ("operand", "buffer") else [self.expr(a)]
         flags = [self.flag(f) for f in self.function_flags[function]]
-        return f"{function}({', '.join([*texts, *flags])})"
+        return f"{function}({', '.join([*self.arguments(function, args), *flags])})"
+
+    def arguments(self, function: str, args: tuple[Expr, ...]) -> list[str]:
+        texts: list[str] = []
+        for p, a in zip(self.functions[function].params, args, strict=True):
+            texts += [*handles(p), *strides(p)] if p.role in ("operand", "buffer") else [self.expr(a)]
+        return texts
 
     def block(self, w: Writer, body: Iterable[Statement]) -> None:
         with w.indented():
@@ -309,7 +312,7 @@ def _arguments(p: Param) -> list[str]:
 
 
 def functions_of(program: Program) -> dict[str, Function]:
-    return {f.name: f for k in program.kernels for f in k.functions}
+    return {f.name: f for k in program.kernels if k.dialect == "triton" for f in k.functions}
 
 
 def print_kernels(program: Program) -> tuple[list[str], dict[str, list[str]]]:

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 
 from attncc.ir.expr import Dim, Dtype, Expr, Shape, Value, broadcast, const, lift, name
 from attncc.ir.rewrite import buffers, names
+from attncc.ir.rules import HALVES, IN_TURN
 from attncc.ir.tile import (
+    AtOnce,
     Barrier,
     CallFn,
     For,
@@ -17,7 +19,6 @@ from attncc.ir.tile import (
     Let,
     Note,
     Param,
-    Soon,
     Statement,
     Store,
     StoreTile,
@@ -73,18 +74,19 @@ def trans(x: Expr) -> Expr:
     return Expr("trans", (x,), None, x.dtype, x.shape[::-1])
 
 
-def half(x: Expr, which: int) -> Expr:
-    """The first (0) or the second (1) half of a matrix's columns."""
+def half(x: Expr, which: int, *, in_turn: bool = False) -> Expr:
+    """The first (0) or the second (1) half of a matrix's columns; `in_turn`: every other one, from the first or the
+    second on."""
     rows, columns = x.shape
     assert isinstance(columns, int), "its columns are counted"
-    return Expr("half", (x,), which, x.dtype, (rows, columns // 2))
+    return Expr("half", (x,), HALVES[which + 2 * in_turn], x.dtype, (rows, columns // 2))
 
 
-def joined(a: Expr, b: Expr) -> Expr:
-    """The columns of `a`, then those of `b`, which has as many."""
+def joined(a: Expr, b: Expr, *, in_turn: bool = False) -> Expr:
+    """The columns of `a`, then those of `b`, which has as many; or one of `a` and one of `b` in turn."""
     rows, columns = a.shape
     assert isinstance(columns, int), "its columns are counted"
-    return Expr("joined", (a, b), None, a.dtype, (rows, 2 * columns))
+    return Expr("joined", (a, b), IN_TURN if in_turn else None, a.dtype, (rows, 2 * columns))
 
 
 def dot(a: Expr, b: Expr, acc: Expr | None = None, *, few: bool = False) -> Expr:
@@ -160,15 +162,12 @@ class Builder:
     def barrier(self) -> None:
         self.stack[-1].append(Barrier())
 
-    def let(self, text: str, value: Value, note: str = "") -> Expr:
+    def let(self, text: str, value: Value, note: str = "", *, ahead: bool = False) -> Expr:
         """Binds (or rebinds) a name and returns it."""
         value = lift(value)
         var = name(text, value.dtype, value.shape)
-        self.stack[-1].append(Let(var, value, note))
+        self.stack[-1].append(Let(var, value, note, ahead))
         return var
-
-    def soon(self, value: Expr) -> None:
-        self.stack[-1].append(Soon(value))
 
     def store(self, buffer: Param, index: Sequence[Value], value: Expr, mask: Expr | None = None) -> None:
         self.stack[-1].append(Store(buffer.name, tuple(map(lift, index)), value, mask))
@@ -207,10 +206,19 @@ class Builder:
 
     def call(self, function: Function, targets: Iterable[Expr], **given: Value) -> None:
         """Calls a device function: an argument is `given`, or has the parameter's own name."""
-        args = tuple(
-            lift(given[p.name]) if p.name in given else name(p.name, p.dtype, p.shape) for p in function.params
-        )
-        self.stack[-1].append(CallFn(tuple(targets), function.name, args))
+        self.stack[-1].append(CallFn(tuple(targets), function.name, _arguments(function, given)))
+
+    def at_once(
+        self, calls: Iterable[tuple[Function, Mapping[str, Value]]], warps: tuple[int, ...], registers: tuple[int, ...]
+    ) -> None:
+        """Calls of device functions, with what is given, by warps of their own."""
+        made = tuple(CallFn((), f.name, _arguments(f, given)) for f, given in calls)
+        self.stack[-1].append(AtOnce(made, warps, registers))
+
+
+def _arguments(function: Function, given: Mapping[str, Value]) -> tuple[Expr, ...]:
+    """What is given, and the names of the other parameters."""
+    return tuple(lift(given[p.name]) if p.name in given else name(p.name, p.dtype, p.shape) for p in function.params)
 
 
 def function(

@@ -45,8 +45,8 @@ STRUCTURAL: Final[dict[str, str]] = {
     "expand": "attr: where the new axis of size 1 goes",
     "reshape": "the shape says it",
     "trans": "a matrix, transposed",
-    "half": "attr: 0 or 1; args: a matrix of an even number of columns; value: its first or its second half of them",
-    "joined": "args: two matrices of one shape; value: the columns of the first, then those of the second",
+    "half": "attr: 0 or 1, or 'even' or 'odd'; args: a matrix of an even number of columns; value: half of them",
+    "joined": "attr: None or 'in turn'; args: two matrices of one shape; value: one behind the other, or in turn",
     "cast": "the dtype says it",
     "unpack": "attr: (what, first bit) of a field of words; value: numbers, i8 and f8e4m3 as they are, u8 less 128, u4 "
     "less 8, 'u4 above 0' more by the dtype's power of 2 in `fields.RAISED`",

@@ -16,6 +16,7 @@ from attncc.errors import CompilerBug
 from attncc.ir.expr import FLOATS, STORED, Expr
 from attncc.ir.meaning import NUMPY, Array, Frame, Tensor, convert, evaluate, place, window
 from attncc.ir.tile import (
+    AtOnce,
     Barrier,
     CallFn,
     For,
@@ -25,7 +26,6 @@ from attncc.ir.tile import (
     Let,
     Note,
     Program,
-    Soon,
     Statement,
     Store,
     StoreTile,
@@ -86,7 +86,7 @@ def _block(body: tuple[Statement, ...], frame: Frame, functions: Mapping[str, Fu
 
 def _statement(s: Statement, frame: Frame, functions: Mapping[str, Function]) -> None:
     match s:
-        case Note() | Barrier() | Soon():
+        case Note() | Barrier():
             pass
         case Let(var, value):
             _bind(frame, var, evaluate(value, frame))
@@ -96,13 +96,8 @@ def _statement(s: Statement, frame: Frame, functions: Mapping[str, Function]) ->
             tile = evaluate(value, frame)
             target, where = window(frame, operand, [evaluate(e, frame) for e in index], tile.shape)
             target[...] = convert(tile[where], frame.tensors[operand].param.dtype)
-        case For(var, lo, hi, step, body):
-            first, last, by = (int(evaluate(e, frame)) for e in (lo, hi, step))
-            if by <= 0:
-                raise CompilerBug(f"the loop over '{var.attr}' steps by {by}")
-            for n in range(first, last, by):
-                _bind(frame, var, convert(n, var.dtype))
-                _block(body, frame, functions)
+        case For():
+            _loop(s, frame, functions)
         case If(condition, body):
             if bool(evaluate(condition, frame)):
                 _block(body, frame, functions)
@@ -110,6 +105,17 @@ def _statement(s: Statement, frame: Frame, functions: Mapping[str, Function]) ->
             results = _call(functions[function], args, frame, functions)
             for target, result in zip(targets, results, strict=True):
                 _bind(frame, target, result)
+        case AtOnce(calls):
+            _block(calls, frame, functions)
+
+
+def _loop(s: For, frame: Frame, functions: Mapping[str, Function]) -> None:
+    first, last, by = (int(evaluate(e, frame)) for e in (s.lo, s.hi, s.step))
+    if by <= 0:
+        raise CompilerBug(f"the loop over '{s.var.attr}' steps by {by}")
+    for n in range(first, last, by):
+        _bind(frame, s.var, convert(n, s.var.dtype))
+        _block(s.body, frame, functions)
 
 
 def _bind(frame: Frame, var: Expr, value: Array) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from attncc.errors import CompilerBug
 from attncc.ir.expr import OPS, Dtype, Expr, Shape
 from attncc.ir.fields import FIELDS, RAISED
+from attncc.ir.rules import HALVES
 from attncc.ir.tile import Param, extent_of
 
 Array = np.ndarray[Any, Any]
@@ -129,6 +130,11 @@ def _expand(e: Expr, frame: Frame, args: list[Array]) -> Array:
     return np.expand_dims(args[0], e.attr)
 
 
+def _half(e: Expr, frame: Frame, args: list[Array]) -> Array:
+    x, which = args[0], HALVES.index(cast(int, e.attr))
+    return x[:, which - 2 :: 2] if which > 1 else np.split(x, 2, axis=1)[which]
+
+
 def _unpack(e: Expr, frame: Frame, args: list[Array]) -> Array:
     assert isinstance(e.attr, tuple)
     what, bit = str(e.attr[0]), int(e.attr[1])
@@ -230,8 +236,8 @@ MEANING: Final[Mapping[str, Callable[[Expr, Frame, list[Array]], Any]]] = {
     "expand": _expand,
     "reshape": lambda e, frame, args: args[0].reshape(frame.shape(e.shape)),
     "trans": lambda e, frame, args: args[0].T,
-    "half": lambda e, frame, args: np.split(args[0], 2, axis=1)[cast(int, e.attr)],
-    "joined": lambda e, frame, args: np.concatenate(args, axis=1),
+    "half": _half,
+    "joined": lambda e, frame, args: np.stack(args, 2 if e.attr else 1).reshape(frame.shape(e.shape)),
     "cast": lambda e, frame, args: args[0],
     "unpack": _unpack,
     "dot": _dot,

@@ -18,6 +18,10 @@ Level = Literal["scalar", "tile"]
 Type = tuple[Dtype, Shape]
 
 REDUCTIONS: Final = ("max", "min", "sum")
+HALVES: Final = (0, 1, "even", "odd")
+"""Of a matrix's columns."""
+IN_TURN: Final = "in turn"
+"""How columns of two matrices are joined, if not one matrix behind the other."""
 
 
 ATTRIBUTES: Final[Mapping[str, type | tuple[type, ...]]] = {
@@ -226,7 +230,7 @@ def _unpack(e: Expr, tensors: Mapping[str, Tensor]) -> Type:
 
 def _half(e: Expr, tensors: Mapping[str, Tensor]) -> Type:
     rows, columns = _columns(e)
-    require(e.attr in (0, 1), f"a matrix has the halves 0 and 1, got {e.attr!r}")
+    require(e.attr in HALVES, f"a matrix has the halves {', '.join(map(str, HALVES))}, got {e.attr!r}")
     require(columns % 2 == 0, f"'half' takes an even number of columns, got {columns}")
     return e.args[0].dtype, (rows, columns // 2)
 
@@ -234,6 +238,7 @@ def _half(e: Expr, tensors: Mapping[str, Tensor]) -> Type:
 def _joined_columns(e: Expr, tensors: Mapping[str, Tensor]) -> Type:
     rows, columns = _columns(e)
     a, b = e.args
+    require(e.attr in (None, IN_TURN), f"'joined' has no attribute {e.attr!r}")
     require((a.dtype, a.shape) == (b.dtype, b.shape), f"'joined' takes two of one type, got {show(b.dtype, b.shape)}")
     return a.dtype, (rows, 2 * columns)
 

@@ -16,6 +16,7 @@ from attncc.ir.attention import Attention, KeyTiles, Part
 from attncc.ir.attention import Call as Primitive
 from attncc.ir.expr import Expr, Shape, const
 from attncc.ir.tile import (
+    AtOnce,
     Barrier,
     CallFn,
     Engine,
@@ -30,7 +31,6 @@ from attncc.ir.tile import (
     Param,
     Program,
     Scratch,
-    Soon,
     Statement,
     Store,
     StoreTile,
@@ -42,22 +42,11 @@ INDENT: Final = "    "
 COMPARE, OR, AND, SUM, PRODUCT, UNARY, POWER, ATOM = range(8)
 
 INFIX: Final[dict[str, tuple[str, int]]] = {
-    "lt": ("<", COMPARE),
-    "le": ("<=", COMPARE),
-    "gt": (">", COMPARE),
-    "ge": (">=", COMPARE),
-    "eq": ("==", COMPARE),
-    "ne": ("!=", COMPARE),
-    "or": ("|", OR),
-    "and": ("&", AND),
-    "add": ("+", SUM),
-    "sub": ("-", SUM),
-    "mul": ("*", PRODUCT),
-    "div": ("/", PRODUCT),
-    "floordiv": ("//", PRODUCT),
-    "mod": ("%", PRODUCT),
+    "lt": ("<", COMPARE), "le": ("<=", COMPARE), "gt": (">", COMPARE), "ge": (">=", COMPARE), "eq": ("==", COMPARE),
+    "ne": ("!=", COMPARE), "or": ("|", OR), "and": ("&", AND), "add": ("+", SUM), "sub": ("-", SUM),
+    "mul": ("*", PRODUCT), "div": ("/", PRODUCT), "floordiv": ("//", PRODUCT), "mod": ("%", PRODUCT),
     "pow": ("**", POWER),
-}
+}  # fmt: skip
 PREFIX: Final = {"neg": "-", "not": "~"}
 KINDS: Final[Mapping[tuple[str, object], str]] = {
     ("floordiv", "nonneg"): "quotient",
@@ -186,7 +175,7 @@ STRUCTURES: Final[dict[str, Callable[[Expr], tuple[str, int]]]] = {
     "reshape": lambda e: (f"reshape({_list(e.args)}, {_shape(e.shape)})", ATOM),
     "trans": lambda e: (f"trans({_list(e.args)})", ATOM),
     "half": lambda e: (f"half({_list(e.args)}, {e.attr})", ATOM),
-    "joined": lambda e: (f"joined({_list(e.args)})", ATOM),
+    "joined": lambda e: (f"joined({_list(e.args)}{f', {e.attr}' if e.attr else ''})", ATOM),
     "cast": lambda e: (f"{e.dtype}({_list(e.args)})", ATOM),
     "unpack": _unpack,
     "dot": _dot,
@@ -379,10 +368,10 @@ def statement_lines(s: Statement) -> Iterator[str]:
     match s:
         case Note(words):
             yield from (f"# {line}" for line in words.splitlines())
-        case Barrier() | Soon():
-            yield "barrier" if isinstance(s, Barrier) else f"soon {text(s.value)}"
-        case Let(var, value, note):
-            yield f"{_typed(var)} = {text(value)}{_comment(note)}"
+        case Barrier():
+            yield "barrier"
+        case Let(var, value, note, ahead):
+            yield f"{'ahead ' * ahead}{_typed(var)} = {text(value)}{_comment(note)}"
         case Store(buffer, index, value, mask):
             masked = f", mask={text(mask)}" if mask is not None else ""
             yield f"store {buffer}[{_list(index)}{masked}] = {text(value)}"
@@ -395,4 +384,8 @@ def statement_lines(s: Statement) -> Iterator[str]:
             yield f"if {text(condition)}:"
             yield from _block(body, 1)
         case CallFn(targets, function, args):
-            yield f"{', '.join(map(_typed, targets))} = {function}({_list(args)})"
+            given = f"{', '.join(map(_typed, targets))} = " if targets else ""
+            yield f"{given}{function}({_list(args)})"
+        case AtOnce(calls, warps, registers):
+            yield f"at once, warps {_list(map(const, warps))}, registers {_list(map(const, registers))}:"
+            yield from _block(calls, 1)

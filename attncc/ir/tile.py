@@ -41,6 +41,8 @@ class Let:
     value: Expr
     note: str = ""
     """A trailing comment, by custom the shape."""
+    ahead: bool = False
+    """Whether a read may be under way for as long as nothing reads the name: nothing in its kernel writes there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +99,17 @@ class Barrier:
 
 
 @dataclass(frozen=True, slots=True)
-class Soon:
-    """What is read here will be read again before long: memory may begin to bring it. Nothing is bound."""
+class AtOnce:
+    """Calls that give no results, each by warps of its own at the same time: none reads what another writes."""
 
-    value: Expr
+    calls: tuple[CallFn, ...]
+    warps: tuple[int, ...]
+    """Of each but the first, which has those of the program."""
+    registers: tuple[int, ...]
+    """That a thread of these has; the first has what is left."""
 
 
-Statement = Note | Let | Store | StoreTile | For | If | CallFn | Barrier | Soon
+Statement = Note | Let | Store | StoreTile | For | If | CallFn | Barrier | AtOnce
 
 
 def reads_memory(f: Function) -> bool:
@@ -114,9 +120,9 @@ def reads_memory(f: Function) -> bool:
 def reads(s: Statement) -> tuple[Expr, ...]:
     """The expressions a statement evaluates itself (those of its block aside)."""
     match s:
-        case Note() | Barrier():
+        case Note() | Barrier() | AtOnce():
             return ()
-        case Let(_, value) | Soon(value):
+        case Let(_, value):
             return (value,)
         case Store(_, index, value, mask):
             return (*index, value) if mask is None else (*index, value, mask)
@@ -151,10 +157,12 @@ def writes(s: Statement) -> tuple[str, ...]:
 
 
 def block(s: Statement) -> tuple[Statement, ...]:
-    """The statements inside a loop or branch."""
+    """The statements inside a loop or branch, and calls at once."""
     match s:
         case For() | If():
             return s.body
+        case AtOnce(calls):
+            return calls
         case _:
             return ()
 

@@ -11,6 +11,7 @@ from attncc.ir.rewrite import buffers, names, walk
 from attncc.ir.rules import Tensor, Type, faults, leaves_first, malformed, show
 from attncc.ir.text import statement_lines, text
 from attncc.ir.tile import (
+    AtOnce,
     Barrier,
     CallFn,
     For,
@@ -20,7 +21,6 @@ from attncc.ir.tile import (
     Let,
     Note,
     Param,
-    Soon,
     Statement,
     Store,
     StoreTile,
@@ -256,14 +256,18 @@ def _note(scope: Scope, where: Where, s: Note | Barrier) -> None:
     """A comment breaks no rule, nor does a barrier."""
 
 
-def _soon(scope: Scope, where: str, s: Soon) -> None:
-    check_expression(scope, where, s.value)
+def _at_once(scope: Scope, where: Where, s: AtOnce) -> None:
+    if not len(s.calls) - 1 == len(s.warps) == len(s.registers):
+        scope.found.append((where, f"{len(s.calls)} calls, warps of {len(s.warps)}, registers of {len(s.registers)}"))
+    if any(call.targets for call in s.calls):
+        scope.found.append((where, "a call gives results"))
+    _block(scope, s.calls)
 
 
 STATEMENTS: Final[Mapping[type, Callable[..., None]]] = {
     Note: _note,
     Barrier: _note,
-    Soon: _soon,
+    AtOnce: _at_once,
     Let: _let,
     Store: _store,
     StoreTile: _store_tile,

@@ -256,7 +256,8 @@ BUILT = {
     "int8": ("'rope(pairs=interleaved)'", "int8(per=token)"),
     "fp8": ("'rope(dims=64)'", "fp8_e4m3(per=group(32))"),
     "int4": ("rope", "int4(per=token, symmetric=false)"),
-    "int4 through memory": ("'rope(pairs=interleaved)'", "int4(per=group(32))"),
+    "int4 of neighbours": ("'rope(pairs=interleaved)'", "int4(per=token, symmetric=false)"),
+    "int4 through memory": ("'rope(dims=96, pairs=interleaved)'", "int4(per=group(32))"),
 }
 
 
@@ -276,7 +277,7 @@ def test_kernels_for_hopper_do_not_spill(name: str) -> None:
 
 
 def test_rows_in_scratch_memory_are_read_behind_a_barrier() -> None:
-    _, program = driver.lower(built("pages", "interleaved", "int4(per=token)").attn)
+    _, program = driver.lower(built("pages", "partial and interleaved", "int4(per=token)").attn)
     assert program.append is not None
     (kernel,) = program.append.kernels
 

@@ -80,6 +80,9 @@ EXPRESSIONS = {
     "m[:, None] - m[None, :]": column(name("m", "f32", ("BM",))) - row(name("m", "f32", ("BM",))),
     "dot(s, trans(s), s)": dot(SQUARE, trans(SQUARE), SQUARE),
     "joined(half(w, 1), half(w, 0))": joined(half(WIDE, 1), half(WIDE, 0)),
+    "joined(half(w, odd), half(w, even), in turn)": joined(
+        half(WIDE, 1, in_turn=True), half(WIDE, 0, in_turn=True), in_turn=True
+    ),
     "sum(reshape(s, [BM, BM/8, 8]), axis=1)": reduce("sum", reshape(SQUARE, ("BM", "BM/8", 8)), 1),
     "max(s + s, axis=0)": reduce("max", SQUARE + SQUARE, 0),
     "(s + s)[None, :, :]": expand(SQUARE + SQUARE, 0),

@@ -12,7 +12,21 @@ from attncc.errors import CompilerBug
 from attncc.ir.build import Builder, dot, full, function, iota, program, read, reduce, reshape, tile, trans, unpack
 from attncc.ir.expr import OPS, STRUCTURAL, Expr, cast_to, const, ew, name
 from attncc.ir.rules import RULES
-from attncc.ir.tile import CallFn, For, If, Knob, Launch, Let, Param, Program, Scratch, Statement, Store, StoreTile
+from attncc.ir.tile import (
+    AtOnce,
+    CallFn,
+    For,
+    If,
+    Knob,
+    Launch,
+    Let,
+    Param,
+    Program,
+    Scratch,
+    Statement,
+    Store,
+    StoreTile,
+)
 from attncc.ir.verify import verify_program
 
 
@@ -116,7 +130,7 @@ FAULTS: dict[str, tuple[Write, str]] = {
     "dot on a foreign accumulator": (let(dot(SQUARE, trans(SQUARE), SQUARE)), r"'dot' adds to f32\[BM, BM\]"),
     "dot of one": (let(Expr("dot", (SQUARE,))), "'dot' takes"),
     "halves of a vector": (let(Expr("half", (iota("BM"),), 0, "i32", ("BM",))), "'half' takes a matrix"),
-    "a third half": (let(Expr("half", (WIDE,), 2, "f32", ("BM", 8))), "the halves 0 and 1, got 2"),
+    "a third half": (let(Expr("half", (WIDE,), 2, "f32", ("BM", 8))), "the halves 0, 1, even, odd, got 2"),
     "halves of 3 columns": (let(Expr("half", (full(("BM", 3), 0.0),), 0, "f32", ("BM", 1))), "even number"),
     "halves of a knob's columns": (let(Expr("half", (SQUARE,), 0, "f32", ("BM", "BN/2"))), "so many columns"),
     "tiles of two widths": (
@@ -147,7 +161,14 @@ FAULTS: dict[str, tuple[Write, str]] = {
         written(StoreTile("t", (iota("BM"), *[const(0)] * 3), full(("BM", 16), 0.0))),
         "expected a scalar",
     ),
+    "columns joined otherwise": (
+        let(Expr("joined", (WIDE, WIDE), "at random", "f32", ("BM", 16))),
+        "'joined' has no attribute 'at random'",
+    ),
     "unknown function": (written(CallFn((), "f", ())), "there is no function 'f'"),
+    "unknown function at once": (written(AtOnce((CallFn((), "f", ()),), (), ())), "there is no function 'f'"),
+    "warps for nothing": (written(AtOnce((CallFn((), "f", ()),), (4,), (32,))), "1 calls, warps of 1, registers of 1"),
+    "results at once": (written(AtOnce((CallFn((name("y"),), "f", ()),), (), ())), "a call gives results"),
 }
 
 

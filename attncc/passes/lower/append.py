@@ -6,7 +6,8 @@ sequences are given, and what lies beyond their range becomes the greatest numbe
 
 Steps that the cache has behind it are taken on the way, in fp32 and in registers, by `steps` as before attention: a
 token's position is that of its place. Two codes of int4 that share a byte come from two halves of a row, which steps
-may have in tiles of other columns: such rows go through scratch memory that only their program reads.
+may have in tiles of other columns: where these are no halves of one tile, such rows go through scratch memory that only
+their program reads.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Final
 
 from attncc.ir.appending import appends, count, is_packed, tokens, writes_queries
 from attncc.ir.attention import Attention
-from attncc.ir.build import Builder, column, full, iota, lanes, quotient, read, reduce, row
+from attncc.ir.build import Builder, column, full, half, iota, lanes, quotient, read, reduce, row
 from attncc.ir.cache import Cached, beside, cached, find
 from attncc.ir.expr import Expr, cast_to, const, eq, ew, name, where
 from attncc.ir.keeping import states, writing
@@ -27,7 +28,7 @@ from attncc.ir.staircase import levels
 from attncc.ir.tile import Kernel, Launch, Param, Program, Scratch
 from attncc.passes.lower import descent, recall
 from attncc.passes.lower.cache import CODES, NIBBLES, ROPE, buffer
-from attncc.passes.lower.columns import Parts
+from attncc.passes.lower.columns import Columns, Parts
 from attncc.passes.lower.convolution import matrices, matrix_kernel, matrix_params, matrix_scratch
 from attncc.passes.lower.entering import steps_of, through
 from attncc.passes.lower.flow import Tiles, options
@@ -126,7 +127,7 @@ def _write(b: Builder, attn: Attention, text: str, place: Place) -> None:
         for p, x in through(b, attn, steps, place).items():
             b.store(into, _row_of(place, p.at), cast_to(x, into.dtype), lanes(kept(place.rows), p.inside))
     elif c is not None:
-        tiles = None if steps is None else through(b, attn, steps, place)
+        tiles = None if steps is None else _apart(b, c, through(b, attn, steps, place))
         joins = None if tiles is None else _joins(c, tuple(tiles))
         if tiles is not None and joins is not None:
             pieces = [Piece(p.at, None if p.inside is None else row(p.inside), x) for p, x in tiles.items()]
@@ -161,6 +162,23 @@ def _joins(c: Cached, parts: Parts) -> list[Join] | None:
     return [*found] if whole else None
 
 
+def _parts_of(c: Cached, parts: Parts) -> Parts:
+    """Both halves of a row whose columns share bytes, where one tile has all of it and no more."""
+    halves = Columns(0, c.width), Columns(c.width, c.width)
+    whole = c.is_packed and parts == (Columns(0, c.dim),) and parts[0].width == 2 * halves[0].width == c.dim
+    return halves if whole else parts
+
+
+def _apart(b: Builder, c: Cached, tiles: Tiles) -> Tiles:
+    """The tiles, and of a whole row its halves."""
+    parts = _parts_of(c, tuple(tiles))
+    if parts == (*tiles,):
+        return tiles
+    (x,) = tiles.values()
+    shape = f"[{x.shape[0]}, {c.width}]"
+    return {p: b.let(f"x_{n}", half(x, n), shape) for n, p in enumerate(parts)}
+
+
 def _both(a: Expr, b: Expr | None) -> Expr:
     return a if b is None else a & b
 
@@ -173,7 +191,7 @@ def _staged(attn: Attention) -> list[str]:
     found: list[str] = []
     for c in cached(attn):
         steps = steps_of(attn, c.operand)
-        if steps is not None and _joins(c, parts_of(writing(attn), steps)[-1]) is None:
+        if steps is not None and _joins(c, _parts_of(c, parts_of(writing(attn), steps)[-1])) is None:
             found.append(c.operand)
     return found
 
@@ -229,15 +247,15 @@ def _halves(b: Builder, c: Cached, place: Place, given: Param) -> list[Piece]:
     """The rows of `given`, as two pieces where two codes share a byte."""
     b.let("columns", iota(_padded(c)), f"[{_padded(c)}]")
     b.let("inside", row(_columns(c) < c.width))
-    return [_half(b, c, place, half, given) for half in range(2 if c.is_packed else 1)]
+    return [_half(b, c, place, which, given) for which in range(2 if c.is_packed else 1)]
 
 
-def _half(b: Builder, c: Cached, place: Place, half: int, given: Param) -> Piece:
-    columns = half * c.width + _columns(c)
+def _half(b: Builder, c: Cached, place: Place, which: int, given: Param) -> Piece:
+    columns = which * c.width + _columns(c)
     mask = column(kept(place.rows)) & _inside(c)
     at = name("at", "i32", (place.rows,))
     x = cast_to(read(given, place.batch, place.head, column(at), row(columns), mask=mask), "f32")
-    x = b.let(f"x_{half}" if c.is_packed else "x", x, f"[{place.rows}, {_padded(c)}]")
+    x = b.let(f"x_{which}" if c.is_packed else "x", x, f"[{place.rows}, {_padded(c)}]")
     return Piece(columns, _inside(c), x)
 
 

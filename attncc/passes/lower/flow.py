@@ -81,10 +81,10 @@ class Flow:
     """What is bound once for all tiles."""
     line: tuple[Expr, Expr] | None = None
     """The position [rows] where the lines begin along which tiles go, and how many tokens those are on."""
-    folded: bool = False
-    """Whether convolutions that follow each other are one."""
+    matrices: tuple[Expr, ...] = ()
+    """Of convolutions that follow each other and are one, in the order of products."""
     fetched: Mapping[tuple[str, Columns, Expr], Expr] = field(default_factory=dict[tuple[str, Columns, Expr], Expr])
-    """Columns of an operand and a head that the last turn has read for this one."""
+    """Columns of an operand and a head that were read for this turn."""
     earlier: Earlier | None = None
     """Where earlier tokens are that a call does not have."""
 
@@ -123,13 +123,13 @@ class Flow:
         """Columns of the call's own q, k or v, so many tokens back; 0 before the first."""
         return cast_to(self.entered(operand, columns, back, head), "f32")
 
-    def entered(self, operand: str, columns: Columns, back: int = 0, head: Expr | None = None) -> Expr:
+    def entered(self, operand: str, columns: Columns, back: int | Expr = 0, head: Expr | None = None) -> Expr:
         """The same in the dtype in which they come."""
-        if back and self.earlier is not None:
+        if isinstance(back, int) and back and self.earlier is not None:
             return self.earlier(operand, columns, back, self.head if head is None else head)
         t = self.tokens
-        known = None if back else self.fetched.get((operand, columns, self.head if head is None else head))
-        if known is not None:
+        known = self.fetched.get((operand, columns, self.head if head is None else head))
+        if known is not None and back == 0:
             return known
         mask = lanes(t.own >= back if back else None, columns.inside)
         at = (t.batch, self.head if head is None else head, t.row - back if back else t.row)

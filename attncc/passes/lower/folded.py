@@ -2,7 +2,7 @@
 
 It goes along lines of tokens as `lines` does, convolutions that follow each other being one (`folding`), and is printed
 in Gluon (`codegen/gluon_kernels.py`), which says in whose registers tiles are: in those where wgmma wants its factors,
-and leaves its sums. So nothing goes through shared memory but the matrices, and no thread waits for others.
+and leaves its sums. Shared memory holds matrices, and rows that are on their way to the next token's products.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from typing import Final
 
 from attncc.ir.attention import Attention, Call
-from attncc.ir.build import Builder, column, dot, full, iota, quotient, read, reduce, remainder, row
+from attncc.ir.build import Builder, column, dot, full, iota, quotient, read, reduce, remainder, row, trans
 from attncc.ir.expr import Expr, cast_to, const, eq, where
 from attncc.ir.primitives import on
 from attncc.ir.tile import Param, Scratch
@@ -25,7 +25,7 @@ from attncc.passes.lower.normalizers import VALUE_DTYPE
 from attncc.passes.lower.scores import input_param, own_name
 
 ROWS: Final = 16
-"""Rows of a matrix that a program writes, and rows of a bias, which add up to it."""
+"""Columns of a matrix that a program writes, and rows of a bias, which add up to it."""
 
 
 def folds(chain: Chain) -> bool:
@@ -47,17 +47,25 @@ def taps_of(attn: Attention, chain: Chain) -> int:
 def product(f: Flow, tiles: list[Tiles], plus: Tiles | None) -> Tiles:
     """Tiles of all columns, the earliest token first, behind what is one; and `plus`, with which the sum begins."""
     (c,) = f.parts[0]
-    params = f.b.params[name_of(f.attn, f.chain)]
     total = full((f.rows, c.width), 0.0) if plus is None else plus[c]
-    factors = [(column(c.at), tile[c]) for tile in tiles]
+    factors = [tile[c] for tile in tiles]
     if _has_bias(f.chain):
-        factors = [*factors, (column(iota(ROWS)), full((f.rows, ROWS), 1.0, f.dtype))]
-    head = f.head + heads_before(f.attn, f.chain)
-    for t in [*range(len(tiles), len(factors)), *range(len(tiles))]:
-        rows, tile = factors[t]
-        matrix = f.once("matrix", read(params, head, t, rows, row(c.at)), f"[{rows.shape[0]}, {c.width}]")
+        factors = [full((f.rows, ROWS), 1.0, f.dtype), *factors]
+    for tile, matrix in zip(factors, f.matrices, strict=True):
         total = dot(tile, matrix, total)
     return {c: f.let("total", total, f"[{f.rows}, {c.width}]")}
+
+
+def read_matrices(b: Builder, attn: Attention, chain: Chain, head: Expr) -> tuple[Expr, ...]:
+    """Binds a head's matrices in the order of products: the bias, then the earliest token."""
+    width, taps = chain.widths[0], taps_of(attn, chain)
+    rows = [*([(taps, ROWS)] if _has_bias(chain) else ()), *((t, width) for t in range(taps))]
+    made = b.params[name_of(attn, chain)]
+    head = head + heads_before(attn, chain)
+    return tuple(
+        b.let(b.fresh("matrix"), read(made, head, t, column(iota(n)), row(iota(width))), f"[{n}, {width}]")
+        for t, n in rows
+    )
 
 
 def heads_before(attn: Attention, chain: Chain) -> int:
@@ -87,7 +95,7 @@ def matrix_param(attn: Attention, chain: Chain) -> Param:
 
 
 def writers(attn: Attention, chain: Chain) -> int:
-    """Programs that write the matrices: each some rows of one, or a head's bias."""
+    """Programs that write the matrices: each some columns of one, or of a head's bias."""
     return _heads(attn, chain) * _each(attn, chain)
 
 
@@ -96,66 +104,58 @@ def _each(attn: Attention, chain: Chain) -> int:
 
 
 def write(b: Builder, attn: Attention, chain: Chain, which: Expr) -> None:
-    """What one of these programs does."""
-    blocks = chain.widths[0] // ROWS
-    ahead = taps_of(attn, chain) * blocks
+    """What one of these programs does: it reads rows of weights, which are columns of the matrices."""
+    width, into = chain.widths[0], b.params[name_of(attn, chain)]
+    blocks = width // ROWS
     number = b.let("number", remainder(which, _each(attn, chain)))
     head = b.let("head", quotient(which, _each(attn, chain)))
-    with b.when(number < ahead) if _has_bias(chain) else nullcontext():
-        tap = b.let("tap", quotient(number, blocks))
-        at = b.let("at", remainder(number, blocks) * ROWS + iota(ROWS), f"[{ROWS}] columns in")
-        value = _folded(attn, chain, head, tap, at)
-        into = b.params[name_of(attn, chain)]
-        b.store(into, (head, tap, column(at), row(iota(chain.widths[0]))), cast_to(value, into.dtype))
+    at = b.let("at", remainder(number, blocks) * ROWS + iota(ROWS), f"[{ROWS}] columns out")
+    tap = b.let("tap", quotient(number, blocks), "the bias behind the last")
+    with b.when(tap < taps_of(attn, chain)) if _has_bias(chain) else nullcontext():
+        value = b.let("value", cast_to(_folded(b, attn, chain, head, tap, at), into.dtype), f"[{ROWS}, {width}]")
+        b.store(into, (head, tap, column(iota(width)), row(at)), trans(value))
     if _has_bias(chain):
-        with b.when(number >= ahead):
-            _write_bias(b, attn, chain, head, number - ahead)
+        with b.when(tap >= taps_of(attn, chain)):
+            _write_bias(b, attn, chain, head, at)
 
 
-def _folded(attn: Attention, chain: Chain, head: Expr, tap: Expr, at: Expr) -> Expr:
-    """[rows, width] the columns `at` of a matrix, transposed: what one token adds to each column."""
+def _folded(b: Builder, attn: Attention, chain: Chain, head: Expr, tap: Expr, at: Expr) -> Expr:
+    """[rows, width] what each column adds of a token to the columns `at`."""
     mixing, width = _mixing(chain), chain.widths[0]
     if count(chain) == 1:
         return _matrix(attn, mixing, head, width, at, tap)
     first = chain.steps[0]
     x, taps = attn.input(first.words[0]), _taps(attn, first, width)
-    index = channel_index(x.shape[:-1], head, width, column(at))
+    index = channel_index(x.shape[:-1], head, width, row(iota(width)))
     total: Expr = full((ROWS, width), 0.0)
     for t in range(_taps(attn, mixing, width)):
         seen = (tap >= t) & (tap < t + taps)
         weight = cast_to(read(input_param(x), *index, tap - t, mask=seen), "f32")
-        total = total + _matrix(attn, mixing, head, width, at, const(t)) * weight
+        total = b.let("total", total + _matrix(attn, mixing, head, width, at, const(t)) * weight)
     return total
 
 
 def _matrix(attn: Attention, step: Call, head: Expr, width: int, at: Expr, tap: Expr) -> Expr:
     x = attn.input(step.words[0])
-    out = channel_index(x.shape[:-2], head, width, row(iota(width)))
-    return cast_to(read(input_param(x), *out, column(at), tap), "f32")
+    out = channel_index(x.shape[:-2], head, width, column(at))
+    return cast_to(read(input_param(x), *out, row(iota(width)), tap), "f32")
 
 
-def _write_bias(b: Builder, attn: Attention, chain: Chain, head: Expr, block: Expr) -> None:
-    """What some columns add to the bias of the last by that of the first, and to the first of them that bias itself.
-
-    Rows of the matrix: as the dtype has it, what that leaves, and zeros, for each of the blocks.
-    """
-    width, mixing, first = chain.widths[0], _mixing(chain), chain.steps[0]
-    rows = ROWS * ROWS // width
-    own = bias_at(attn, mixing, head, width, iota(width))
-    total: Expr = full((width,), 0.0) if own is None else where(eq(block, 0), own, 0.0)
-    at = b.let("at", block * ROWS + iota(ROWS), f"[{ROWS}] columns in")
-    before = bias_at(attn, first, head, width, at) if count(chain) == 2 else None
+def _write_bias(b: Builder, attn: Attention, chain: Chain, head: Expr, at: Expr) -> None:
+    """The bias of the last and what it makes of the first's: as the dtype has it, what that leaves, and zeros."""
+    width, mixing, first, into = chain.widths[0], _mixing(chain), chain.steps[0], b.params[name_of(attn, chain)]
+    own = bias_at(attn, mixing, head, width, at)
+    total: Expr = full((ROWS,), 0.0) if own is None else own
+    before = bias_at(attn, first, head, width, iota(width)) if count(chain) == 2 else None
     if before is not None:
         for t in range(_taps(attn, mixing, width)):
-            made = _matrix(attn, mixing, head, width, at, const(t)) * column(before)
-            total = total + reduce("sum", made, 0)
-    whole = b.let("whole", total, f"[{width}]")
-    into = b.params[name_of(attn, chain)]
+            made = _matrix(attn, mixing, head, width, at, const(t)) * row(before)
+            total = b.let("total", total + reduce("sum", made, 1), f"[{ROWS}]")
+    whole = total if total.op == "name" else b.let("total", total, f"[{ROWS}]")
     most = b.let("most", cast_to(whole, into.dtype))
-    parts = where(column(eq(iota(rows), 0)), row(cast_to(most, "f32")), 0.0)
-    parts = where(column(eq(iota(rows), 1)), row(whole - cast_to(most, "f32")), parts)
-    place = head, const(taps_of(attn, chain)), column(block * rows + iota(rows)), row(iota(width))
-    b.store(into, place, cast_to(parts, into.dtype))
+    parts = where(column(eq(iota(ROWS), 0)), row(cast_to(most, "f32")), 0.0)
+    parts = where(column(eq(iota(ROWS), 1)), row(whole - cast_to(most, "f32")), parts)
+    b.store(into, (head, const(taps_of(attn, chain)), column(iota(ROWS)), row(at)), cast_to(parts, into.dtype))
 
 
 # -- weights --------------------------------------------------------------------------------------

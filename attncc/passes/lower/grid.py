@@ -53,6 +53,15 @@ def key_head(h: Expr, attn: Attention, heads: int) -> Expr:
     return quotient(h, attn.heads.q // heads)
 
 
+def heads_of(b: Builder, attn: Attention, operand: str, head: Expr) -> tuple[Expr, Expr]:
+    """Binds an operand's head, and the key head that goes with it."""
+    head = head if head.op == "name" else b.let("h", head)
+    if operand != "q" or attn.heads.kv == attn.heads.q:
+        return head, head
+    served = key_head(head, attn, attn.heads.kv)
+    return head, served if served.op == "const" else b.let("hk", served)
+
+
 def cdiv(a: Value, b: Value) -> Expr:
     """a / b rounded up; a is not negative."""
     return quotient(lift(a) + (lift(b) - 1), b)

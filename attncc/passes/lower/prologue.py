@@ -16,13 +16,13 @@ from attncc.ir.build import Builder, column, full, iota, lanes, program, quotien
 from attncc.ir.expr import Expr, cast_to, const, maximum, minimum, name
 from attncc.ir.tile import Engine, Kernel, Launch, Param, Program, Scratch
 from attncc.ir.widths import matrix
-from attncc.passes.lower import folded, folding, lines, tokens
+from attncc.passes.lower import beside, folded, folding, lines, tokens
 from attncc.passes.lower.absorb import absorbed
 from attncc.passes.lower.chains import Chain, chains, dtype_behind
 from attncc.passes.lower.columns import Columns
 from attncc.passes.lower.convolution import matrices, matrix_kernel, matrix_params, matrix_scratch, mixes, multiplies
 from attncc.passes.lower.flow import Flow, options, tokens_of
-from attncc.passes.lower.grid import cdiv, is_varlen, key_head, size_parameters
+from attncc.passes.lower.grid import cdiv, heads_of, is_varlen, size_parameters
 from attncc.passes.lower.normalizers import VALUE_DTYPE
 from attncc.passes.lower.scores import input_param
 from attncc.passes.lower.steps import behind, parts_of
@@ -63,8 +63,11 @@ def _beside_engine(attn: Attention, program: Program, engine: Engine) -> Program
     found = chains(attn)
     mixed, rest = [c for c in found if folded.folds(c)], [c for c in found if not folded.folds(c)]
     replaced = [k.name for k in program.kernels[: 2 if matrices(attn) else 1]]
-    kernel = _kernel(attn, mixed, "lines", is_folded=True)
-    kernels = _ahead(attn, rest, mixed[0]), replace(kernel, name=f"{attn.name}_prologue_folded", dialect="gluon")
+    moved, rest = [c for c in rest if beside.only_moves(c)], [c for c in rest if not beside.only_moves(c)]
+    kernels = (
+        _ahead(attn, rest, mixed[0]),
+        beside.kernel(attn, mixed, moved, _parameters(attn, [*mixed, *moved], mixed), store),
+    )
     launches = Launch(kernels[0].name, options=options(False)), Launch(kernels[1].name, options=lines.OPTIONS)
     engine = replace(
         engine,
@@ -116,10 +119,10 @@ def _span(attn: Attention, found: Sequence[Chain]) -> int:
     return most * TURNS if any(mixes(step) for c in found for step in c.steps) else most
 
 
-def _tiles(attn: Attention, found: Sequence[Chain], walk: Walk, shares: Mapping[str, lines.Share]) -> Expr:
+def _tiles(attn: Attention, found: Sequence[Chain], walk: Walk) -> Expr:
     """Programs of a head: of the operand that has most tokens."""
     if walk == "lines":
-        return name("B") * _most([lines.tiles_of(attn, c.operand, shares.get(c.operand)) for c in found])
+        return name("B") * _most([lines.tiles_of(attn, c.operand, lines.line_of(attn, c.operand)) for c in found])
     if walk == "sequences":
         return name("B") * _most([cdiv(_length(c), _rows(attn, c)) for c in found])
     return cdiv(_most([tokens.count(attn, c.operand) for c in found]), _span(attn, found))
@@ -132,11 +135,10 @@ def _most(counts: Sequence[Expr]) -> Expr:
     return longest
 
 
-def _kernel(attn: Attention, found: Sequence[Chain], walk: Walk, *, is_folded: bool = False, first: int = 0) -> Kernel:
-    """Takes operands through their steps, from program `first` on; `is_folded`: convolutions are one."""
+def _kernel(attn: Attention, found: Sequence[Chain], walk: Walk, *, first: int = 0) -> Kernel:
+    """Takes operands through their steps, from program `first` on."""
     slots = sum(c.heads for c in found)
-    shares = lines.shares(attn, found) if is_folded else {}
-    b = Builder(_parameters(attn, found, is_folded))
+    b = Builder(_parameters(attn, found, ()))
     number = program() - first if first else program()
     slot, number = b.let("slot", remainder(number, slots)), quotient(number, slots)
     begin = b.let("begin", number * _span(attn, found)) if walk == "tokens" else b.let("part", number)
@@ -149,7 +151,7 @@ def _kernel(attn: Attention, found: Sequence[Chain], walk: Walk, *, is_folded: b
             head = slot - before if before else slot
             match walk:
                 case "lines":
-                    lines.go(b, attn, c, _heads(b, attn, c, head), _store, share=shares.get(c.operand))
+                    lines.go(b, attn, c, heads_of(b, attn, c.operand, head), store)
                 case "sequences":
                     _in_sequence(b, attn, c, head)
                 case "tokens":
@@ -157,17 +159,17 @@ def _kernel(attn: Attention, found: Sequence[Chain], walk: Walk, *, is_folded: b
         before += c.heads
     through = ", ".join(c.operand for c in found)
     doc = f"Takes {through} through the steps before attention: one program per head and tokens."
-    grid = _tiles(attn, found, walk, shares) * slots
+    grid = _tiles(attn, found, walk) * slots
     return Kernel(f"{attn.name}_prologue", *tidy(b.params.values(), b.body), (), grid, doc)
 
 
-def _parameters(attn: Attention, found: Sequence[Chain], is_folded: bool) -> Mapping[str, Param]:
+def _parameters(attn: Attention, found: Sequence[Chain], mixed: Sequence[Chain]) -> Mapping[str, Param]:
     dtype = VALUE_DTYPE[attn.dtype]
     given = [Param(x.upper(), "operand", dtype, doc="the operand as it came") for x in "qkv"]
     made = [
         Param(c.tensor, "operand", dtype_behind(attn, c.operand), doc="the operand behind its steps") for c in found
     ]
-    factors = [folding.matrix_param(attn, found[0])] if is_folded else matrix_params(attn)
+    factors = [folding.matrix_param(attn, mixed[0])] if mixed else matrix_params(attn)
     params = [*given, *made, *factors, *tokens.index_params(attn)]
     params += [*map(input_param, attn.inputs), *size_parameters(attn)]
     return {p.name: p for p in params}
@@ -182,12 +184,12 @@ def _in_sequence(b: Builder, attn: Attention, c: Chain, head: Expr) -> None:
     rows = _rows(attn, c)
     b.let("tiles", cdiv(_length(c), rows))
     with b.when(name("part") < name("B") * name("tiles")):
-        head, served = _heads(b, attn, c, head)
+        head, served = heads_of(b, attn, c.operand, head)
         b.let("b", quotient(name("part"), name("tiles")))
         ahead, inner = Builder(b.params), Builder(b.params)
         first = remainder(name("part"), name("tiles")) * rows
         at = tokens.along(inner, attn, c.operand, first + iota(rows), rows)
-        _store(Flow(attn, c, ahead, inner, at, head, served, parts_of(attn, c), {*lines.PLACED, *inner.bound}))
+        store(Flow(attn, c, ahead, inner, at, head, served, parts_of(attn, c), {*lines.PLACED, *inner.bound}))
         b.extend(ahead.body)
         b.extend(inner.body)
 
@@ -196,13 +198,13 @@ def _over_tokens(b: Builder, attn: Attention, c: Chain, head: Expr, begin: Expr,
     """What a program does that has one of its heads, and so many tokens."""
     count = b.let("count", tokens.bound(attn, c.operand))
     with b.when(begin < count):
-        head, served = _heads(b, attn, c, head)
+        head, served = heads_of(b, attn, c.operand, head)
         rows = _rows(attn, c)
         turns = span > rows
         ahead, inner = Builder(b.params), Builder(b.params)
         at = tokens.place(inner, attn, c.operand, name("first") if turns else begin, rows)
         taken = {*PLACED, *inner.bound}
-        _store(Flow(attn, c, ahead, inner, at, head, served, parts_of(attn, c), taken))
+        store(Flow(attn, c, ahead, inner, at, head, served, parts_of(attn, c), taken))
         b.extend(ahead.body)
         if not turns:
             b.extend(inner.body)
@@ -211,16 +213,7 @@ def _over_tokens(b: Builder, attn: Attention, c: Chain, head: Expr, begin: Expr,
             b.extend(inner.body)
 
 
-def _heads(b: Builder, attn: Attention, c: Chain, head: Expr) -> tuple[Expr, Expr]:
-    """Binds the operand's head, and the key head that goes with it."""
-    head = head if head.op == "name" else b.let("h", head)
-    if c.operand != "q" or attn.heads.kv == attn.heads.q:
-        return head, head
-    served = key_head(head, attn, attn.heads.kv)
-    return head, served if served.op == "const" else b.let("hk", served)
-
-
-def _store(f: Flow) -> None:
+def store(f: Flow) -> None:
     """Writes what becomes of the tile."""
     c, t = f.chain, f.tokens
     into, width = f.b.params[c.tensor], c.widths[-1]

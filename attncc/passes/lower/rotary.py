@@ -44,14 +44,16 @@ def rotated(f: Flow, step: Call, dims: int, pair: Columns, halves: tuple[Expr, E
     return f.let(text, first * cos - second * sin, note), f.let(text, second * cos + first * sin, note)
 
 
-def within(f: Flow, step: Call, dims: int, x: Expr, back: int) -> Expr:
-    """A tile of all columns, whose first `dims` are turned: both halves of these are halves of a tile."""
+def within(f: Flow, step: Call, dims: int, x: Expr, back: int, *, neighbours: bool) -> Expr:
+    """A tile of all columns, whose first `dims` are turned: both halves of these are halves of a tile, or every other
+    column of it."""
     rest: list[Expr] = []
     for _ in range(int(x.shape[1]).bit_length() - dims.bit_length()):
         rest.append(f.let("rest", half(x, 1)))
         x = f.let("turning", half(x, 0))
-    first, second = f.let("first", half(x, 0)), f.let("second", half(x, 1))
-    made = joined(*rotated(f, step, dims, Columns(0, dims // 2), (first, second), back))
+    first = f.let("first", half(x, 0, in_turn=neighbours))
+    second = f.let("second", half(x, 1, in_turn=neighbours))
+    made = joined(*rotated(f, step, dims, Columns(0, dims // 2), (first, second), back), in_turn=neighbours)
     for columns in reversed(rest):
         made = joined(made, columns)
     return f.let(f"{f.chain.operand}_whole", made, f"[{f.rows}, {made.shape[1]}]")
@@ -63,7 +65,7 @@ def _computed(f: Flow, step: Call, dims: int, pair: Columns, back: int) -> tuple
     exponent = cast_to(pair.at, "f64") * const(slope, "f64") - const(math.log2(math.tau), "f64")
     speed = f.once("speed", ew("exp2", exponent), f"[{pair.width}] turns a token")
     shape = f"[{f.rows}, {pair.width}]"
-    if f.folded and f.line and not back and f.attn.numerics.exp != "exact":
+    if f.matrices and f.line and not back and f.attn.numerics.exp != "exact":
         begin, further = f.line
         begun = f.once("begun", _part(f.once, begin, speed) * math.tau, f"{shape} angles where lines begin")
         angle = f.let("angle", begun + further * row(f.once("slow", cast_to(speed, "f32") * math.tau)), shape)

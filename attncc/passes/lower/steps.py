@@ -55,7 +55,7 @@ def _taken(f: Flow, n: int, back: int, plus: Tiles | None = None) -> Tiles:
     """One step, and `plus`. Before its first token a sequence has zeros; convolutions that follow each other make of
     them what they make of any token."""
     step = f.chain.steps[n]
-    if f.folded and n == folding.count(f.chain) - 1:
+    if f.matrices and n == folding.count(f.chain) - 1:
         taps = folding.taps_of(f.attn, f.chain)
         return folding.product(f, [behind(f, 0, back + taps - 1 - t) for t in range(taps)], plus)
 
@@ -79,7 +79,7 @@ def parts_of(attn: Attention, chain: Chain) -> tuple[Parts, ...]:
     """Columns as tiles before each step and behind the last: those that a rope turns lie in tiles of their own.
 
     A step that mixes columns takes them as they come, and makes those that are asked for. Of what products make, whole
-    tiles are turned, as far as those halve.
+    tiles are turned, as far as those halve; and where pairs are neighbours, which memory has in one piece.
     """
     found: list[Parts] = []
     ends = [n for n, step in enumerate(chain.steps) if mixes(step) or step.name == "hadamard"]
@@ -88,7 +88,8 @@ def parts_of(attn: Attention, chain: Chain) -> tuple[Parts, ...]:
         width = chain.widths[end]
         ropes = [rope_of(attn, step, width) for step in chain.steps[start:end] if step.name == "rope"]
         mixed = end < len(chain.steps) and mixes(chain.steps[end])
-        if ropes and start and multiplies(chain.steps[start - 1]) and halves(width, *ropes[0]):
+        behind_products = start > 0 and multiplies(chain.steps[start - 1])
+        if ropes and halves(width, ropes[0][0]) and (behind_products or ropes[0][1]):
             parts = cut(0, width, AT_ONCE if mixed else width)
         elif ropes:
             dims, neighbours = ropes[0]
@@ -104,10 +105,10 @@ def parts_of(attn: Attention, chain: Chain) -> tuple[Parts, ...]:
     return tuple(found)
 
 
-def halves(width: int, dims: int | None, neighbours: bool) -> bool:
-    """Whether a rope turns what whole tiles have as halves, or halves of halves."""
+def halves(width: int, dims: int | None) -> bool:
+    """Whether a rope turns whole tiles, or halves of halves of them."""
     turned = dims or width
-    return not neighbours and width & (width - 1) == 0 == turned & (turned - 1) and MIN_WIDTH < turned <= width
+    return width & (width - 1) == 0 == turned & (turned - 1) and MIN_WIDTH < turned <= width
 
 
 # -- rows --------------------------------------------------------------------------------------------
@@ -116,8 +117,9 @@ def halves(width: int, dims: int | None, neighbours: bool) -> bool:
 def _rope(f: Flow, n: int, back: int, before: Before) -> Tiles:
     step, x = f.chain.steps[n], before(0)
     dims, neighbours = rope_of(f.attn, step, f.chain.widths[n])
-    if len(x) == 1 and halves(f.chain.widths[n], dims, neighbours):
-        return {c: within(f, step, dims or f.chain.widths[n], t, back) for c, t in x.items()}
+    if len(x) == 1 and halves(f.chain.widths[n], dims):
+        width = f.chain.widths[n]
+        return {c: within(f, step, dims or width, t, back, neighbours=neighbours) for c, t in x.items()}
     turned, _ = pairs(f.chain.widths[n], dims or f.chain.widths[n], neighbours)
     made = {c: x[c] for c in f.parts[n + 1]}
     for pair, first, second in turned:
@@ -242,14 +244,21 @@ def _served_queries(f: Flow, x: Parts, back: int) -> Tiles:
 
 def _value_shift(f: Flow, n: int, back: int, before: Before) -> Tiles:
     """The last columns of all heads, one head behind the other, come from the token before."""
-    width = f.chain.widths[n]
-    columns = f.chain.heads * width
-    kept = columns - int(columns * number(f.chain.steps[n], "fraction", 0.5))
+    width, kept = f.chain.widths[n], stays(f.chain, n)
+    if not n and not f.line and f.earlier is None and kept % width == 0:
+        late = f.let("late", where(f.head >= kept // width, back + 1, back))
+        return _bound(f, "shifted", {c: f.entered(f.chain.operand, c, late) for c in f.parts[0]})
     if not n and not f.line and f.earlier is None:
         return _bound(f, "shifted", {c: _entered_late(f, c, f.head * width + c.at >= kept, back) for c in f.parts[0]})
     now, earlier = before(0), before(1)
     made = {c: where(row(f.head * width + c.at >= kept), earlier[c], x) for c, x in now.items()}
     return _bound(f, "shifted", made)
+
+
+def stays(chain: Chain, n: int) -> int:
+    """How many columns of all heads a value shift leaves where they are: the first ones."""
+    columns = chain.heads * chain.widths[n]
+    return columns - int(columns * number(chain.steps[n], "fraction", 0.5))
 
 
 def _entered_late(f: Flow, c: Columns, late: Expr, back: int) -> Expr:
