@@ -82,6 +82,8 @@ class Way:
     interpreted: bool = False
     has_ptx: Callable[[], bool] = lambda: True
     """Whether kernels may hold PTX."""
+    may_be_early: Callable[[], bool] = lambda: False
+    """Whether a launch's programs can begin before those of the launch before it have ended."""
 
 
 def current_stream(device: int) -> int:

@@ -154,4 +154,9 @@ def has_ptx() -> bool:
     return not INTERPRETED and triton.runtime.driver.active.get_current_target().backend == "cuda"
 
 
-BY_TRITON = Way(bind, TRITON, INTERPRETED, has_ptx)
+def may_be_early() -> bool:
+    """Whether the GPU has programmatic dependent launches."""
+    return has_ptx() and triton.runtime.driver.active.get_current_target().arch >= 90
+
+
+BY_TRITON = Way(bind, TRITON, INTERPRETED, has_ptx, may_be_early)

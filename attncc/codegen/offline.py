@@ -23,6 +23,7 @@ def jobs(program: Program, kernels: str, device: Device, config: Mapping[str, in
     """
     flags = print_kernels(program)[1]
     on = ["TMA"] * bool(config.get("TMA")) + ["WORDS"] + ["PTX"] * (device.vendor == "nvidia")
+    on += ["EARLY"] * device.has_tma  # both came with sm_90
     found: dict[str, Job] = {}
     for launch in program.launches:
         knobs = {knob.name: knob.choices[0] for knob in program.knobs} | dict(config) | dict(launch.constants)
