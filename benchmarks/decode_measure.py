@@ -18,7 +18,7 @@ from attncc.check.pages import lay_out
 from benchmarks import report
 from benchmarks.cases import SCALE
 from benchmarks.check import LIMITS, Errors, Rejected, poisoned
-from benchmarks.decode_cases import Decode, Series
+from benchmarks.decode_cases import PACKED, Decode, Series
 from benchmarks.peers import answering
 from benchmarks.timing import Call, interleaved_graphs
 
@@ -117,7 +117,7 @@ def errors(case: Decode, given: Mapping[str, Tensor], o: Tensor, lse: Tensor | N
 
 def exact(case: Decode, given: Mapping[str, Tensor], b: int, h: int) -> tuple[Tensor, Tensor]:
     """o [D] and lse of one row in float64."""
-    k, v = (keys_of(case, given, x, b, h // (case.hq // case.hk)).double() for x in "kv")
+    k, v = (keys_of(case, given, x, b)[:, h // (case.hq // case.hk)].double() for x in "kv")
     s = k @ given["q"][b, h, 0].double() * SCALE
     s = CAP * torch.tanh(s / CAP) if case.variant == "softcap" else s
     lse = s.logsumexp(-1)
@@ -125,13 +125,13 @@ def exact(case: Decode, given: Mapping[str, Tensor], b: int, h: int) -> tuple[Te
     return torch.exp(s - total) @ v, lse
 
 
-def keys_of(case: Decode, given: Mapping[str, Tensor], which: str, b: int, head: int) -> Tensor:
-    """[S, D] keys or values of a sequence."""
+def keys_of(case: Decode, given: Mapping[str, Tensor], which: str, b: int) -> Tensor:
+    """[S, Hk, D] keys or values of a sequence."""
     x, n = given[which], case.lengths[b]
     if not case.page:
-        return x[b, head]
+        return x[b].transpose(0, 1)
     pages = given["block_table"][b, : -(-n // case.page)].long()
-    return x[pages, :, head].flatten(0, 1)[:n]
+    return x[pages].flatten(0, 1)[:n]
 
 
 # -- peers ---------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ def keys_of(case: Decode, given: Mapping[str, Tensor], which: str, b: int, head:
 def peers(case: Decode, given: Mapping[str, Tensor]) -> dict[str, Call]:
     """Those of the case that can do it without a copy."""
     if case.page:
-        return {}
+        return {PACKED: packed(case, given)} if PACKED in case.peers else {}
     found = {name: PEER[name](case, *(given[x] for x in "qkv")) for name in case.peers if name in PEER}
     return {name: call for name, call in found.items() if call is not None}
 
@@ -182,6 +182,20 @@ def whole(case: Decode, q: Tensor, k: Tensor, v: Tensor) -> Call | None:
     ends = [torch.arange(b + 1, dtype=torch.int32, device=q.device) * rows for rows in (1, n)]
     flash = torch.ops.aten._flash_attention_forward
     return lambda: flash(q, k, v, *ends, 1, n, 0.0, False, False, scale=SCALE)[0][:, :, None]
+
+
+def packed(case: Decode, given: Mapping[str, Tensor]) -> Call:
+    """FlashAttention-2 over packed copies of the pages, made beforehand: torch's has no block tables.
+
+    Heads of a group stand in one tile there. Each sequence is cut in as many parts, by its rule in one where sequences
+    and heads fill the GPU.
+    """
+    k, v = (torch.cat([keys_of(case, given, x, b) for b in range(case.b)]) for x in "kv")
+    lengths = torch.tensor([[1, n] for n in case.lengths], device=k.device).cumsum(0, dtype=torch.int32)
+    ends = [torch.nn.functional.pad(lengths[:, side], (1, 0)) for side in (0, 1)]
+    q, most = given["q"][:, :, 0], max(case.lengths)
+    flash = torch.ops.aten._flash_attention_forward
+    return lambda: flash(q, k, v, *ends, 1, most, 0.0, False, False, scale=SCALE)[0][:, :, None]
 
 
 PEER: Final[Mapping[str, Callable[[Decode, Tensor, Tensor, Tensor], Call | None]]] = {

@@ -84,6 +84,8 @@ class Way:
     """Whether kernels may hold PTX."""
     has_fp8: Callable[[], bool] = lambda: torch.cuda.get_device_capability() >= (8, 9)
     """Whether the GPU makes numbers of fp8 itself."""
+    may_be_early: Callable[[], bool] = lambda: False
+    """Whether a launch's programs can begin before those of the launch before it have ended."""
 
 
 def current_stream(device: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -19,6 +19,23 @@ BUFFER, BUFFER_SIZE, END = 1, 2, 0
 NOT_INTERLEAVED, LINES_OF_128, FILL_WITH_ZEROS = 0, 2, 0
 """Of tensor maps: CU_TENSOR_MAP_INTERLEAVE_NONE, _L2_PROMOTION_L2_128B, _FLOAT_OOB_FILL_NONE."""
 MAP_BYTES, MAP_ALIGNMENT = 128, 64
+BEGINS_EARLY = 6
+"""CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION"""
+
+
+class Attribute(ctypes.Structure):
+    """What else is asked of a launch: CUlaunchAttribute, whose value is a union of 64 bytes."""
+
+    _fields_ = (("which", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_int * 15))
+
+
+class Launch(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(Attribute)), ("count", ctypes.c_uint),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,9 +60,17 @@ class Parameters:
         self.each = (ctypes.c_void_p * len(offsets))(*[first + at for at in offsets])
 
 
-def start(function: Function, blocks: int, stream: int, parameters: Parameters) -> None:
-    """Launches a kernel on a stream of its device, which is the current one."""
-    launch(function, blocks, stream, parameters.each, None)
+def start(function: Function, blocks: int, stream: int, parameters: Parameters, early: bool = False) -> None:
+    """Launches a kernel on a stream of its device, which is the current one.
+
+    `early`: its blocks may begin before the launch before it has ended, for which they wait themselves.
+    """
+    if not early:
+        launch(function, blocks, stream, parameters.each, None)
+        return
+    asked = Attribute(BEGINS_EARLY, 0, 1)
+    how = Launch((blocks, 1, 1), (function.threads, 1, 1), function.shared_bytes, stream, ctypes.pointer(asked), 1)
+    in_context(function, lambda: driver().cuLaunchKernelEx(ctypes.byref(how), function.handle, parameters.each, None))
 
 
 def start_packed(function: Function, blocks: int, stream: int, content: bytearray) -> None:
@@ -57,10 +82,14 @@ def start_packed(function: Function, blocks: int, stream: int, content: bytearra
 
 def launch(function: Function, blocks: int, stream: int, parameters: Any, extra: Any) -> None:
     block = (function.threads, 1, 1, function.shared_bytes, ctypes.c_void_p(stream), parameters, extra)
-    status = driver().cuLaunchKernel(function.handle, blocks, 1, 1, *block)
+    in_context(function, lambda: driver().cuLaunchKernel(function.handle, blocks, 1, 1, *block))
+
+
+def in_context(function: Function, launched: Callable[[], int]) -> None:
+    status = launched()
     if status == NO_CONTEXT:  # the first call of a thread
         enter_context(function.device)
-        status = driver().cuLaunchKernel(function.handle, blocks, 1, 1, *block)
+        status = launched()
     check(status)
 
 

@@ -36,3 +36,13 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     for n in gl.static_range(COUNT):
         mbarrier.init(bars.index(n), count=ARRIVALS)
     return bars
+
+
+@gluon.jit
+def begin_early(EARLY: gl.constexpr):
+    """Lets the programs of the next launch begin, and waits for all that those of the launch before have written."""
+    if EARLY:
+        gl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        )
+        gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)

@@ -110,13 +110,19 @@ class Runner:
         in_words = all(t.dtype == torch.int16 for x, t in zip(v.tensors, tensors, strict=True) if x.words)
         flags = {"TMA": bool(numbers.pop("TMA", 0)) and not interpreted and with_maps and in_words}
         flags |= {"WORDS": in_words, "PTX": self.way.has_ptx(), "FP8": self.way.has_fp8()}
+        flags["EARLY"] = self.way.may_be_early()
         # the engine reads operands by tensor maps alone
         numbers["ENGINE"] = int(bool(config.get("ENGINE")) and flags["TMA"] and self.is_examined())
         due = [k for k in v.kernels if k.when(numbers)]
         shapes = self.shapes(tensors, plan, numbers, due)
         plan.scratch = [(tuple(shapes[s.name].shape), s.dtype) for s in v.scratch if s.name in shapes]
         options = {} if interpreted else config
-        return [self.bind(k, shapes, numbers, flags, chosen(options, k.options)) for k in due]
+        # Not a call's first: its blocks would find those of the call before, and lie unevenly where these leave room.
+        early = [n > 0 and flags["EARLY"] and ("flag", "EARLY") in k.parameters for n, k in enumerate(due)]
+        return [
+            self.bind(k, shapes, numbers, flags, chosen(options, k.options) | ({"launch_pdl": 1} if x else {}))
+            for k, x in zip(due, early, strict=True)
+        ]
 
     def is_examined(self) -> bool:
         """Whether the Triton here makes the machine code of the engine that was looked at."""

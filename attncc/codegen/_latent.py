@@ -28,7 +28,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from . import latent as variant
-from ._gluon import ROWS, barriers, load_by_tma
+from ._gluon import ROWS, barriers, begin_early, load_by_tma
 from ._latent_consumer import consume, job_of, next_job, part_of
 from ._latent_steps import KEYS
 
@@ -128,6 +128,7 @@ def forward(
     programs, args,
     L_WIDTH: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, SPLIT: gl.constexpr, FILL: gl.constexpr,
     COLUMNS: gl.constexpr, FACTOR: gl.constexpr, KEYS_AT: gl.constexpr, READS_KEYS: gl.constexpr,
+    EARLY: gl.constexpr,
 ):  # fmt: skip
     """The forward pass of few queries.
 
@@ -144,7 +145,9 @@ def forward(
         FACTOR, KEYS_AT: which of the numbers that are known of a query tile are the factor from scores to units of
             log 2, and the keys.
         READS_KEYS: whether score or mask read memory at the keys; if not, the mask ends where they do.
+        EARLY: whether blocks may begin before the launch before has ended.
     """
+    begin_early(EARLY)
     gl.static_assert(BM == ROWS)
     gl.static_assert(BN == KEYS)
     DTYPE: gl.constexpr = K.dtype

@@ -159,4 +159,9 @@ def has_fp8() -> bool:
     return has_ptx() and triton.runtime.driver.active.get_current_target().arch >= 89
 
 
-BY_TRITON = Way(bind, TRITON, INTERPRETED, has_ptx, has_fp8)
+def may_be_early() -> bool:
+    """Whether the GPU has programmatic dependent launches."""
+    return has_ptx() and triton.runtime.driver.active.get_current_target().arch >= 90
+
+
+BY_TRITON = Way(bind, TRITON, INTERPRETED, has_ptx, has_fp8, may_be_early)

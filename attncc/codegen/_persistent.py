@@ -20,7 +20,8 @@ class Persistent(Binding):
     """Programs, of which a block has many."""
 
     def __post_init__(self) -> None:
-        self.drawn, self.options = self.programs, {"num_warps": 4}
+        self.drawn = self.programs
+        self.options = {"num_warps": 4} | {k: n for k, n in self.options.items() if k == "launch_pdl"}
         multiprocessors = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
         self.programs = min(self.programs, multiprocessors)
 

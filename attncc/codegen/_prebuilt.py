@@ -84,7 +84,7 @@ class CubinLaunch(Binding):
             value = given[place]
             value = value.data_ptr() if kind == "pointer" else value
             struct.pack_into(FORMATS[kind].code, parameters.content, offset, value)
-        _driver.start(self.loaded, self.programs, stream, parameters)
+        _driver.start(self.loaded, self.programs, stream, parameters, early=bool(self.options.get("launch_pdl")))
         self.idle.append(parameters)
 
     def take(self, cubins: Sequence[Cubin], tensors: list[Any]) -> Cubin:
@@ -125,6 +125,11 @@ class PersistentCubin(Persistent, CubinLaunch):
 
 def bind(kernel: Kernel, programs: int, options: dict[str, int]) -> CubinLaunch:
     return (PersistentCubin if kernel.launcher else CubinLaunch)(kernel.function, programs, options)
+
+
+def may_be_early() -> bool:
+    """Whether the current GPU has programmatic dependent launches."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(None) >= (9, 0)
 
 
 def number(f: Field, given: Sequence[Any]) -> int:
@@ -171,7 +176,7 @@ class Runner(_gpu.Runner):
     """Calls a variant on a GPU from cubins; `architectures`: those that there are cubins for."""
 
     def __init__(self, variant: Variant, architectures: Sequence[str]) -> None:
-        super().__init__(variant, Way(bind, variant.examined))
+        super().__init__(variant, Way(bind, variant.examined, may_be_early=may_be_early))
         self.architectures = architectures
         self.cubins: dict[str, Mapping[str, Sequence[Cubin]]] = {}
         self.functions: dict[tuple[int, str], _driver.Function] = {}

@@ -8,6 +8,16 @@ import triton.language as tl
 
 
 @triton.jit
+def begin_early(EARLY: tl.constexpr):
+    """Lets the programs of the next launch begin, and waits for all that those of the launch before have written."""
+    if EARLY:
+        tl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
+        tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def load_tile(
     X, b, h, row, column: tl.constexpr, stride_b, stride_h, stride_s, rows,
     DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
@@ -263,6 +273,12 @@ def count_up_to(X, stride, n, x):
 def tanh(x):
     """tanh through exp2."""
     return 1.0 - 2.0 / (tl.exp2(x * 2.8853900817779268) + 1.0)
+
+
+@triton.jit
+def fast_tanh(x, PTX: tl.constexpr):
+    """tanh by the instruction of NVIDIA's GPUs, off by 2**-11."""
+    return tanh_approx(x) if PTX else tanh(x)
 
 
 @triton.jit

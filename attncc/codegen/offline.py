@@ -24,6 +24,7 @@ def jobs(program: Program, kernels: str, device: Device, config: Mapping[str, in
     flags = print_kernels(program)[1]
     on = ["TMA"] * bool(config.get("TMA")) + ["WORDS"] + ["PTX"] * (device.vendor == "nvidia")
     on += ["FP8"] * (device.vendor == "nvidia" and "fp8_e4m3" in device.dtypes)
+    on += ["EARLY"] * device.has_tma  # both came with sm_90
     found: dict[str, Job] = {}
     for launch in program.launches:
         knobs = {knob.name: knob.choices[0] for knob in program.knobs} | dict(config) | dict(launch.constants)

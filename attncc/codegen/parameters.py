@@ -86,12 +86,13 @@ def engine_parameters(w: Writer, attn: Attention, engine: Engine) -> None:
         for group in groups:
             w.block(filled(group))
         w.block(filled(['("args"', *_arguments(engine)[:-1], f"{_arguments(engine)[-1]})"]))
-        w.block(filled(f'("knob", "{k}")' for k in knobs))
+        w.block(filled([*(f'("knob", "{k}")' for k in knobs), *FLAGS[engine.name]]))
     w.line(")")
 
 
 SHAPES: Final[Mapping[str, tuple[str, ...]]] = {"hopper": ("BM",), "latent": ("BM", "BN", "SPLIT", "FILL")}
 """Knobs of portable kernels that an engine is told."""
+FLAGS: Final[Mapping[str, tuple[str, ...]]] = {"hopper": (), "latent": ('("flag", "EARLY")',)}
 ABSENT: Final = '("absent",)'
 
 

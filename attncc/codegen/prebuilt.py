@@ -177,7 +177,6 @@ def _entry(name: str, options: Mapping[str, int], made: Any) -> dict[str, Any]:
         "a profiler's memory": m.profile_scratch_size,
         "a cluster": m.num_ctas > 1,
         "a cooperative grid": m.launch_cooperative_grid,
-        "the launch before it": m.launch_pdl,
     }
     if unmet := [what for what, wanted in wants.items() if wanted]:
         raise Unsupported(f"kernel {name} needs {' and '.join(unmet)}, which a launch from a cubin does not give it")

@@ -111,6 +111,8 @@ class Printer:
             texts = [self.expr(a) for a in e.args]
             shared = e.args[0].shape and (not e.args[1].shape or e.args[1].op == "expand")
             return f"divided({', '.join(texts)}, {self.flag('PTX')})" if shared else f"tl.div_rn({', '.join(texts)})"
+        if e.op == "tanh" and e.attr == "fast" and self.calls is CALL:  # an engine has its own word
+            return f"fast_tanh({self.expr(e.args[0])}, {self.flag('PTX')})"
         if e.op in INFIX or (e.op in MACHINE_DIVISION and e.attr == "nonneg"):
             sign, strength = INFIX.get(e.op) or MACHINE_DIVISION[e.op]
             left = self.expr(e.args[0], strength + (strength == 4))
@@ -324,7 +326,7 @@ def print_kernels(program: Program) -> tuple[list[str], dict[str, list[str]]]:
         texts.append(_print(f.name, f.params, f.body, f.doc, functions, flags, results=f.results))
     for k in program.kernels:
         if k.dialect == "triton":
-            texts.append(_print(k.name, k.params, k.body, k.doc, functions, flags))
+            texts.append(_print(k.name, k.params, k.body, k.doc, functions, flags, early=k.early))
     helpers = definitions("helpers", called("helpers", texts))
     return [*helpers, *texts], {k.name: flags.get(k.name, []) for k in program.kernels}
 
@@ -337,11 +339,14 @@ def _print(
     functions: Mapping[str, Function],
     flags: dict[str, list[str]],
     results: tuple[Expr, ...] = (),
+    early: bool = False,
 ) -> str:
     """One function; records the flags it takes in `flags`."""
     printer, inner = Printer(params, functions, flags), Writer()
     with inner.indented():
         inner.line(f'"""{doc}"""')
+        if early:
+            inner.line(f"begin_early({printer.flag('EARLY')})")
         for s in body:
             printer.statement(inner, s)
         if results:

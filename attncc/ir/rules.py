@@ -87,6 +87,7 @@ KINDS: Final[Mapping[str, tuple[str, tuple[Dtype, ...]]]] = {
     "floordiv": ("nonneg", INTS),
     "mod": ("nonneg", INTS),
     "div": ("rounded", FLOATS),
+    "tanh": ("fast", ("f32",)),
 }
 """Operators that have a second kind, the attribute that says so, and the dtypes it is for."""
 

@@ -52,8 +52,9 @@ KINDS: Final[Mapping[tuple[str, object], str]] = {
     ("floordiv", "nonneg"): "quotient",
     ("mod", "nonneg"): "remainder",
     ("div", "rounded"): "ratio",
+    ("tanh", "fast"): "fast_tanh",
 }
-"""Second kinds of operators: divisions of numbers known to be non-negative, and one that rounds as IEEE does."""
+"""Second kinds: divisions of numbers known to be non-negative, one that rounds as IEEE does, and what a GPU hurries."""
 
 
 def text(x: Attention | Program | Kernel | Expr) -> str:
@@ -328,7 +329,7 @@ def _kernel(kernel: Kernel) -> Iterator[str]:
     for function in kernel.functions:
         yield from _function(function)
         yield ""
-    dialect = "" if kernel.dialect == "triton" else f" in {kernel.dialect}"
+    dialect = ("" if kernel.dialect == "triton" else f" in {kernel.dialect}") + ", early" * kernel.early
     yield f"kernel {kernel.name}{dialect}, grid {text(kernel.grid)}:{_comment(kernel.doc)}"
     yield from (f"{INDENT}{_param(p)}" for p in kernel.params)
     yield from _block(kernel.body, 1)

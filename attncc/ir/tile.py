@@ -235,6 +235,9 @@ class Kernel:
     doc: str = ""
     dialect: Dialect = "triton"
     """The language that it is printed in."""
+    early: bool = False
+    """Its programs may begin before kernels launched ahead of it have ended: what those wrote they wait for, first of
+    all."""
 
 
 @dataclass(frozen=True, slots=True)

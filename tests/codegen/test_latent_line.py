@@ -59,7 +59,7 @@ def found(lengths: list[int], fill: int, queries: int = 1) -> tuple[torch.Tensor
     """The tiles of items, the ranges, and who holds each item."""
     b, items = len(lengths), len(lengths) * 2 * queries
     used, counts, ranges, held = torch.tensor(lengths, dtype=torch.int32), ints(items), ints(fill, 6), ints(items, 2)
-    sizes = {"Sq": queries, "BM": ROWS, "BN": KEYS}
+    sizes = {"Sq": queries, "BM": ROWS, "BN": KEYS, "EARLY": False}
     strides = of(used, "seqused_k") | of(counts, "tiles_of")
     kernels().line_plan[(items,)](used, counts, **strides, B=b, Sk=8192, **sizes)
     strides = of(counts, "tiles_of") | of(ranges, "line_ranges") | of(held, "held_by")
@@ -121,7 +121,7 @@ def test_states_are_collected_as_they_are_merged(lengths: list[int], fill: int, 
             arguments |= of(x, text)
         for text, x in (("o", o), ("part_o", acc)):
             arguments |= dict(zip((f"{text}_b", f"{text}_h", f"{text}_s"), x.stride(), strict=False))
-        arguments |= {"BM": ROWS, "WRITE_LSE": 1, "FILL": fill}
+        arguments |= {"BM": ROWS, "WRITE_LSE": 1, "FILL": fill, "EARLY": False}
         if rows is None:
             arguments |= {"BN": KEYS, "SPLIT": SPLIT}
         getattr(kernels(), f"line_{kernel}")[(min(total, rows or total),)](**arguments)

@@ -469,14 +469,13 @@ def test_aot_is_a_target_too() -> None:
     [
         ({"global_scratch_size": 128}, "memory of Triton's"),
         ({"profile_scratch_size": 8}, "a profiler's memory"),
-        ({"num_ctas": 2, "launch_pdl": True}, "a cluster and the launch before it"),
+        ({"num_ctas": 2, "launch_cooperative_grid": True}, "a cluster and a cooperative grid"),
         ({"launch_cooperative_grid": True}, "a cooperative grid"),
     ],
 )
 def test_what_no_plain_launch_gives_is_refused(changes: dict[str, Any], said: str) -> None:
     plain = {
         "global_scratch_size": 0, "profile_scratch_size": 0, "num_ctas": 1, "launch_cooperative_grid": False,
-        "launch_pdl": False,
     }  # fmt: skip
     with pytest.raises(Unsupported, match=f"kernel f needs {said}, which"):
         prebuilt._entry("f", {}, SimpleNamespace(metadata=SimpleNamespace(**plain | changes)))

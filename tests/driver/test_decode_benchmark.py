@@ -12,7 +12,7 @@ import torch
 
 from attncc import driver, spec
 from benchmarks import decode_measure, lean
-from benchmarks.decode_cases import CASES, LEAN, SPLIT, Decode, log_uniform
+from benchmarks.decode_cases import CASES, LEAN, SPLITS, Decode, log_uniform
 
 
 def test_rows_are_told_apart() -> None:
@@ -31,7 +31,7 @@ def test_lengths_are_of_every_order_of_magnitude() -> None:
 
 @pytest.mark.parametrize(
     "case",
-    [Decode("none", 4, 2, (70, 1, 33), 16, 16, rivals=(SPLIT,)), Decode("sink", 2, 2, (40, 40), d=16)],
+    [Decode("none", 4, 2, (70, 1, 33), 16, 16, rivals=SPLITS), Decode("sink", 2, 2, (40, 40), d=16)],
     ids=["pages", "rows"],
 )
 def test_results_are_checked(case: Decode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

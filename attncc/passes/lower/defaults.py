@@ -40,7 +40,7 @@ from attncc.passes.lower.conditions import (
     values_up_to,
     widest,
 )
-from attncc.passes.lower.group import members
+from attncc.passes.lower.group import groups, members
 from attncc.passes.lower.hopper import gap
 from attncc.passes.lower.knobs import E_GROUP
 from attncc.passes.lower.parts import has_parts
@@ -169,6 +169,12 @@ SMALL: Final = 2**18
 and pointers, for which no descriptors are made."""
 WORTH_SPLITTING: Final = 512
 """Up to so many keys a small call is done before the launch of a merge would be."""
+SOON_READ: Final = 16384
+"""Up to so many keys the first reads of a program are much of its time."""
+LISTED: Final = 8
+"""Batch entries up to which a table has rows of their own."""
+NEAR: Final = 25
+"""Of so many programs one may be missing for all multiprocessors to have equally much to do."""
 SHARE: Final = 256
 """Keys that a share has at least, for it to cost more than its merge."""
 FIXED_SHARE: Final = 512
@@ -224,6 +230,7 @@ def default_configs(attn: Attention, device: Device, with_engine: bool = True) -
         return rows if attn.is_apart else (({"pairs": SMALL}, small), *rows), rule.why
     whole = {"SPLIT": 0, "FILL": filling(device, FILLING)}
     brief = _splitting(attn, {**config, **whole}, device)
+    brief = [*_spread(attn, brief[0], device), *brief]
     small, large = {**small, **whole}, {**large, **whole}
     if with_engine:
         brief = [*_latent_rows(attn, brief[-1], device), *brief]
@@ -265,6 +272,33 @@ def _splitting(attn: Attention, config: Config, device: Device) -> list[Row]:
     ]
 
 
+def _spread(attn: Attention, few: Row, device: Device) -> list[Row]:
+    """Rows for calls of so many groups that programs can be as many on each multiprocessor: a query tile to a group.
+
+    One is there then; where keys are few, two wait for their first reads side by side. A program more on some would be
+    time in which others have nothing to do: elsewhere calls have `few`, whose programs are many.
+    """
+    is_plain = not attn.page_size and not is_cached(attn) and not attn.is_latent and not is_fp32(attn)
+    if not device.has_wgmma or not is_plain or has_pieces(attn) or not 64 < widest(attn) <= 128:
+        return []
+    bounds, config = few
+    even = [_shares_evenly(entries * groups(attn), device.sms) for entries in range(1, LISTED + 1)]
+    if attn.is_apart or attn.schedule.name != "auto" or not any(even):
+        return []
+    one = {**config, "BN": 128, "SPLIT": SHARE // 128, "num_warps": 4, "num_stages": 3, "FILL": device.sms}
+    two = {**config, "num_stages": 3, "FILL": 2 * device.sms}
+    most = [n + 1 for n in range(LISTED) if n + 1 == LISTED or even[n] != even[n + 1]]
+    most = most if even[-1] else most[:-1]
+    short = {**bounds, "Sk": SOON_READ}
+    rows = [({"B": most[0], **short}, two)] * even[0] + [({"B": most[-1], **short}, config)] * (len(most) > 1)
+    return [*rows, *(({"B": n, **bounds}, one if even[n - 1] else config) for n in most)]
+
+
+def _shares_evenly(items: int, programs: int) -> bool:
+    """Whether programs that are as many to each item come near to so many."""
+    return programs // items * items * NEAR >= programs * (NEAR - 1)
+
+
 def _latent_rows(attn: Attention, row: Row, device: Device) -> list[Row]:
     """Rows for the calls that the latent engine serves: a block a multiprocessor; else as `row` has it."""
     if not device.has_wgmma or latent.gap(attn):
@@ -284,7 +318,8 @@ def beside_latent(choice: Config) -> Config:
 def _pace(attn: Attention, rows: int, device: Device) -> Config:
     """Warps and stages of query tiles of few rows, which leave registers to addresses, and to keys in flight.
 
-    Measured on an H200: two warps and two stages are fastest over rows of keys as over pages, but for wide latents.
+    Measured on an H200: two warps and two stages are fastest over rows of keys as over pages, but for wide latents, and
+    three stages where each key finds its own page.
     """
     if is_staircase(attn):
         warps, stages = STEPPED
@@ -302,7 +337,9 @@ def _pace(attn: Attention, rows: int, device: Device) -> Config:
         if attn.is_latent:
             return {"num_warps": 4, "FILL": filling(device, 2)} if device.has_wgmma and rows == GROUPED[0] else {}
         return {"num_stages": 1, "num_warps": 4} if attn.page_size and widest(attn) <= 128 else {"num_stages": 1}
-    return {"num_stages": 2, "num_warps": 2 if rows == GROUPED[0] else 4}
+    if rows > GROUPED[0]:
+        return {"num_stages": 2, "num_warps": 4}
+    return {"num_stages": 3 if attn.page_size and not storage.has_whole_tiles(attn) else 2, "num_warps": 2}
 
 
 def _is_turned(attn: Attention, device: Device) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
@@ -76,6 +76,8 @@ def formulas_of(
     moving = {text: t.scope.values[text] for text in ("i", "row", "h")}
     columns = t.scope.with_(**{text: column(e) for text, e in moving.items() if e.shape})
     score, diagonals = skew.split_diagonals(attn) if skewed else (part.score, ())
+    if attn.numerics.exp == "fast" and attn.dtype != "fp32":
+        score = transform(score, lambda e: replace(e, attr="fast") if e.op == "tanh" else e)
     score, multiplier = quantize.with_unit(attn, *split_multiplier(regroup(score)))
     c = t.scope.bind(fold_constants(multiplier * LOG2E) if rule.exponential else multiplier)
     if c.value is None:

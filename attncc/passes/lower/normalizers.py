@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from attncc.ir.attention import Attention, Normalizer
 from attncc.ir.build import Builder, column, dot, full, reduce, reshape
-from attncc.ir.expr import Dtype, Expr, cast_to, const, ew, maximum, name, where
+from attncc.ir.expr import Dim, Dtype, Expr, cast_to, const, ew, maximum, name, where
 
 LOG2E: Final = math.log2(math.e)
 LN2: Final = math.log(2)
@@ -21,6 +22,8 @@ LOWEST: Final = -(2.0**127)
 """Below every finite logit, yet finite: a row that sees no key keeps it, and exp2(-inf - LOWEST) is 0."""
 LANES: Final = 8
 """A row's sum is kept in this many parts until the end, so that the loop has no sum across threads."""
+LANES_OF_FEW: Final = "BN/4"
+"""The same of query tiles of few rows, whose warps stand side by side over the keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +81,7 @@ class Rule:
     step: Callable[[Builder, Tile], None]
     finish: Callable[[Builder, Expr, Expr, Expr | None], End]
     sums: Expr | None = None
-    """Parts of a row's sum, [BM, LANES]."""
+    """Parts of a row's sum, [BM, lanes]."""
     peak: Expr | None = None
     """[BM] in units of log 2: sums and accumulators are relative to 2 ** peak; to 1 where there is none."""
     exponential: bool = False
@@ -98,24 +101,40 @@ def _accumulate(b: Builder, tile: Tile, p: Expr, decay: Expr | None) -> None:
 
 
 M: Final = name("m", "f32", ("BM",))
-L: Final = name("l", "f32", ("BM", LANES))
 TOTAL: Final = name("total", "f32", ("BM",))
 
 
-def _softmax_init(b: Builder) -> None:
-    b.let("m", full(("BM",), LOWEST), "running maximum, in units of log 2")
-    b.let("l", full(("BM", LANES), 0.0), "running sum, in parts that one thread holds")
+def _sums(lanes: Dim) -> Expr:
+    return name("l", "f32", ("BM", lanes))
 
 
-def _softmax_step(b: Builder, tile: Tile) -> None:
+def _begin_sums(b: Builder, lanes: Dim) -> None:
+    b.let("l", full(("BM", lanes), 0.0), "running sum, in parts that one thread holds")
+
+
+def _parts(p: Expr, lanes: Dim) -> Expr:
+    """[BM, lanes] sums of a tile's weights."""
+    parts: Dim = f"BN/{lanes}" if isinstance(lanes, int) else int(lanes.partition("/")[2])
+    return reduce("sum", reshape(p, ("BM", parts, lanes)), 1)
+
+
+def _softmax(lanes: Dim) -> Rule:
+    def init(b: Builder) -> None:
+        b.let("m", full(("BM",), LOWEST), "running maximum, in units of log 2")
+        _begin_sums(b, lanes)
+
+    sums = _sums(lanes)
+    return Rule((M, sums), init, partial(_softmax_step, lanes), _softmax_finish, sums, M, exponential=True)
+
+
+def _softmax_step(lanes: Dim, b: Builder, tile: Tile) -> None:
     x = b.let("x", tile.x, "[BM, BN]")
     with b.when(tile.masked):
         b.let("x", where(tile.keep(), x, -math.inf))
     m_new = b.let("m_new", maximum(M, reduce("max", x, 1) * tile.c), "[BM]")
     p = b.let("p", ew("exp2", x * tile.c - column(m_new)), "[BM, BN]")
     alpha = b.let("alpha", ew("exp2", M - m_new))
-    parts = reduce("sum", reshape(p, ("BM", f"BN/{LANES}", LANES)), 1)
-    b.let("l", L * column(alpha) + parts)
+    b.let("l", _sums(lanes) * column(alpha) + _parts(p, lanes))
     _accumulate(b, tile, p, alpha)
     b.let("m", m_new)
 
@@ -151,15 +170,12 @@ def _pointwise(f: Callable[[Expr], Expr]) -> Rule:
     return Rule((), lambda b: None, step, lambda b, m, total, sink: End())
 
 
-def _linear(eps: float) -> Rule:
+def _linear(eps: float, lanes: Dim) -> Rule:
     """p = score over the sum of scores plus eps."""
-
-    def init(b: Builder) -> None:
-        b.let("l", full(("BM", LANES), 0.0), "running sum, in parts that one thread holds")
 
     def step(b: Builder, tile: Tile) -> None:
         p = _weights(b, tile, tile.x * tile.c)
-        b.let("l", L + reduce("sum", reshape(p, ("BM", f"BN/{LANES}", LANES)), 1))
+        b.let("l", sums + _parts(p, lanes))
         _accumulate(b, tile, p, None)
 
     def finish(b: Builder, m: Expr, total: Expr, sink: Expr | None) -> End:
@@ -167,21 +183,22 @@ def _linear(eps: float) -> Rule:
         b.note("a row that sees no key has the sum eps, or 0: its output is 0 either way")
         return End(divisor=b.let("divisor", where(ew("eq", total, const(0.0)), 1.0, total)))
 
-    return Rule((L,), init, step, finish, sums=L)
+    sums = _sums(lanes)
+    return Rule((sums,), lambda b: _begin_sums(b, lanes), step, finish, sums=sums)
 
 
-NORMALIZERS: Final[Mapping[str, Callable[[Normalizer], Rule]]] = {
-    "softmax": lambda n: Rule((M, L), _softmax_init, _softmax_step, _softmax_finish, L, M, exponential=True),
-    "sigmoid": lambda n: _pointwise(lambda s: ew("sigmoid", s)),
-    "relu": lambda n: _pointwise(lambda s: maximum(s, 0.0)),
-    "none": lambda n: _pointwise(lambda s: s),
-    "linear": lambda n: _linear(n.eps),
+NORMALIZERS: Final[Mapping[str, Callable[[Normalizer, Dim], Rule]]] = {
+    "softmax": lambda n, lanes: _softmax(lanes),
+    "sigmoid": lambda n, lanes: _pointwise(lambda s: ew("sigmoid", s)),
+    "relu": lambda n, lanes: _pointwise(lambda s: maximum(s, 0.0)),
+    "none": lambda n, lanes: _pointwise(lambda s: s),
+    "linear": lambda n, lanes: _linear(n.eps, lanes),
 }
 
 
-def rule_of(attn: Attention) -> Rule:
-    """The rule of a variant's only part."""
-    return NORMALIZERS[attn.part.normalizer.kind](attn.part.normalizer)
+def rule_of(attn: Attention, lanes: Dim = LANES) -> Rule:
+    """The rule of a variant's only part; `lanes`: parts in which it keeps a row's sum."""
+    return NORMALIZERS[attn.part.normalizer.kind](attn.part.normalizer, lanes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,17 +211,29 @@ class States:
 
 
 def merge(b: Builder, states: States, accumulators: tuple[str, ...]) -> None:
-    """Adds states to the row's, whose `m` is the greatest peak of all: each but for what it is below that.
+    """Adds states to the row's, whose `m` is the greatest peak so far: each but for what it is below that.
 
     The state of no keys adds 0 exactly, whatever else there is.
     """
-    weights = None if states.peaks is None else b.let("weights", ew("exp2", states.peaks - name("m", "f32")))
+    weights, shrink = None if states.peaks is None else _relative(b, states.peaks), name("alpha", "f32")
+
+    def add(text: str, x: Expr, weighted: Expr) -> None:
+        before = name(text, "f32", x.shape[1:])
+        b.let(text, (before if weights is None else before * shrink) + reduce("sum", weighted, 0))
+
     if states.totals is not None:
-        totals = states.totals if weights is None else states.totals * weights
-        b.let("total", name("total", "f32") + reduce("sum", totals, 0))
+        add("total", states.totals, states.totals if weights is None else states.totals * weights)
     for text, x in zip(accumulators, states.accumulators, strict=True):
-        x = x if weights is None else x * column(weights)
-        b.let(text, name(text, "f32", x.shape[1:]) + reduce("sum", x, 0))
+        add(text, x, x if weights is None else x * column(weights))
+
+
+def _relative(b: Builder, peaks: Expr) -> Expr:
+    """Makes `m` the greatest peak with these; binds what the states before shrink by, and what these do."""
+    m = name("m", "f32")
+    m_new = b.let("m_new", maximum(m, reduce("max", peaks, 0)))
+    b.let("alpha", ew("exp2", m - m_new))
+    b.let("m", m_new)
+    return b.let("weights", ew("exp2", peaks - m_new))
 
 
 VALUE_DTYPE: Final[Mapping[str, Dtype]] = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}

@@ -13,6 +13,7 @@ from typing import Final
 
 from attncc.ir.attention import Attention
 from attncc.ir.build import Builder, column, full, iota, quotient, read, reduce, remainder, row
+from attncc.ir.cache import cached
 from attncc.ir.expr import Expr, Value, cast_to, const, maximum, minimum, name, where
 from attncc.ir.tile import Function, Param, Scratch
 from attncc.passes.lower import cache, care, storage
@@ -29,7 +30,18 @@ from attncc.passes.lower.fragments import (
 )
 from attncc.passes.lower.grid import QueryTile, fixed_sizes, key_head, offset_of
 from attncc.passes.lower.knobs import FILL, SPLIT, WRITE_LSE
-from attncc.passes.lower.normalizers import LOWEST, TOTAL, VALUE_DTYPE, End, M, States, merge, rule_of
+from attncc.passes.lower.normalizers import (
+    LANES_OF_FEW,
+    LOWEST,
+    TOTAL,
+    VALUE_DTYPE,
+    End,
+    M,
+    Rule,
+    States,
+    merge,
+    rule_of,
+)
 from attncc.passes.lower.pieces import Piece
 from attncc.passes.lower.scores import Scope, own_name, share_reads
 from attncc.passes.lower.walk import Line, for_each_between, key_tiles_of, line_up, solve_runs
@@ -44,9 +56,14 @@ Place = Callable[[Expr], tuple[Expr, Expr]]
 """Where the states of these shares of a row are: one of the two indices is a vector as they are."""
 
 
+def rule_of_few(attn: Attention) -> Rule:
+    """The normaliser's rule where rows are few; tiles of codes have one warp, whose threads are short of registers."""
+    return rule_of(attn) if cached(attn) else rule_of(attn, LANES_OF_FEW)
+
+
 def states(attn: Attention) -> dict[str, Param]:
     """The tensors that hold them, by what they hold: a number for each state, of outputs a row of numbers."""
-    rule = rule_of(attn)
+    rule = rule_of_few(attn)
     numbers = {"m": (rule.peak, "greatest scores"), "l": (rule.sums, "sums")}
     found = {
         text: Param(own_name(f"part_{text}", attn), "buffer", "f32", rank=2, doc=f"{doc} of partial states")
@@ -79,8 +96,8 @@ def share_parameters(attn: Attention, *knobs: str, more: tuple[Param, ...] = ())
 
 def step_of(b: Builder, attn: Attention, t: QueryTile, dense: Function) -> Function:
     """Binds the formulas of a tile, and makes its step: the dense kernel's, where it is the same."""
-    formulas = formulas_of(b, attn, t, rule_of(attn), skewed=False)
-    step = key_tile(b, attn, t, rule_of(attn), formulas)
+    formulas = formulas_of(b, attn, t, rule_of_few(attn), skewed=False)
+    step = key_tile(b, attn, t, rule_of_few(attn), formulas)
     return step if step == dense else replace(step, name="group_key_tile")
 
 
@@ -152,7 +169,7 @@ def load_queries(b: Builder, attn: Attention, t: QueryTile) -> None:
 
 def store_states(b: Builder, attn: Attention, t: QueryTile, first: Expr, second: Expr) -> None:
     """Writes the states of a tile's rows; one of the indices is [BM]."""
-    rule, into, values = rule_of(attn), states(attn), cache.value_pieces(attn)
+    rule, into, values = rule_of_few(attn), states(attn), cache.value_pieces(attn)
     inside = t.rows < t.queries
     if rule.peak is not None:
         b.store(into["m"], (first, second), rule.peak, inside)
@@ -167,14 +184,10 @@ def store_states(b: Builder, attn: Attention, t: QueryTile, first: Expr, second:
 def merge_states(b: Builder, attn: Attention, count: Expr, place: Place, most: int | None = None) -> None:
     """Binds m, total and accumulators of a row from so many shares, as far as the normaliser has them; no more than
     `most` at once, if that is told."""
-    rule, held, values = rule_of(attn), states(attn), cache.value_pieces(attn)
+    rule, held, values = rule_of_few(attn), states(attn), cache.value_pieces(attn)
     together = min(most or MOST, 1 << (ROOM // sum(p.width for p in values)).bit_length() - 1)
     if rule.peak is not None:
         b.let("m", const(LOWEST))
-        with b.loop("first", 0, count, together) as first:
-            share, inside = _some(b, first, together, count)
-            peaks = b.let("peaks", _peaks(held["m"], place(share), inside))
-            b.let("m", maximum(name("m", "f32"), reduce("max", peaks, 0)))
     if rule.sums is not None:
         b.let("total", const(0.0))
     for text, p in zip(accumulators(attn), values, strict=True):
@@ -183,9 +196,12 @@ def merge_states(b: Builder, attn: Attention, count: Expr, place: Place, most: i
         share, inside = _some(b, first, together, count)
         at = place(share)
         places = [column(e) if e.shape else e for e in at]
-        outputs = (read(held["o"], 0, *places, row(p.columns), mask=_kept(p, attn.dims.v, inside)) for p in values)
-        peaks = None if rule.peak is None else _peaks(held["m"], at, inside)
-        totals = None if rule.sums is None else read(held["l"], *at, mask=inside)
+        peaks = None if rule.peak is None else b.let("peaks", _peaks(held["m"], at, inside))
+        totals = None if rule.sums is None else b.let("totals", read(held["l"], *at, mask=inside))
+        outputs: list[Expr] = []
+        for p in values:
+            seen = read(held["o"], 0, *places, row(p.columns), mask=_kept(p, attn.dims.v, inside))
+            outputs.append(b.let("outputs" + p.suffix(values), seen, f"[{together}, {p.width}]"))
         merge(b, States(peaks, totals, tuple(outputs)), accumulators(attn))
 
 
@@ -202,7 +218,7 @@ def place_row(b: Builder, attn: Attention, number: Expr) -> tuple[Expr, Expr, Ex
 
 def end_row(b: Builder, attn: Attention, batch: Expr, h: Expr, query: Expr) -> None:
     """Ends a row whose states were merged: writes its output and its lse."""
-    rule, sink = rule_of(attn), attn.part.normalizer.sink
+    rule, sink = rule_of_few(attn), attn.part.normalizer.sink
     bound = None if sink is None else _scope(b, attn, batch, h, query).bind(sink)
     end = rule.finish(b, name("m", "f32"), name("total", "f32"), bound)
     _store_end(b, attn, end, (batch, h, query), scale=cache.reader(attn, batch, key_head(h, attn, attn.heads.v)))
@@ -210,7 +226,7 @@ def end_row(b: Builder, attn: Attention, batch: Expr, h: Expr, query: Expr) -> N
 
 def end_tile(b: Builder, attn: Attention, t: QueryTile) -> None:
     """Ends the rows of a group's tile that this program has walked as a whole."""
-    rule, sink = rule_of(attn), attn.part.normalizer.sink
+    rule, sink = rule_of_few(attn), attn.part.normalizer.sink
     if rule.sums is not None:
         b.let("total", reduce("sum", rule.sums, 1), "[BM]")
     end = rule.finish(b, M, TOTAL, None if sink is None else t.scope.bind(sink))

@@ -18,7 +18,6 @@ from attncc.passes.lower import care
 from attncc.passes.lower.grid import cdiv
 from attncc.passes.lower.group import by_groups, group_tiles, groups, place_group
 from attncc.passes.lower.knobs import FILL, SPLIT, WRITE_LSE
-from attncc.passes.lower.normalizers import rule_of
 from attncc.passes.lower.partial import (
     LOST,
     Part,
@@ -28,6 +27,7 @@ from attncc.passes.lower.partial import (
     merge_states,
     place_row,
     rows_of,
+    rule_of_few,
     scratch,
     share_parameters,
     step_of,
@@ -109,12 +109,14 @@ def _sharer(attn: Attention, dense: Function) -> Kernel:
         stride = part.stride if lift(part.stride).value else b.let("stride", part.stride)
         first, last = b.let("first", part.first), b.let("last", part.last)
         walk = walk_part(b, attn, t, line, step, Part(first, last, stride))
-        care.walk_twice(b, attn, rule_of(attn), lambda spoilt: b.store(lost, (program(),), spoilt), walk)
+        care.walk_twice(b, attn, rule_of_few(attn), lambda spoilt: b.store(lost, (program(),), spoilt), walk)
         state = b.let("state", (t.batch * attn.heads.q + t.h) * name("Sq") + t.scope.values["row"], "[BM]")
         store_states(b, attn, t, state, share)
         steps.append(step)
     doc = f"Few queries of {attn.name}: one program per query tile of a group of heads and share of its keys."
-    return Kernel(f"{attn.name}_split", *tidy(b.params.values(), b.body), tuple(steps), _programs(attn), doc)
+    return Kernel(
+        f"{attn.name}_split", *tidy(b.params.values(), b.body), tuple(steps), _programs(attn), doc, early=True
+    )
 
 
 # -- the merge -----------------------------------------------------------------------------------
@@ -127,4 +129,4 @@ def _merger(attn: Attention) -> Kernel:
     merge_states(b, attn, b.let("shares", shares(attn).count), lambda share: (program(), share))
     end_row(b, attn, batch, h, query)
     doc = "Merges what the shares of each row found, and ends the row."
-    return Kernel(f"{attn.name}_merge", *tidy(b.params.values(), b.body), (), rows_of(attn), doc)
+    return Kernel(f"{attn.name}_merge", *tidy(b.params.values(), b.body), (), rows_of(attn), doc, early=True)

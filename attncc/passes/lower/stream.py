@@ -24,7 +24,6 @@ from attncc.passes.lower.fragments import may_hide_values
 from attncc.passes.lower.grid import BM, QueryTile, cdiv
 from attncc.passes.lower.group import by_groups, group_tiles, groups, members, place_group
 from attncc.passes.lower.knobs import FILL, SPLIT, WRITE_LSE
-from attncc.passes.lower.normalizers import rule_of
 from attncc.passes.lower.partial import (
     LOST,
     Part,
@@ -35,6 +34,7 @@ from attncc.passes.lower.partial import (
     merge_states,
     place_row,
     rows_of,
+    rule_of_few,
     scratch,
     share_parameters,
     step_of,
@@ -52,8 +52,10 @@ PROGRAMS: Final = name(FILL.name)
 OWN: Final = "own_range"
 FEW: Final = 4
 """States of a row, of which most rows that are cut have no more."""
-COLLECTORS: Final = 16
+COLLECTORS: Final = 4
 """To a range, of those that merge states behind an engine: a multiprocessor has so many at once."""
+LOOKED_AT: Final = 16
+"""Rows of which one of those sees at once whether any is to be merged: mostly none is."""
 NEAR: Final = 20
 """One program of so many may have no range, for the others' to end where items do."""
 
@@ -103,7 +105,7 @@ def _plan(attn: Attention) -> Kernel:
     t = _place(b, attn, program())
     b.store(counts, (program(),), line_of(b, attn, t).tiles)
     doc = "Counts the key tiles that each query tile of a group of heads visits."
-    return Kernel(f"{attn.name}_plan", *tidy(b.params.values(), b.body), (), _items(attn), doc)
+    return Kernel(f"{attn.name}_plan", *tidy(b.params.values(), b.body), (), _items(attn), doc, early=True)
 
 
 def _bind_cut(b: Builder, total: Expr, items: Expr) -> None:
@@ -153,7 +155,7 @@ def _walker(attn: Attention, dense: Function) -> Kernel:
             load_queries(b, attn, t)
             step = step_of(b, attn, t, dense)
             walk = walk_part(b, attn, t, line_of(b, attn, t), step, Part(first, last))
-            care.walk_twice(b, attn, rule_of(attn), lambda spoilt: _keep_mark(b, spoilt), walk)
+            care.walk_twice(b, attn, rule_of_few(attn), lambda spoilt: _keep_mark(b, spoilt), walk)
             with b.when(eq(last - first, count)):
                 end_tile(b, attn, t)
             with b.when(last - first < count):
@@ -164,7 +166,7 @@ def _walker(attn: Attention, dense: Function) -> Kernel:
             with b.when(eq(care.NUMBER, 0)):
                 b.store(lost, (program(),), name("left_nan"))
     doc = f"Few queries of {attn.name}: one program per range of the line of all key tiles."
-    return Kernel(f"{attn.name}_stream", *tidy(b.params.values(), b.body), tuple(steps), PROGRAMS, doc)
+    return Kernel(f"{attn.name}_stream", *tidy(b.params.values(), b.body), tuple(steps), PROGRAMS, doc, early=True)
 
 
 def _keep_mark(b: Builder, spoilt: Expr) -> None:
@@ -260,7 +262,7 @@ def ranges(attn: Attention) -> tuple[Kernel, tuple[Scratch, Scratch]]:
     for at, text in enumerate(numbers):
         b.store(found, (program(), at), name(text))
     doc = "Finds each range of the line of all key tiles, and its items."
-    kernel = Kernel(f"{attn.name}_ranges", *tidy(b.params.values(), b.body), (), PROGRAMS, doc)
+    kernel = Kernel(f"{attn.name}_ranges", *tidy(b.params.values(), b.body), (), PROGRAMS, doc, early=True)
     return kernel, (
         Scratch(found.name, (PROGRAMS, const(len(numbers))), found.dtype),
         Scratch(held.name, (_items(attn), const(2)), held.dtype),
@@ -293,7 +295,7 @@ def _merger(attn: Attention) -> Kernel:
     last = _range_of(name("item_begin") + count - 1, name("line"))
     _merge_and_end(b, attn, at, first, b.let("held", where(count > 0, last - first + 1, 0)))
     doc = "Merges what several ranges found of a row, and ends it."
-    return Kernel(f"{attn.name}_merge", *tidy(b.params.values(), b.body), (), rows_of(attn), doc)
+    return Kernel(f"{attn.name}_merge", *tidy(b.params.values(), b.body), (), rows_of(attn), doc, early=True)
 
 
 def collector(attn: Attention) -> Kernel:
@@ -303,12 +305,22 @@ def collector(attn: Attention) -> Kernel:
     b = Builder(share_parameters(attn, "BM", WRITE_LSE.name, FILL.name, more=(held,)))
     rows = b.let("all_rows", rows_of(attn))
     each = b.let("each", cdiv(rows, _collectors(attn)))
-    with b.loop("number", program() * each, minimum(program() * each + each, rows)) as number:
-        at, item = _place_row_of_item(b, attn, number)
-        first = b.let("first_range", read(held, item, 0))
-        _merge_and_end(b, attn, at, first, b.let("held", read(held, item, 1) - first), FEW)
+    end = b.let("end", minimum(program() * each + each, rows))
+    with b.loop("some", program() * each, end, LOOKED_AT) as some:
+        numbers = b.let("numbers", some + iota(LOOKED_AT), f"[{LOOKED_AT}]")
+        heads, query = quotient(numbers, name("Sq")), remainder(numbers, name("Sq"))
+        batch, h = quotient(heads, attn.heads.q), remainder(heads, attn.heads.q)
+        item = b.let("items", _item_of(attn, batch, h, _row_of_group(attn, h, query)), f"[{LOOKED_AT}]")
+        inside = numbers < end
+        after, before = (read(held, item, side, mask=inside) for side in (1, 0))
+        cut = b.let("cut", inside & ew("ne", after - before, 1), f"[{LOOKED_AT}]")
+        any_cut = reduce("max", cast_to(cut, "i32"), 0) > 0
+        with b.when(any_cut), b.loop("number", some, minimum(some + LOOKED_AT, end)) as number:
+            at, item = _place_row_of_item(b, attn, number)
+            first = b.let("first_range", read(held, item, 0))
+            _merge_and_end(b, attn, at, first, b.let("held", read(held, item, 1) - first), FEW)
     doc = "Merges what several ranges found of a row, and ends it; which they are is known."
-    return Kernel(f"{attn.name}_collect", *tidy(b.params.values(), b.body), (), _collectors(attn), doc)
+    return Kernel(f"{attn.name}_collect", *tidy(b.params.values(), b.body), (), _collectors(attn), doc, early=True)
 
 
 def _collectors(attn: Attention) -> Expr:
@@ -318,13 +330,21 @@ def _collectors(attn: Attention) -> Expr:
 def _place_row_of_item(b: Builder, attn: Attention, number: Expr) -> tuple[tuple[Expr, Expr, Expr], Expr]:
     """Binds a row of so many: batch entry, head and query; and the item that it is in, with its place there."""
     batch, h, query = place_row(b, attn, number)
-    tiled = attn.heads.map == "tile"
-    group, member = (remainder, quotient) if tiled else (quotient, remainder)
-    per = groups(attn) if tiled else members(attn)
-    r = b.let("r", query * members(attn) + member(h, per))
-    item = b.let("item", quotient(r, BM) * of_a_tile(attn) + batch * groups(attn) + group(h, per))
+    r = b.let("r", _row_of_group(attn, h, query))
+    item = b.let("item", _item_of(attn, batch, h, r))
     b.let("row_of_tile", remainder(r, BM))
     return (batch, h, query), item
+
+
+def _row_of_group(attn: Attention, h: Expr, query: Expr) -> Expr:
+    member = quotient(h, groups(attn)) if attn.heads.map == "tile" else remainder(h, members(attn))
+    return query * members(attn) + member
+
+
+def _item_of(attn: Attention, batch: Expr, h: Expr, r: Expr) -> Expr:
+    """`r`: the row of the head's group."""
+    group = remainder(h, groups(attn)) if attn.heads.map == "tile" else quotient(h, members(attn))
+    return quotient(r, BM) * of_a_tile(attn) + batch * groups(attn) + group
 
 
 def _merge_and_end(

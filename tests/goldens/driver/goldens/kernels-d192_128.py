@@ -19,6 +19,16 @@ BF16 = tl.constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat1
 
 
 @triton.jit
+def begin_early(EARLY: tl.constexpr):
+    """Lets the programs of the next launch begin, and waits for all that those of the launch before have written."""
+    if EARLY:
+        tl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
+        tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def load_tile(
     X, b, h, row, column: tl.constexpr, stride_b, stride_h, stride_s, rows,
     DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
@@ -72,6 +82,44 @@ def key_tile(
     p = tl.exp2(x * c - m_new[:, None])  # [BM, BN]
     alpha = tl.exp2(m - m_new)
     l = l * alpha[:, None] + tl.sum(tl.reshape(p, [BM, BN // 8, 8]), 1)
+    if CARE == 3:
+        seen = tl.max(keep.to(tl.int32), 0) > 0  # [BN]
+    v = load_tile(V, b, h, n, 0, v_b, v_h, v_s, Sk, 128, BN, 128, TMA)  # [BN, 128]
+    if CARE == 3:
+        v = tl.where(seen[:, None], v, 0.0)
+    if CARE == 1:
+        bad = v - v != 0.0
+        acc = tl.where(
+            tl.dot(tl.full([BM, BN], 1.0, BF16) * tl.where(keep, 1.0, 0.0).to(BF16), tl.where(bad, 1.0, 0.0).to(BF16))
+            > 0.0,
+            float("nan"), acc,
+        )
+        v = tl.where(bad, 0.0, v)
+    acc = tl.dot(p.to(BF16), v, acc * alpha[:, None])
+    m = m_new
+    return acc, m, l
+
+
+@triton.jit
+def group_key_tile(
+    acc, m, l, K_128, K_64, k_b, k_h, k_s, V, v_b, v_h, v_s, b, h, n, Sk, q_128, q_0, i, c,
+    MASKED: tl.constexpr, CARE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
+):
+    """Adds the keys from n on to the state."""
+    k_0 = load_tile(K_128, b, h, n, 0, k_b, k_h, k_s, Sk, 192, BN, 128, TMA)  # [BN, 128]
+    k_128 = load_tile(K_64, b, h, n, 128, k_b, k_h, k_s, Sk, 192, BN, 64, TMA)  # [BN, 64]
+    j = n + tl.arange(0, BN)  # [BN]
+    if MASKED:
+        inside = j < Sk
+    s = tl.dot(q_128, k_128.T, tl.dot(q_0, k_0.T))  # [BM, BN]
+    x = s  # [BM, BN]
+    if MASKED:
+        keep = inside[None, :] & (j[None, :] <= i[:, None])  # [BM, BN]
+        x = tl.where(keep, x, float("-inf"))
+    m_new = tl.maximum(m, tl.max(x, 1) * c)  # [BM]
+    p = tl.exp2(x * c - m_new[:, None])  # [BM, BN]
+    alpha = tl.exp2(m - m_new)
+    l = l * alpha[:, None] + tl.sum(tl.reshape(p, [BM, 4, BN // 4]), 1)
     if CARE == 3:
         seen = tl.max(keep.to(tl.int32), 0) > 0  # [BN]
     v = load_tile(V, b, h, n, 0, v_b, v_h, v_s, Sk, 128, BN, 128, TMA)  # [BN, 128]
@@ -238,9 +286,10 @@ def d192_128_split(
     part_l_s1: tl.int64, part_o_b: tl.int64, part_o_h: tl.int64, part_o_s: tl.int64, part_lost_s0: tl.int64,
     B, Sq, Sk, scale,
     BM: tl.constexpr, BN: tl.constexpr, PASS: tl.constexpr, SPLIT: tl.constexpr, FILL: tl.constexpr,
-    TMA: tl.constexpr,
+    EARLY: tl.constexpr, TMA: tl.constexpr,
 ):
     """Few queries of d192_128: one program per query tile of a group of heads and share of its keys."""
+    begin_early(EARLY)
     work = 1
     if PASS == 1:
         work = tl.load(part_lost + tl.program_id(0) * part_lost_s0)
@@ -279,19 +328,19 @@ def d192_128_split(
         last = tl.where(share < stride, whole_0 + cut_0, 0)
         first_cut = tl.where(first < whole_0, (stride - (whole_0 - first) % stride) % stride, first - whole_0)
         m = tl.full([BM], -1.7014118346046923e+38, tl.float32)  # running maximum, in units of log 2
-        l = tl.full([BM, 8], 0.0, tl.float32)  # running sum, in parts that one thread holds
+        l = tl.full([BM, BN // 4], 0.0, tl.float32)  # running sum, in parts that one thread holds
         acc = tl.full([BM, 128], 0.0, tl.float32)  # [BM, 128]
         # tiles in which every pair counts
         for t in range(first, tl.minimum(last, whole_0), stride):
             n = t * BN
-            acc, m, l = key_tile(
+            acc, m, l = group_key_tile(
                 acc, m, l, K_128, K_64, k_b, k_h, k_s, V, v_b, v_h, v_s, b, h, n, Sk, q_128, q_0, i, c, False, 0, BM,
                 BN, TMA,
             )
         # tiles cut by the mask or by the end of the keys
         for t in range(first_cut, last - whole_0, stride):
             n = full_end + t * BN
-            acc, m, l = key_tile(
+            acc, m, l = group_key_tile(
                 acc, m, l, K_128, K_64, k_b, k_h, k_s, V, v_b, v_h, v_s, b, h, n, Sk, q_128, q_0, i, c, True, PASS, BM,
                 BN, TMA,
             )
@@ -301,19 +350,19 @@ def d192_128_split(
             lost_here = tl.max((acc != acc).to(tl.int32))
             if lost_here > 0:
                 m = tl.full([BM], -1.7014118346046923e+38, tl.float32)  # running maximum, in units of log 2
-                l = tl.full([BM, 8], 0.0, tl.float32)  # running sum, in parts that one thread holds
+                l = tl.full([BM, BN // 4], 0.0, tl.float32)  # running sum, in parts that one thread holds
                 acc = tl.full([BM, 128], 0.0, tl.float32)  # [BM, 128]
                 # tiles in which every pair counts
                 for t in range(first, tl.minimum(last, whole_0), stride):
                     n = t * BN
-                    acc, m, l = key_tile(
+                    acc, m, l = group_key_tile(
                         acc, m, l, K_128, K_64, k_b, k_h, k_s, V, v_b, v_h, v_s, b, h, n, Sk, q_128, q_0, i, c, False,
                         0, BM, BN, TMA,
                     )
                 # tiles cut by the mask or by the end of the keys
                 for t in range(first_cut, last - whole_0, stride):
                     n = full_end + t * BN
-                    acc, m, l = key_tile(
+                    acc, m, l = group_key_tile(
                         acc, m, l, K_128, K_64, k_b, k_h, k_s, V, v_b, v_h, v_s, b, h, n, Sk, q_128, q_0, i, c, True, 1,
                         BM, BN, TMA,
                     )
@@ -334,8 +383,10 @@ def d192_128_merge(
     part_o_h: tl.int64, part_o_s: tl.int64,
     B, Sq, Sk,
     BM: tl.constexpr, BN: tl.constexpr, WRITE_LSE: tl.constexpr, SPLIT: tl.constexpr, FILL: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Merges what the shares of each row found, and ends the row."""
+    begin_early(EARLY)
     sequence = tl.program_id(0) // Sq
     row = tl.program_id(0) % Sq
     b = sequence // 128
@@ -344,6 +395,8 @@ def d192_128_merge(
         ((Sk + (BN - 1)) // BN + (SPLIT - 1)) // SPLIT, tl.maximum(FILL // (B * 128 * ((Sq + (BM - 1)) // BM)), 1),
     )
     m = -1.7014118346046923e+38
+    total = 0.0
+    acc = tl.full([128], 0.0, tl.float32)  # [128]
     for first in range(0, shares, 64):
         share = first + tl.arange(0, 64)  # [64]
         inside = share < shares
@@ -351,30 +404,17 @@ def d192_128_merge(
             inside, tl.load(part_m + tl.program_id(0) * part_m_s0 + share * part_m_s1, mask=inside, other=0),
             -1.7014118346046923e+38,
         )
-        m = tl.maximum(m, tl.max(peaks, 0))
-    total = 0.0
-    acc = tl.full([128], 0.0, tl.float32)  # [128]
-    for first in range(0, shares, 64):
-        share = first + tl.arange(0, 64)  # [64]
-        inside = share < shares
-        weights = tl.exp2(
-            tl.where(
-                inside, tl.load(part_m + tl.program_id(0) * part_m_s0 + share * part_m_s1, mask=inside, other=0),
-                -1.7014118346046923e+38,
-            )
-            - m
-        )
-        total = total + tl.sum(
-            tl.load(part_l + tl.program_id(0) * part_l_s0 + share * part_l_s1, mask=inside, other=0) * weights, 0,
-        )
-        acc = acc + tl.sum(
-            tl.load(
-                part_o + tl.program_id(0) * part_o_h + share[:, None] * part_o_s + tl.arange(0, 128)[None, :],
-                mask=inside[:, None], other=0,
-            )
-            * weights[:, None],
-            0,
-        )
+        totals = tl.load(part_l + tl.program_id(0) * part_l_s0 + share * part_l_s1, mask=inside, other=0)
+        outputs = tl.load(
+            part_o + tl.program_id(0) * part_o_h + share[:, None] * part_o_s + tl.arange(0, 128)[None, :],
+            mask=inside[:, None], other=0,
+        )  # [64, 128]
+        m_new = tl.maximum(m, tl.max(peaks, 0))
+        alpha = tl.exp2(m - m_new)
+        m = m_new
+        weights = tl.exp2(peaks - m_new)
+        total = total * alpha + tl.sum(totals * weights, 0)
+        acc = acc * alpha + tl.sum(outputs * weights[:, None], 0)
     empty = total <= 0.0
     divisor = tl.where(empty, 1.0, total)
     if WRITE_LSE > 0:

@@ -19,6 +19,16 @@ BF16 = tl.constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat1
 
 
 @triton.jit
+def begin_early(EARLY: tl.constexpr):
+    """Lets the programs of the next launch begin, and waits for all that those of the launch before have written."""
+    if EARLY:
+        tl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
+        tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def load_tile(
     X, b, h, row, column: tl.constexpr, stride_b, stride_h, stride_s, rows,
     DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
@@ -77,6 +87,31 @@ def key_tile(
     return acc, m, l
 
 
+@triton.jit
+def group_key_tile(
+    acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, h, n, Sk, q, c,
+    MASKED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
+):
+    """Adds the keys from n on to the state."""
+    k = load_tile(K, b, h, n, 0, k_b, k_h, k_s, Sk, 128, BN, 128, TMA)  # [BN, 128]
+    j = n + tl.arange(0, BN)  # [BN]
+    if MASKED:
+        inside = j < Sk
+    s = tl.dot(q, k.T)  # [BM, BN]
+    x = s  # [BM, BN]
+    if MASKED:
+        keep = inside[None, :]  # [1, BN]
+        x = tl.where(keep, x, float("-inf"))
+    m_new = tl.maximum(m, tl.max(x, 1) * c)  # [BM]
+    p = tl.exp2(x * c - m_new[:, None])  # [BM, BN]
+    alpha = tl.exp2(m - m_new)
+    l = l * alpha[:, None] + tl.sum(tl.reshape(p, [BM, 4, BN // 4]), 1)
+    v = load_tile(V, b, h, n, 0, v_b, v_h, v_s, Sk, 128, BN, 128, TMA)  # [BN, 128]
+    acc = tl.dot(p.to(BF16), v, acc * alpha[:, None])
+    m = m_new
+    return acc, m, l
+
+
 @triton.jit(do_not_specialize=["B", "Sq", "Sk"])
 def dense_forward(
     Q, K, V, O, LSE,
@@ -129,9 +164,11 @@ def dense_split(
     v_h: tl.int64, v_s: tl.int64, part_m_s0: tl.int64, part_m_s1: tl.int64, part_l_s0: tl.int64,
     part_l_s1: tl.int64, part_o_b: tl.int64, part_o_h: tl.int64, part_o_s: tl.int64,
     B, Sq, Sk, scale,
-    BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, FILL: tl.constexpr, TMA: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, FILL: tl.constexpr, EARLY: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """Few queries of dense: one program per query tile of a group of heads and share of its keys."""
+    begin_early(EARLY)
     tiles = (Sq + (BM - 1)) // BM
     shares = tl.minimum(
         ((Sk + (BN - 1)) // BN + (SPLIT - 1)) // SPLIT, tl.maximum(FILL // (B * 16 * ((Sq + (BM - 1)) // BM)), 1),
@@ -157,16 +194,16 @@ def dense_split(
     last = tl.where(share < stride, whole_0 + cut_0, 0)
     first_cut = tl.where(first < whole_0, (stride - (whole_0 - first) % stride) % stride, first - whole_0)
     m = tl.full([BM], -1.7014118346046923e+38, tl.float32)  # running maximum, in units of log 2
-    l = tl.full([BM, 8], 0.0, tl.float32)  # running sum, in parts that one thread holds
+    l = tl.full([BM, BN // 4], 0.0, tl.float32)  # running sum, in parts that one thread holds
     acc = tl.full([BM, 128], 0.0, tl.float32)  # [BM, 128]
     # tiles in which every pair counts
     for t in range(first, tl.minimum(last, whole_0), stride):
         n = t * BN
-        acc, m, l = key_tile(acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, h, n, Sk, q, c, False, BM, BN, TMA)
+        acc, m, l = group_key_tile(acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, h, n, Sk, q, c, False, BM, BN, TMA)
     # tiles cut by the mask or by the end of the keys
     for t in range(first_cut, last - whole_0, stride):
         n = full_end + t * BN
-        acc, m, l = key_tile(acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, h, n, Sk, q, c, True, BM, BN, TMA)
+        acc, m, l = group_key_tile(acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, h, n, Sk, q, c, True, BM, BN, TMA)
     state = (b * 16 + h) * Sq + tl.minimum(rows, last_row)  # [BM]
     tl.store(part_m + state * part_m_s0 + share * part_m_s1, m, mask=rows < Sq)
     tl.store(part_l + state * part_l_s0 + share * part_l_s1, tl.sum(l, 1), mask=rows < Sq)
@@ -184,8 +221,10 @@ def dense_merge(
     part_o_h: tl.int64, part_o_s: tl.int64,
     B, Sq, Sk,
     BM: tl.constexpr, BN: tl.constexpr, WRITE_LSE: tl.constexpr, SPLIT: tl.constexpr, FILL: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Merges what the shares of each row found, and ends the row."""
+    begin_early(EARLY)
     sequence = tl.program_id(0) // Sq
     row = tl.program_id(0) % Sq
     b = sequence // 16
@@ -194,6 +233,8 @@ def dense_merge(
         ((Sk + (BN - 1)) // BN + (SPLIT - 1)) // SPLIT, tl.maximum(FILL // (B * 16 * ((Sq + (BM - 1)) // BM)), 1),
     )
     m = -1.7014118346046923e+38
+    total = 0.0
+    acc = tl.full([128], 0.0, tl.float32)  # [128]
     for first in range(0, shares, 64):
         share = first + tl.arange(0, 64)  # [64]
         inside = share < shares
@@ -201,30 +242,17 @@ def dense_merge(
             inside, tl.load(part_m + tl.program_id(0) * part_m_s0 + share * part_m_s1, mask=inside, other=0),
             -1.7014118346046923e+38,
         )
-        m = tl.maximum(m, tl.max(peaks, 0))
-    total = 0.0
-    acc = tl.full([128], 0.0, tl.float32)  # [128]
-    for first in range(0, shares, 64):
-        share = first + tl.arange(0, 64)  # [64]
-        inside = share < shares
-        weights = tl.exp2(
-            tl.where(
-                inside, tl.load(part_m + tl.program_id(0) * part_m_s0 + share * part_m_s1, mask=inside, other=0),
-                -1.7014118346046923e+38,
-            )
-            - m
-        )
-        total = total + tl.sum(
-            tl.load(part_l + tl.program_id(0) * part_l_s0 + share * part_l_s1, mask=inside, other=0) * weights, 0,
-        )
-        acc = acc + tl.sum(
-            tl.load(
-                part_o + tl.program_id(0) * part_o_h + share[:, None] * part_o_s + tl.arange(0, 128)[None, :],
-                mask=inside[:, None], other=0,
-            )
-            * weights[:, None],
-            0,
-        )
+        totals = tl.load(part_l + tl.program_id(0) * part_l_s0 + share * part_l_s1, mask=inside, other=0)
+        outputs = tl.load(
+            part_o + tl.program_id(0) * part_o_h + share[:, None] * part_o_s + tl.arange(0, 128)[None, :],
+            mask=inside[:, None], other=0,
+        )  # [64, 128]
+        m_new = tl.maximum(m, tl.max(peaks, 0))
+        alpha = tl.exp2(m - m_new)
+        m = m_new
+        weights = tl.exp2(peaks - m_new)
+        total = total * alpha + tl.sum(totals * weights, 0)
+        acc = acc * alpha + tl.sum(outputs * weights[:, None], 0)
     empty = total <= 0.0
     divisor = tl.where(empty, 1.0, total)
     if WRITE_LSE > 0:

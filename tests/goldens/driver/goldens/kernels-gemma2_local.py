@@ -19,6 +19,16 @@ BF16 = tl.constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat1
 
 
 @triton.jit
+def begin_early(EARLY: tl.constexpr):
+    """Lets the programs of the next launch begin, and waits for all that those of the launch before have written."""
+    if EARLY:
+        tl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
+        tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def load_tile(
     X, b, h, row, column: tl.constexpr, stride_b, stride_h, stride_s, rows,
     DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
@@ -59,9 +69,22 @@ def tanh(x):
 
 
 @triton.jit
+def fast_tanh(x, PTX: tl.constexpr):
+    """tanh by the instruction of NVIDIA's GPUs, off by 2**-11."""
+    return tanh_approx(x) if PTX else tanh(x)
+
+
+@triton.jit
+def tanh_approx(x):
+    """tanh by the GPU's own instruction, off by 2**-11."""
+    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def key_tile(
     acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask,
-    MASKED: tl.constexpr, CARE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
+    MASKED: tl.constexpr, CARE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PTX: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """Adds the keys from n on to the state."""
     k = load_tile(K, b, hk, n, 0, k_b, k_h, k_s, Sk, 128, BN, 128, TMA)  # [BN, 128]
@@ -69,7 +92,7 @@ def key_tile(
     if MASKED:
         inside = j < Sk
     s = tl.dot(q, k.T)  # [BM, BN]
-    x = tanh(s * score)  # [BM, BN]
+    x = fast_tanh(s * score, PTX)  # [BM, BN]
     if MASKED:
         keep = inside[None, :] & (
             (j[None, :] <= i[:, None]) & ((j[None, :] >= mask[:, None]) & (j[None, :] <= i[:, None]))
@@ -97,6 +120,46 @@ def key_tile(
     return acc, m, l
 
 
+@triton.jit
+def group_key_tile(
+    acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask,
+    MASKED: tl.constexpr, CARE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PTX: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Adds the keys from n on to the state."""
+    k = load_tile(K, b, hk, n, 0, k_b, k_h, k_s, Sk, 128, BN, 128, TMA)  # [BN, 128]
+    j = n + tl.arange(0, BN)  # [BN]
+    if MASKED:
+        inside = j < Sk
+    s = tl.dot(q, k.T)  # [BM, BN]
+    x = fast_tanh(s * score, PTX)  # [BM, BN]
+    if MASKED:
+        keep = inside[None, :] & (
+            (j[None, :] <= i[:, None]) & ((j[None, :] >= mask[:, None]) & (j[None, :] <= i[:, None]))
+        )  # [BM, BN]
+        x = tl.where(keep, x, float("-inf"))
+    m_new = tl.maximum(m, tl.max(x, 1) * 72.13475204444816)  # [BM]
+    p = tl.exp2(x * 72.13475204444816 - m_new[:, None])  # [BM, BN]
+    alpha = tl.exp2(m - m_new)
+    l = l * alpha[:, None] + tl.sum(tl.reshape(p, [BM, 4, BN // 4]), 1)
+    if CARE == 3:
+        seen = tl.max(keep.to(tl.int32), 0) > 0  # [BN]
+    v = load_tile(V, b, hk, n, 0, v_b, v_h, v_s, Sk, 128, BN, 128, TMA)  # [BN, 128]
+    if CARE == 3:
+        v = tl.where(seen[:, None], v, 0.0)
+    if CARE == 1:
+        bad = v - v != 0.0
+        acc = tl.where(
+            tl.dot(tl.full([BM, BN], 1.0, BF16) * tl.where(keep, 1.0, 0.0).to(BF16), tl.where(bad, 1.0, 0.0).to(BF16))
+            > 0.0,
+            float("nan"), acc,
+        )
+        v = tl.where(bad, 0.0, v)
+    acc = tl.dot(p.to(BF16), v, acc * alpha[:, None])
+    m = m_new
+    return acc, m, l
+
+
 @triton.jit(do_not_specialize=["B", "Sq", "Sk"])
 def gemma2_local_forward(
     Q, K, V, O, LSE, lost,
@@ -105,7 +168,7 @@ def gemma2_local_forward(
     lse_s1: tl.int64, lse_s2: tl.int64, lost_s0: tl.int64,
     B, Sq, Sk, scale,
     BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, WRITE_LSE: tl.constexpr, PASS: tl.constexpr,
-    TMA: tl.constexpr,
+    PTX: tl.constexpr, TMA: tl.constexpr,
 ):
     """Forward pass of gemma2_local: one program per query tile and head."""
     work = 1
@@ -147,7 +210,8 @@ def gemma2_local_forward(
         # tiles in which every pair counts
         for n in range(full_start, full_end, BN):
             acc, m, l = key_tile(
-                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, False, 0, BM, BN, TMA,
+                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, False, 0, BM, BN, PTX,
+                TMA,
             )
         # tiles cut by the mask or by the end of the keys
         cut_0 = (tl.maximum(full_start - lo, 0) + (BN - 1)) // BN
@@ -155,7 +219,8 @@ def gemma2_local_forward(
         for t in range(0, cut_1):
             n = tl.where(t < cut_0, lo + t * BN, full_end + (t - cut_0) * BN)
             acc, m, l = key_tile(
-                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, True, PASS, BM, BN, TMA,
+                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, True, PASS, BM, BN, PTX,
+                TMA,
             )
         if PASS == 0:
             tl.store(lost + tl.program_id(0) * lost_s0, tl.max((acc != acc).to(tl.int32)))
@@ -169,7 +234,7 @@ def gemma2_local_forward(
                 for n in range(full_start, full_end, BN):
                     acc, m, l = key_tile(
                         acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, False, 0, BM,
-                        BN, TMA,
+                        BN, PTX, TMA,
                     )
                 # tiles cut by the mask or by the end of the keys
                 cut_0 = (tl.maximum(full_start - lo, 0) + (BN - 1)) // BN
@@ -178,7 +243,7 @@ def gemma2_local_forward(
                     n = tl.where(t < cut_0, lo + t * BN, full_end + (t - cut_0) * BN)
                     acc, m, l = key_tile(
                         acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, True, 1, BM, BN,
-                        TMA,
+                        PTX, TMA,
                     )
         total = tl.sum(l, 1)  # [BM]
         empty = total <= 0.0
@@ -199,7 +264,7 @@ def gemma2_local_again(
     v_h: tl.int64, v_s: tl.int64, o_b: tl.int64, o_h: tl.int64, o_s: tl.int64, lse_s0: tl.int64,
     lse_s1: tl.int64, lse_s2: tl.int64, again_s0: tl.int64,
     Sq, Sk, scale,
-    BM: tl.constexpr, BN: tl.constexpr, WRITE_LSE: tl.constexpr, TMA: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, WRITE_LSE: tl.constexpr, PTX: tl.constexpr, TMA: tl.constexpr,
 ):
     """Does the query tiles again into which the engine may have let a hidden NaN leak."""
     for entry in range(tl.program_id(0), tl.load(again), 264):
@@ -234,7 +299,8 @@ def gemma2_local_again(
         # tiles in which every pair counts
         for n in range(full_start, full_end, BN):
             acc, m, l = key_tile(
-                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, False, 0, BM, BN, TMA,
+                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, False, 0, BM, BN, PTX,
+                TMA,
             )
         # tiles cut by the mask or by the end of the keys
         cut_0 = (tl.maximum(full_start - lo, 0) + (BN - 1)) // BN
@@ -242,7 +308,8 @@ def gemma2_local_again(
         for t in range(0, cut_1):
             n = tl.where(t < cut_0, lo + t * BN, full_end + (t - cut_0) * BN)
             acc, m, l = key_tile(
-                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, True, 1, BM, BN, TMA,
+                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, True, 1, BM, BN, PTX,
+                TMA,
             )
         total = tl.sum(l, 1)  # [BM]
         empty = total <= 0.0
@@ -264,9 +331,10 @@ def gemma2_local_split(
     part_l_s1: tl.int64, part_o_b: tl.int64, part_o_h: tl.int64, part_o_s: tl.int64, part_lost_s0: tl.int64,
     B, Sq, Sk, scale,
     BM: tl.constexpr, BN: tl.constexpr, PASS: tl.constexpr, SPLIT: tl.constexpr, FILL: tl.constexpr,
-    TMA: tl.constexpr,
+    EARLY: tl.constexpr, PTX: tl.constexpr, TMA: tl.constexpr,
 ):
     """Few queries of gemma2_local: one program per query tile of a group of heads and share of its keys."""
+    begin_early(EARLY)
     work = 1
     if PASS == 1:
         work = tl.load(part_lost + tl.program_id(0) * part_lost_s0)
@@ -315,19 +383,21 @@ def gemma2_local_split(
         last = tl.where(share < stride, whole_0 + cut_1, 0)
         first_cut = tl.where(first < whole_0, (stride - (whole_0 - first) % stride) % stride, first - whole_0)
         m = tl.full([BM], -1.7014118346046923e+38, tl.float32)  # running maximum, in units of log 2
-        l = tl.full([BM, 8], 0.0, tl.float32)  # running sum, in parts that one thread holds
+        l = tl.full([BM, BN // 4], 0.0, tl.float32)  # running sum, in parts that one thread holds
         acc = tl.full([BM, 128], 0.0, tl.float32)  # [BM, 128]
         # tiles in which every pair counts
         for t in range(first, tl.minimum(last, whole_0), stride):
             n = full_start + t * BN
-            acc, m, l = key_tile(
-                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, False, 0, BM, BN, TMA,
+            acc, m, l = group_key_tile(
+                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, False, 0, BM, BN, PTX,
+                TMA,
             )
         # tiles cut by the mask or by the end of the keys
         for t in range(first_cut, last - whole_0, stride):
             n = tl.where(t < cut_0, lo + t * BN, full_end + (t - cut_0) * BN)
-            acc, m, l = key_tile(
-                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, True, PASS, BM, BN, TMA,
+            acc, m, l = group_key_tile(
+                acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, True, PASS, BM, BN, PTX,
+                TMA,
             )
         if PASS == 0:
             tl.store(part_lost + tl.program_id(0) * part_lost_s0, tl.max((acc != acc).to(tl.int32)))
@@ -335,21 +405,21 @@ def gemma2_local_split(
             lost_here = tl.max((acc != acc).to(tl.int32))
             if lost_here > 0:
                 m = tl.full([BM], -1.7014118346046923e+38, tl.float32)  # running maximum, in units of log 2
-                l = tl.full([BM, 8], 0.0, tl.float32)  # running sum, in parts that one thread holds
+                l = tl.full([BM, BN // 4], 0.0, tl.float32)  # running sum, in parts that one thread holds
                 acc = tl.full([BM, 128], 0.0, tl.float32)  # [BM, 128]
                 # tiles in which every pair counts
                 for t in range(first, tl.minimum(last, whole_0), stride):
                     n = full_start + t * BN
-                    acc, m, l = key_tile(
+                    acc, m, l = group_key_tile(
                         acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, False, 0, BM,
-                        BN, TMA,
+                        BN, PTX, TMA,
                     )
                 # tiles cut by the mask or by the end of the keys
                 for t in range(first_cut, last - whole_0, stride):
                     n = tl.where(t < cut_0, lo + t * BN, full_end + (t - cut_0) * BN)
-                    acc, m, l = key_tile(
+                    acc, m, l = group_key_tile(
                         acc, m, l, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, hk, n, Sk, q, score, i, mask, True, 1, BM, BN,
-                        TMA,
+                        PTX, TMA,
                     )
         state = (b * 32 + h) * Sq + row  # [BM]
         tl.store(part_m + state * part_m_s0 + share * part_m_s1, m, mask=rows < group_rows)
@@ -368,8 +438,10 @@ def gemma2_local_merge(
     part_o_h: tl.int64, part_o_s: tl.int64,
     B, Sq, Sk,
     BM: tl.constexpr, BN: tl.constexpr, WRITE_LSE: tl.constexpr, SPLIT: tl.constexpr, FILL: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Merges what the shares of each row found, and ends the row."""
+    begin_early(EARLY)
     sequence = tl.program_id(0) // Sq
     row = tl.program_id(0) % Sq
     b = sequence // 32
@@ -378,6 +450,8 @@ def gemma2_local_merge(
         ((Sk + (BN - 1)) // BN + (SPLIT - 1)) // SPLIT, tl.maximum(FILL // (B * 16 * ((Sq * 2 + (BM - 1)) // BM)), 1),
     )
     m = -1.7014118346046923e+38
+    total = 0.0
+    acc = tl.full([128], 0.0, tl.float32)  # [128]
     for first in range(0, shares, 64):
         share = first + tl.arange(0, 64)  # [64]
         inside = share < shares
@@ -385,30 +459,17 @@ def gemma2_local_merge(
             inside, tl.load(part_m + tl.program_id(0) * part_m_s0 + share * part_m_s1, mask=inside, other=0),
             -1.7014118346046923e+38,
         )
-        m = tl.maximum(m, tl.max(peaks, 0))
-    total = 0.0
-    acc = tl.full([128], 0.0, tl.float32)  # [128]
-    for first in range(0, shares, 64):
-        share = first + tl.arange(0, 64)  # [64]
-        inside = share < shares
-        weights = tl.exp2(
-            tl.where(
-                inside, tl.load(part_m + tl.program_id(0) * part_m_s0 + share * part_m_s1, mask=inside, other=0),
-                -1.7014118346046923e+38,
-            )
-            - m
-        )
-        total = total + tl.sum(
-            tl.load(part_l + tl.program_id(0) * part_l_s0 + share * part_l_s1, mask=inside, other=0) * weights, 0,
-        )
-        acc = acc + tl.sum(
-            tl.load(
-                part_o + tl.program_id(0) * part_o_h + share[:, None] * part_o_s + tl.arange(0, 128)[None, :],
-                mask=inside[:, None], other=0,
-            )
-            * weights[:, None],
-            0,
-        )
+        totals = tl.load(part_l + tl.program_id(0) * part_l_s0 + share * part_l_s1, mask=inside, other=0)
+        outputs = tl.load(
+            part_o + tl.program_id(0) * part_o_h + share[:, None] * part_o_s + tl.arange(0, 128)[None, :],
+            mask=inside[:, None], other=0,
+        )  # [64, 128]
+        m_new = tl.maximum(m, tl.max(peaks, 0))
+        alpha = tl.exp2(m - m_new)
+        m = m_new
+        weights = tl.exp2(peaks - m_new)
+        total = total * alpha + tl.sum(totals * weights, 0)
+        acc = acc * alpha + tl.sum(outputs * weights[:, None], 0)
     empty = total <= 0.0
     divisor = tl.where(empty, 1.0, total)
     if WRITE_LSE > 0:

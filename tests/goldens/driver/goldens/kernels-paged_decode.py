@@ -19,6 +19,16 @@ BF16 = tl.constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat1
 
 
 @triton.jit
+def begin_early(EARLY: tl.constexpr):
+    """Lets the programs of the next launch begin, and waits for all that those of the launch before have written."""
+    if EARLY:
+        tl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
+        tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def load_tile(
     X, b, h, row, column: tl.constexpr, stride_b, stride_h, stride_s, rows,
     DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
@@ -74,6 +84,48 @@ def key_tile(
     p = tl.exp2(x * c - m_new[:, None])  # [BM, BN]
     alpha = tl.exp2(m - m_new)
     l = l * alpha[:, None] + tl.sum(tl.reshape(p, [BM, BN // 8, 8]), 1)
+    if CARE == 3:
+        seen = tl.max(keep.to(tl.int32), 0) > 0  # [BN]
+    v = load_tile(V, page, hk, slot, 0, v_b, v_h, v_s, 64, 128, BN, 128, TMA)  # [BN, 128]
+    if MASKED:
+        v = tl.where(inside[:, None], v, 0.0)  # a page may hold NaN behind the last key
+    if CARE == 3:
+        v = tl.where(seen[:, None], v, 0.0)
+    if CARE == 1:
+        bad = v - v != 0.0
+        acc = tl.where(
+            tl.dot(tl.full([BM, BN], 1.0, BF16) * tl.where(keep, 1.0, 0.0).to(BF16), tl.where(bad, 1.0, 0.0).to(BF16))
+            > 0.0,
+            float("nan"), acc,
+        )
+        v = tl.where(bad, 0.0, v)
+    acc = tl.dot(p.to(BF16), v, acc * alpha[:, None])
+    m = m_new
+    return acc, m, l
+
+
+@triton.jit
+def group_key_tile(
+    acc, m, l, block_table, block_table_s0, block_table_s1, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, n, hk, keys,
+    q, i, c,
+    MASKED: tl.constexpr, CARE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
+):
+    """Adds the keys from n on to the state."""
+    page = tl.load(block_table + b * block_table_s0 + n // 64 * block_table_s1)
+    slot = n % 64
+    k = load_tile(K, page, hk, slot, 0, k_b, k_h, k_s, 64, 128, BN, 128, TMA)  # [BN, 128]
+    j = n + tl.arange(0, BN)  # [BN]
+    if MASKED:
+        inside = j < keys
+    s = tl.dot(q, k.T)  # [BM, BN]
+    x = s  # [BM, BN]
+    if MASKED:
+        keep = inside[None, :] & (j[None, :] <= i[:, None])  # [BM, BN]
+        x = tl.where(keep, x, float("-inf"))
+    m_new = tl.maximum(m, tl.max(x, 1) * c)  # [BM]
+    p = tl.exp2(x * c - m_new[:, None])  # [BM, BN]
+    alpha = tl.exp2(m - m_new)
+    l = l * alpha[:, None] + tl.sum(tl.reshape(p, [BM, 4, BN // 4]), 1)
     if CARE == 3:
         seen = tl.max(keep.to(tl.int32), 0) > 0  # [BN]
     v = load_tile(V, page, hk, slot, 0, v_b, v_h, v_s, 64, 128, BN, 128, TMA)  # [BN, 128]
@@ -185,9 +237,10 @@ def paged_decode_plan(
     seqused_k, tiles_of,
     seqused_k_s0: tl.int64, tiles_of_s0: tl.int64,
     B, Sq, Sk,
-    BM: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Counts the key tiles that each query tile of a group of heads visits."""
+    begin_early(EARLY)
     each = B * 8
     number = tl.program_id(0) // each
     of = tl.program_id(0) % each
@@ -220,9 +273,10 @@ def paged_decode_stream(
     part_lost_s0: tl.int64,
     B, Sq, Sk, scale,
     BM: tl.constexpr, BN: tl.constexpr, WRITE_LSE: tl.constexpr, PASS: tl.constexpr, SPLIT: tl.constexpr,
-    FILL: tl.constexpr, TMA: tl.constexpr,
+    FILL: tl.constexpr, EARLY: tl.constexpr, TMA: tl.constexpr,
 ):
     """Few queries of paged_decode: one program per range of the line of all key tiles."""
+    begin_early(EARLY)
     work = 1
     if PASS == 1:
         work = tl.load(part_lost + tl.program_id(0) * part_lost_s0)
@@ -294,19 +348,19 @@ def paged_decode_stream(
             full_end = tl.minimum(full_hi, key_hi) // BN * BN
             whole_0 = (tl.maximum(full_end, 0) + (BN - 1)) // BN
             m = tl.full([BM], -1.7014118346046923e+38, tl.float32)  # running maximum, in units of log 2
-            l = tl.full([BM, 8], 0.0, tl.float32)  # running sum, in parts that one thread holds
+            l = tl.full([BM, BN // 4], 0.0, tl.float32)  # running sum, in parts that one thread holds
             acc = tl.full([BM, 128], 0.0, tl.float32)  # [BM, 128]
             # tiles in which every pair counts
             for t in range(first, tl.minimum(last, whole_0)):
                 n = t * BN
-                acc, m, l = key_tile(
+                acc, m, l = group_key_tile(
                     acc, m, l, block_table, block_table_s0, block_table_s1, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, n,
                     hk, keys, q, i, c, False, 0, BM, BN, TMA,
                 )
             # tiles cut by the mask or by the end of the keys
             for t in range(tl.maximum(first, whole_0) - whole_0, last - whole_0):
                 n = full_end + t * BN
-                acc, m, l = key_tile(
+                acc, m, l = group_key_tile(
                     acc, m, l, block_table, block_table_s0, block_table_s1, K, k_b, k_h, k_s, V, v_b, v_h, v_s, b, n,
                     hk, keys, q, i, c, True, PASS, BM, BN, TMA,
                 )
@@ -316,19 +370,19 @@ def paged_decode_stream(
                 lost_here = tl.max((acc != acc).to(tl.int32))
                 if lost_here > 0:
                     m = tl.full([BM], -1.7014118346046923e+38, tl.float32)  # running maximum, in units of log 2
-                    l = tl.full([BM, 8], 0.0, tl.float32)  # running sum, in parts that one thread holds
+                    l = tl.full([BM, BN // 4], 0.0, tl.float32)  # running sum, in parts that one thread holds
                     acc = tl.full([BM, 128], 0.0, tl.float32)  # [BM, 128]
                     # tiles in which every pair counts
                     for t in range(first, tl.minimum(last, whole_0)):
                         n = t * BN
-                        acc, m, l = key_tile(
+                        acc, m, l = group_key_tile(
                             acc, m, l, block_table, block_table_s0, block_table_s1, K, k_b, k_h, k_s, V, v_b, v_h, v_s,
                             b, n, hk, keys, q, i, c, False, 0, BM, BN, TMA,
                         )
                     # tiles cut by the mask or by the end of the keys
                     for t in range(tl.maximum(first, whole_0) - whole_0, last - whole_0):
                         n = full_end + t * BN
-                        acc, m, l = key_tile(
+                        acc, m, l = group_key_tile(
                             acc, m, l, block_table, block_table_s0, block_table_s1, K, k_b, k_h, k_s, V, v_b, v_h, v_s,
                             b, n, hk, keys, q, i, c, True, 1, BM, BN, TMA,
                         )
@@ -367,8 +421,10 @@ def paged_decode_merge(
     part_o_b: tl.int64, part_o_h: tl.int64, part_o_s: tl.int64,
     B, Sq,
     BM: tl.constexpr, BN: tl.constexpr, WRITE_LSE: tl.constexpr, SPLIT: tl.constexpr, FILL: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Merges what several ranges found of a row, and ends it."""
+    begin_early(EARLY)
     sequence = tl.program_id(0) // Sq
     row = tl.program_id(0) % Sq
     b = sequence // 32
@@ -404,6 +460,8 @@ def paged_decode_merge(
     )
     if held != 1:
         m = -1.7014118346046923e+38
+        total = 0.0
+        acc = tl.full([128], 0.0, tl.float32)  # [128]
         for first in range(0, held, 64):
             share = first + tl.arange(0, 64)  # [64]
             inside = share < held
@@ -412,31 +470,17 @@ def paged_decode_merge(
                 inside, tl.load(part_m + slot * part_m_s0 + row_of_tile * part_m_s1, mask=inside, other=0),
                 -1.7014118346046923e+38,
             )
-            m = tl.maximum(m, tl.max(peaks, 0))
-        total = 0.0
-        acc = tl.full([128], 0.0, tl.float32)  # [128]
-        for first in range(0, held, 64):
-            share = first + tl.arange(0, 64)  # [64]
-            inside = share < held
-            slot = (first_range + share) * 2 + tl.where(share > 0, 0, 1)
-            weights = tl.exp2(
-                tl.where(
-                    inside, tl.load(part_m + slot * part_m_s0 + row_of_tile * part_m_s1, mask=inside, other=0),
-                    -1.7014118346046923e+38,
-                )
-                - m
-            )
-            total = total + tl.sum(
-                tl.load(part_l + slot * part_l_s0 + row_of_tile * part_l_s1, mask=inside, other=0) * weights, 0,
-            )
-            acc = acc + tl.sum(
-                tl.load(
-                    part_o + slot[:, None] * part_o_h + row_of_tile * part_o_s + tl.arange(0, 128)[None, :],
-                    mask=inside[:, None], other=0,
-                )
-                * weights[:, None],
-                0,
-            )
+            totals = tl.load(part_l + slot * part_l_s0 + row_of_tile * part_l_s1, mask=inside, other=0)
+            outputs = tl.load(
+                part_o + slot[:, None] * part_o_h + row_of_tile * part_o_s + tl.arange(0, 128)[None, :],
+                mask=inside[:, None], other=0,
+            )  # [64, 128]
+            m_new = tl.maximum(m, tl.max(peaks, 0))
+            alpha = tl.exp2(m - m_new)
+            m = m_new
+            weights = tl.exp2(peaks - m_new)
+            total = total * alpha + tl.sum(totals * weights, 0)
+            acc = acc * alpha + tl.sum(outputs * weights[:, None], 0)
         empty = total <= 0.0
         divisor = tl.where(empty, 1.0, total)
         if WRITE_LSE > 0:

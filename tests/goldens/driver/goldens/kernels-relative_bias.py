@@ -19,6 +19,16 @@ BF16 = tl.constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat1
 
 
 @triton.jit
+def begin_early(EARLY: tl.constexpr):
+    """Lets the programs of the next launch begin, and waits for all that those of the launch before have written."""
+    if EARLY:
+        tl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
+        tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def load_tile(
     X, b, h, row, column: tl.constexpr, stride_b, stride_h, stride_s, rows,
     DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
@@ -122,7 +132,7 @@ def group_key_tile(
     m_new = tl.maximum(m, tl.max(x, 1) * 1.4426950408889634)  # [BM]
     p = tl.exp2(x * 1.4426950408889634 - m_new[:, None])  # [BM, BN]
     alpha = tl.exp2(m - m_new)
-    l = l * alpha[:, None] + tl.sum(tl.reshape(p, [BM, BN // 8, 8]), 1)
+    l = l * alpha[:, None] + tl.sum(tl.reshape(p, [BM, 4, BN // 4]), 1)
     v = load_tile(V, b, h, n, 0, v_b, v_h, v_s, Sk, 64, BN, 64, TMA)  # [BN, 64]
     acc = tl.dot(p.to(BF16), v, acc * alpha[:, None])
     m = m_new
@@ -237,9 +247,11 @@ def relative_bias_split(
     part_m_s1: tl.int64, part_l_s0: tl.int64, part_l_s1: tl.int64, part_o_b: tl.int64, part_o_h: tl.int64,
     part_o_s: tl.int64,
     B, Sq, Sk, len_W, scale,
-    BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, FILL: tl.constexpr, TMA: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, FILL: tl.constexpr, EARLY: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """Few queries of relative_bias: one program per query tile of a group of heads and share of its keys."""
+    begin_early(EARLY)
     tiles = (Sq + (BM - 1)) // BM
     shares = tl.minimum(
         ((Sk + (BN - 1)) // BN + (SPLIT - 1)) // SPLIT, tl.maximum(FILL // (B * 16 * ((Sq + (BM - 1)) // BM)), 1),
@@ -268,7 +280,7 @@ def relative_bias_split(
     last = tl.where(share < stride, whole_0 + cut_0, 0)
     first_cut = tl.where(first < whole_0, (stride - (whole_0 - first) % stride) % stride, first - whole_0)
     m = tl.full([BM], -1.7014118346046923e+38, tl.float32)  # running maximum, in units of log 2
-    l = tl.full([BM, 8], 0.0, tl.float32)  # running sum, in parts that one thread holds
+    l = tl.full([BM, BN // 4], 0.0, tl.float32)  # running sum, in parts that one thread holds
     acc = tl.full([BM, 64], 0.0, tl.float32)  # [BM, 64]
     # tiles in which every pair counts
     for t in range(first, tl.minimum(last, whole_0), stride):
@@ -301,8 +313,10 @@ def relative_bias_merge(
     part_o_h: tl.int64, part_o_s: tl.int64,
     B, Sq, Sk,
     BM: tl.constexpr, BN: tl.constexpr, WRITE_LSE: tl.constexpr, SPLIT: tl.constexpr, FILL: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Merges what the shares of each row found, and ends the row."""
+    begin_early(EARLY)
     sequence = tl.program_id(0) // Sq
     row = tl.program_id(0) % Sq
     b = sequence // 16
@@ -311,6 +325,8 @@ def relative_bias_merge(
         ((Sk + (BN - 1)) // BN + (SPLIT - 1)) // SPLIT, tl.maximum(FILL // (B * 16 * ((Sq + (BM - 1)) // BM)), 1),
     )
     m = -1.7014118346046923e+38
+    total = 0.0
+    acc = tl.full([64], 0.0, tl.float32)  # [64]
     for first in range(0, shares, 64):
         share = first + tl.arange(0, 64)  # [64]
         inside = share < shares
@@ -318,30 +334,17 @@ def relative_bias_merge(
             inside, tl.load(part_m + tl.program_id(0) * part_m_s0 + share * part_m_s1, mask=inside, other=0),
             -1.7014118346046923e+38,
         )
-        m = tl.maximum(m, tl.max(peaks, 0))
-    total = 0.0
-    acc = tl.full([64], 0.0, tl.float32)  # [64]
-    for first in range(0, shares, 64):
-        share = first + tl.arange(0, 64)  # [64]
-        inside = share < shares
-        weights = tl.exp2(
-            tl.where(
-                inside, tl.load(part_m + tl.program_id(0) * part_m_s0 + share * part_m_s1, mask=inside, other=0),
-                -1.7014118346046923e+38,
-            )
-            - m
-        )
-        total = total + tl.sum(
-            tl.load(part_l + tl.program_id(0) * part_l_s0 + share * part_l_s1, mask=inside, other=0) * weights, 0,
-        )
-        acc = acc + tl.sum(
-            tl.load(
-                part_o + tl.program_id(0) * part_o_h + share[:, None] * part_o_s + tl.arange(0, 64)[None, :],
-                mask=inside[:, None], other=0,
-            )
-            * weights[:, None],
-            0,
-        )
+        totals = tl.load(part_l + tl.program_id(0) * part_l_s0 + share * part_l_s1, mask=inside, other=0)
+        outputs = tl.load(
+            part_o + tl.program_id(0) * part_o_h + share[:, None] * part_o_s + tl.arange(0, 64)[None, :],
+            mask=inside[:, None], other=0,
+        )  # [64, 64]
+        m_new = tl.maximum(m, tl.max(peaks, 0))
+        alpha = tl.exp2(m - m_new)
+        m = m_new
+        weights = tl.exp2(peaks - m_new)
+        total = total * alpha + tl.sum(totals * weights, 0)
+        acc = acc * alpha + tl.sum(outputs * weights[:, None], 0)
     empty = total <= 0.0
     divisor = tl.where(empty, 1.0, total)
     if WRITE_LSE > 0:
