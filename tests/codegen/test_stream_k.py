@@ -204,9 +204,7 @@ def test_kernels_compile_for_gpus() -> None:
     assert len(wanted) == 6
     for text, outcome in zip(wanted, build_all(list(wanted.values())), strict=True):
         assert not isinstance(outcome, Failed), (text, outcome.reason)
-        assert outcome.spill_bytes <= 8 * ("_merge" in text), (
-            text
-        )  # it asks for all states at once; by Triton 3.9 two words
+        assert outcome.spill_bytes <= 8 * ("_merge" in text), text  # two words, by Triton 3.9
         assert ("mma" in outcome.loop or "wgmma" in outcome.loop) == ("_stream" in text), text
 
 
