@@ -12,7 +12,9 @@ from attncc.codegen.triton import handles, strides
 from attncc.ir.attention import Attention
 from attncc.ir.expr import FLOATS, Dim
 from attncc.ir.tile import Engine, Kernel, Param, reads_memory
-from attncc.passes.lower.parts import BLOCK
+
+BLOCK: Final = 64
+"""Columns of an operand that is multiplied in parts, by which its map is read."""
 
 
 def mapping(m: Mapping[str, int]) -> str:
