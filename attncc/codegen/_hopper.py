@@ -209,6 +209,22 @@ def rooms_of_rows(X, COUNT: gl.constexpr):
     return made
 
 
+@gluon.jit
+def rooms_of_operands(
+    maps, BN: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
+    DEPTH: gl.constexpr, COLUMNS: gl.constexpr, PARTS: gl.constexpr,
+):  # fmt: skip
+    """Shared memory for queries, keys, values, and for ribbons, where there are any."""
+    Q, K, V, X = maps
+    x_s = rooms(X, CONSUMERS * STAGES)
+    if PARTS:
+        q_s, k_s, v_s = one_room(K[0], DEPTH, COLUMNS, BN, CONSUMERS, STAGES, Q_STAGES)
+    else:
+        q_s = rooms(Q, CONSUMERS * Q_STAGES)
+        k_s, v_s = rooms(K, STAGES), rooms(V, STAGES)
+    return q_s, k_s, v_s, x_s
+
+
 # What numbers are must not make another kernel: this one was looked at.
 @gluon.jit(do_not_specialize=["out_h", "out_s", "lse_h", "write_lse", "tiles", "args"])
 def forward(
@@ -249,20 +265,13 @@ def forward(
     """
     maps = (pieces(Q0, Q1), pieces(K0, K1), pieces(V0, V1), pieces(X0, None))
     O = pieces(O0, O1)
-    x_s = rooms(maps[3], CONSUMERS * STAGES)
-    if PARTS:
-        q_s, k_s, v_s = one_room(K0, DEPTH, COLUMNS, BN, CONSUMERS, STAGES, Q_STAGES)
-    else:
-        q_s = rooms(maps[0], CONSUMERS * Q_STAGES)
-        k_s, v_s = rooms(maps[1], STAGES), rooms(maps[2], STAGES)
-    places = (q_s, k_s, v_s, x_s)
+    places = rooms_of_operands(maps, BN, CONSUMERS, STAGES, Q_STAGES, DEPTH, COLUMNS, PARTS)
+    o_s = places[0]
     if OWN_ROOM:
         if len(O) > 0:
             o_s = rooms(O, CONSUMERS)
         else:  # packed sequences
             o_s = rooms_of_rows(maps[2], CONSUMERS)
-    else:
-        o_s = q_s
     mail = gl.allocate_shared_memory(
         gl.int32, [2 * (LETTER + NUMBERS - KNOWN), 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )

@@ -4,6 +4,8 @@ A tile of it has no more numbers than rows and keys together. They come by TMA, 
 and every thread reads those of its pairs in the accumulators' layout.
 """
 
+from typing import Any
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language import core
@@ -17,7 +19,7 @@ STAGGER = gl.constexpr(16)
 
 
 @core.extern
-def thread(_semantic=None):
+def thread(_semantic: Any = None) -> Any:
     """This thread's number, by LLVM's name: where assembly asks for it, ptxas loses sight of what warps share."""
     number = {(): ("llvm.nvvm.read.ptx.sreg.tid.x", core.dtype("int32"))}
     return core.extern_elementwise("", "", [], number, is_pure=True, _semantic=_semantic)
