@@ -178,6 +178,7 @@ def _with_ribbon(attn: Attention, r: ribbon.Ribbon, program: Program, engine: En
 
 def engine(attn: Attention) -> Engine:
     """What the engine asks of a variant."""
+    parts = has_parts(attn)
     attn, beside = ribbon.split(quantize.with_scales(attn))
     rule = rule_of(attn)
     tensors = [*([CU_Q, CU_K] if is_varlen(attn) else []), *map(input_param, attn.inputs)]
@@ -214,7 +215,7 @@ def engine(attn: Attention) -> Engine:
         tuple(p.width for p in pieces(attn.dims.v, PIECES)),
         substitute(programs(attn), {"BM": name("E_CONSUMERS") * ROWS}),
         is_exact(attn),
-        parts=has_parts(attn),
+        parts=parts,
     )
 
 
