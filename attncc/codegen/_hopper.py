@@ -14,8 +14,9 @@ what a product becomes, and how a row ends. Everything here is about keeping the
   waits for the slowest; or they are dealt out, where all take equally long (`DRAWN`). Consumers hear of a tile by mail:
   the producer puts all that is known of it into shared memory, while they are still busy with the one before.
 
-A head dim is one piece, a power of two wide, or two: 80 is 64 + 16, and 192 is 128 + 64. Operands are tuples of their
-pieces, and so are their places in shared memory.
+A head dim is one piece, a power of two wide, or two: 160 is 128 + 32. Operands are tuples of their pieces, and so are
+their places in shared memory. Where that costs too much, operands lie in one room, and scores and accumulators are
+tuples of narrow parts, as many as heads and key tiles are wide: `_parts.py` has products of them.
 
 Operands of fp8 are multiplied as they are stored. Values come turned, as [column, key], which is how wgmma wants bytes,
 and with keys in the order in which a thread has its weights. wgmma keeps some 14 bits of a sum of fp8 products: what
@@ -35,7 +36,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from . import hopper as variant
 from ._consumer import consume, leave
 from ._gluon import ROWS, barriers, load_by_tma
-from ._parts import BLOCK, area, blocks_of, in_blocks, load_blocks, stop_elsewhere, unit_of
+from ._parts import blocks_of, load_blocks, one_room
 from ._steps import LETTER, few_bits, fixed, in_room
 
 # -- the producer --------------------------------------------------------------------------------
@@ -208,25 +209,6 @@ def rooms_of_rows(X, COUNT: gl.constexpr):
     return made
 
 
-@gluon.jit
-def rooms_of_operands(
-    maps, BN: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
-    DEPTH: gl.constexpr, COLUMNS: gl.constexpr, PARTS: gl.constexpr,
-):  # fmt: skip
-    """Shared memory for queries, keys, values, and for ribbons, where there are any."""
-    Q, K, V, X = maps
-    x_s = rooms(X, CONSUMERS * STAGES)
-    if PARTS:
-        UNITS: gl.constexpr = area("end", DEPTH, COLUMNS, BN, CONSUMERS, STAGES, Q_STAGES)[0]
-        k_s = (gl.allocate_shared_memory(K[0].dtype, [UNITS, 1, 1, unit_of(BN), BLOCK], K[0].layout),)
-        stop_elsewhere(k_s[0])
-        q_s, v_s = (in_blocks(k_s[0]),), k_s
-    else:
-        q_s = rooms(Q, CONSUMERS * Q_STAGES)
-        k_s, v_s = rooms(K, STAGES), rooms(V, STAGES)
-    return q_s, k_s, v_s, x_s
-
-
 # What numbers are must not make another kernel: this one was looked at.
 @gluon.jit(do_not_specialize=["out_h", "out_s", "lse_h", "write_lse", "tiles", "args"])
 def forward(
@@ -237,8 +219,8 @@ def forward(
     TURNS: gl.constexpr, REGISTERS: gl.constexpr, POLY: gl.constexpr, DRAWN: gl.constexpr, AGAIN: gl.constexpr,
     MARK_LOST: gl.constexpr, NUMBERS: gl.constexpr, KNOWN: gl.constexpr, FLOATS: gl.constexpr,
     FACTOR: gl.constexpr, QUERIES: gl.constexpr, KEYS: gl.constexpr, KEEP_ROWS: gl.constexpr,
-    READS_KEYS: gl.constexpr, OWN_ROOM: gl.constexpr, HEADS: gl.constexpr, COLUMNS: gl.constexpr,
-    OPENS: gl.constexpr, DEPTH: gl.constexpr, PARTS: gl.constexpr,
+    READS_KEYS: gl.constexpr, OWN_ROOM: gl.constexpr, HEADS: gl.constexpr, COLUMNS: gl.constexpr, OPENS: gl.constexpr,
+    DEPTH: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """The forward pass.
 
@@ -260,14 +242,21 @@ def forward(
         FACTOR, QUERIES, KEYS: which of them are the factor from scores to units of log 2, and the lengths.
         KEEP_ROWS: whether what the variant knows of rows comes from memory, and so is better kept than found again.
         READS_KEYS: whether score or mask read memory at the keys; if not, the mask ends where they do.
-        HEADS: query heads. COLUMNS: of the output.
+        HEADS: query heads. COLUMNS, DEPTH: of the output, and of keys.
         OPENS: whether scores begin with their ribbon, and their formula has none.
+        PARTS: whether products are as wide as heads and key tiles are (`_parts.py`), and not made of pieces.
         OWN_ROOM: whether the output does not leave by way of Q's shared memory, because its pieces or dtype are others.
     """
     maps = (pieces(Q0, Q1), pieces(K0, K1), pieces(V0, V1), pieces(X0, None))
     O = pieces(O0, O1)
-    places = rooms_of_operands(maps, BN, CONSUMERS, STAGES, Q_STAGES, DEPTH, COLUMNS, PARTS)
-    o_s = places[0]
+    x_s = rooms(maps[3], CONSUMERS * STAGES)
+    if PARTS:
+        q_s, k_s, v_s = one_room(K0, DEPTH, COLUMNS, BN, CONSUMERS, STAGES, Q_STAGES)
+    else:
+        q_s = rooms(maps[0], CONSUMERS * Q_STAGES)
+        k_s, v_s = rooms(maps[1], STAGES), rooms(maps[2], STAGES)
+    places = (q_s, k_s, v_s, x_s)
+    o_s = q_s
     if OWN_ROOM:
         if len(O) > 0:
             o_s = rooms(O, CONSUMERS)
@@ -286,35 +275,28 @@ def forward(
     if CONSUMERS == 2:
         gl.warp_specialize([
             (consume, (0, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
-                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN,
-                        OPENS, DEPTH, PARTS))),
+                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST, KNOWN, FLOATS, FACTOR,
+                        QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN, OPENS, DEPTH, PARTS))),
             (consume, (1, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
-                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN,
-                        OPENS, DEPTH, PARTS))),
+                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST, KNOWN, FLOATS, FACTOR,
+                        QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN, OPENS, DEPTH, PARTS))),
             (produce, (maps, counter, lost, places, mail, bars, tiles, args,
-                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN,
-                        OPENS, DEPTH, PARTS))),
+                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST, KNOWN, FLOATS, FACTOR,
+                        QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN, OPENS, DEPTH, PARTS))),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.static_assert(CONSUMERS == 3)
         gl.warp_specialize([
             (consume, (0, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
-                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN,
-                        OPENS, DEPTH, PARTS))),
+                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST, KNOWN, FLOATS, FACTOR,
+                        QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN, OPENS, DEPTH, PARTS))),
             (consume, (1, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
-                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN,
-                        OPENS, DEPTH, PARTS))),
+                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST, KNOWN, FLOATS, FACTOR,
+                        QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN, OPENS, DEPTH, PARTS))),
             (consume, (2, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
-                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN,
-                        OPENS, DEPTH, PARTS))),
+                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST, KNOWN, FLOATS, FACTOR,
+                        QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN, OPENS, DEPTH, PARTS))),
             (produce, (maps, counter, lost, places, mail, bars, tiles, args,
-                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN,
-                        OPENS, DEPTH, PARTS))),
+                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST, KNOWN, FLOATS, FACTOR,
+                        QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN, OPENS, DEPTH, PARTS))),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip

@@ -83,6 +83,18 @@ def stop_elsewhere(room):
 
 
 @gluon.jit
+def one_room(
+    K, DEPTH: gl.constexpr, COLUMNS: gl.constexpr, BN: gl.constexpr, CONSUMERS: gl.constexpr,
+    STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
+):  # fmt: skip
+    """The room, as queries, keys and values have it."""
+    UNITS: gl.constexpr = area("end", DEPTH, COLUMNS, BN, CONSUMERS, STAGES, Q_STAGES)[0]
+    room = gl.allocate_shared_memory(K.dtype, [UNITS, 1, 1, unit_of(BN), BLOCK], K.layout)
+    stop_elsewhere(room)
+    return (in_blocks(room),), (room,), (room,)
+
+
+@gluon.jit
 def load_blocks(X, b, h, row, first, bar, room, LINES: gl.constexpr, BLOCKS: gl.constexpr):
     """Copies so many rows and blocks to a room, from this one of its units on."""
     UNIT: gl.constexpr = room.shape[3]

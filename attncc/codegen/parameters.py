@@ -14,7 +14,7 @@ from attncc.ir.expr import FLOATS, Dim
 from attncc.ir.tile import Engine, Kernel, Param, reads_memory
 
 BLOCK: Final = 64
-"""Columns of an operand that is multiplied in parts, by which its map is read."""
+"""Columns that stand together of operands that are multiplied in parts, the last ones of a row filled up with zeros."""
 
 
 def mapping(m: Mapping[str, int]) -> str:

@@ -7,8 +7,6 @@ from typing import Final
 from attncc.ir.attention import Attention
 from attncc.passes.lower.conditions import is_light, is_listed, is_quantised, reads_tiles
 
-BLOCK: Final = 64
-"""Columns of an operand that stand together in shared memory, the last ones of a row filled up with zeros."""
 NARROW: Final = (64, 96)
 WIDE: Final = (160, 256)
 """Head dims, above and up to, for which it was measured to be faster than powers of two; 64 and 128 take as long either
