@@ -6,6 +6,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from . import hopper as variant
 from ._gluon import FIRST_ANSWER, ROWS, barrier, store_by_tma
+from ._parts import NARROW, PART, as_blocks, zero_parts
 from ._softmax import MOST, lane_sum, scaled
 from ._steps import (
     LETTER,
@@ -17,6 +18,7 @@ from ._steps import (
     few_bits,
     fill,
     fixed,
+    in_room,
     joined,
     overlap,
     pass_turn,
@@ -85,17 +87,26 @@ def write_lines(o, sinks, h, first, left, column0, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
+def nth(x, N: gl.constexpr):
+    """Of several; or the one that does for all."""
+    AT: gl.constexpr = N if len(x) > 1 else 0
+    return x[AT]
+
+
+@gluon.jit
 def store(o, O, o_s, sinks, at, b, h, first, left, COLUMNS: gl.constexpr):
-    """Writes an output by way of its place in shared memory, but for what is behind the `left` rows of the sequence."""
+    """Writes an output by way of its places in shared memory, but for what is behind the `left` rows of the sequence.
+    Pieces have a place each, or one behind the other."""
     for n in gl.static_range(len(o)):
-        tile_of(o_s[n], at).store(o[n].to(o_s[n].dtype))
+        tile_of(nth(o_s, n), at + n * (len(o_s) == 1)).store(o[n].to(o_s[0].dtype))
     fence_async_shared()
     barrier()
     for n in gl.static_range(len(o)):
+        place = nth(o_s, n).index(at + n * (len(o_s) == 1))
         if len(O) > 0:  # TMA ends where the tensor does
-            store_by_tma(O[n], [b, h, first, n * o[0].shape[1]], o_s[n].index(at))
+            store_by_tma(nth(O, n), [b, h, first, n * o[0].shape[1]], place)
         else:
-            write_lines(tile_of(o_s[n], at), sinks, h, first, left, n * o[0].shape[1], COLUMNS)
+            write_lines(place.reshape([ROWS, o[n].shape[1]]), sinks, h, first, left, n * o[0].shape[1], COLUMNS)
 
 
 @gluon.jit
@@ -115,20 +126,25 @@ def zeros(place):
 
 
 @gluon.jit
-def nothing(v_s):
+def nothing(v_s, CONFIG):
     """Accumulators of no keys at all."""
     acc = ()
-    for n in gl.static_range(len(v_s)):
-        acc = acc + (zeros(v_s[n]),)
+    if fixed(CONFIG, "PARTS"):
+        acc = zero_parts(fixed(CONFIG, "COLUMNS"))
+    else:
+        for n in gl.static_range(len(v_s)):
+            acc = acc + (zeros(v_s[n]),)
     return acc
 
 
 @gluon.jit
-def tiles_of(q_s, at):
-    q = ()
-    for n in gl.static_range(len(q_s)):
-        q = q + (tile_of(q_s[n], at),)
-    return q
+def ramps(s, args, LAYOUT: gl.constexpr, CONFIG):
+    """What the variant knows of a tile's columns, for each of the tensors that scores are."""
+    WIDTH: gl.constexpr = NARROW if fixed(CONFIG, "PARTS") else fixed(CONFIG, "BN")
+    made = ()
+    for part in gl.static_range(fixed(CONFIG, "BN") // WIDTH):
+        made = made + (variant.ramp(part * WIDTH + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT)), s, args),)
+    return made
 
 
 @gluon.jit
@@ -137,9 +153,9 @@ def finish(m, l, r, s, known, mail, letter, args, DTYPE: gl.constexpr, ROW: gl.c
     total = gl.convert_layout(gl.sum(l, 1), ROW)
     if few_bits(DTYPE):  # what only the end needs is heard of again, and takes no registers from the loop
         s_end = known + fetch_own(mail, letter + LETTER, fixed(CONFIG, "FLOATS"))
-        factor, lse = variant.finish(m, total * (1.0 / MOST), r, s_end, args)
+        factor, lse = variant.finish(m, total * (1.0 / MOST), r[0], s_end, args)
     else:
-        factor, lse = variant.finish(m, total, r, s, args)
+        factor, lse = variant.finish(m, total, r[0], s, args)
     return factor, lse
 
 
@@ -147,14 +163,14 @@ def finish(m, l, r, s, known, mail, letter, args, DTYPE: gl.constexpr, ROW: gl.c
 def consume(NUMBER: gl.constexpr, O, sinks, places, o_s, mail, bars, args, OWN_ROOM: gl.constexpr, CONFIG):
     """One warpgroup's rows of each query tile of this block."""
     q_full, q_empty, _, _, v_full, v_empty, _, _, mail_full, mail_empty = bars
-    q_s, _, v_s, _ = places
+    _, _, v_s, _ = places
     _, _, _, LSE, lse_h, write_lse, lost, counter = sinks
     BN: gl.constexpr = fixed(CONFIG, "BN")
     CONSUMERS: gl.constexpr = fixed(CONFIG, "CONSUMERS")
     STAGES: gl.constexpr = fixed(CONFIG, "STAGES")
     Q_STAGES: gl.constexpr = fixed(CONFIG, "Q_STAGES")
     SIZE: gl.constexpr = mail.shape[0] // 2
-    S_LAYOUT: gl.constexpr = accumulator(BN, v_s[0].dtype)
+    S_LAYOUT: gl.constexpr = PART if fixed(CONFIG, "PARTS") else accumulator(BN, v_s[0].dtype)
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     read = 0  # tiles of K
     done = 0  # query tiles
@@ -170,26 +186,25 @@ def consume(NUMBER: gl.constexpr, O, sinks, places, o_s, mail, bars, args, OWN_R
         s = known + fetch_own(mail, letter + LETTER, fixed(CONFIG, "FLOATS"))
         c = s[fixed(CONFIG, "FACTOR")]
         r = variant.rows(row0 + NUMBER * ROWS + gl.arange(0, ROWS, ROW), s, args)
-        r = r + variant.ramp(gl.arange(0, BN, gl.SliceLayout(0, S_LAYOUT)), s, args)
+        r = (r, ramps(s, args, S_LAYOUT, CONFIG))
         q_at = (done % Q_STAGES) * CONSUMERS + NUMBER
-        q = tiles_of(q_s, q_at)
         mbarrier.wait(q_full.index(q_at), (done // Q_STAGES) & 1)
         if Q_STAGES == 2:  # the output of the tile before has left its place by now, which is the next Q's
             tma.store_wait(0)
             barrier()
             mbarrier.arrive(q_empty.index(((done + 1) % 2) * CONSUMERS + NUMBER), count=1, pred=done > 0)
-        acc = nothing(v_s)
-        p, m, l, late = fill(q, cuts, read, places, bars, c, r, s, args, NUMBER, S_LAYOUT, CONFIG)
+        acc = nothing(v_s, CONFIG)
+        p, m, l, late = fill(q_at, cuts, read, places, bars, c, r, s, args, NUMBER, S_LAYOUT, CONFIG)
         read += 1
         for t in range(1, cuts):
             p, m, l, acc, late = overlap(
-                q, p, m, l, acc, late, t, read, places, bars, mail, letter, known, c, r, s, args,
+                q_at, p, m, l, acc, late, t, read, places, bars, mail, letter, known, c, r, s, args,
                 NUMBER, S_LAYOUT, True, CONFIG,
             )  # fmt: skip
             read += 1
         for t in range(gl.maximum(1 - cuts, 0), count - cuts):
             p, m, l, acc, late = overlap(
-                q, p, m, l, acc, late, t, read, places, bars, mail, letter, known, c, r, s, args,
+                q_at, p, m, l, acc, late, t, read, places, bars, mail, letter, known, c, r, s, args,
                 NUMBER, S_LAYOUT, False, CONFIG,
             )  # fmt: skip
             read += 1
@@ -197,7 +212,7 @@ def consume(NUMBER: gl.constexpr, O, sinks, places, o_s, mail, bars, args, OWN_R
         # the pipeline drains; while it does, the row's end and the next letter's first number
         before = (read - 1) % STAGES
         mbarrier.wait(v_full.index(before), ((read - 1) // STAGES) & 1)
-        acc_sent = add_values(p, v_s, before, acc)
+        acc_sent = add_values(p, v_s, before, acc, CONFIG)
         factor, lse = finish(m, l, r, s, known, mail, letter, args, v_s[0].dtype, ROW, CONFIG)
         b, h, first = fetch(mail, letter + 3), fetch(mail, letter + 4), fetch(mail, letter + 5) + NUMBER * ROWS
         left = fetch(mail, letter + 6) - NUMBER * ROWS
@@ -207,6 +222,8 @@ def consume(NUMBER: gl.constexpr, O, sinks, places, o_s, mail, bars, args, OWN_R
         mbarrier.wait(mail_full.index(done & 1), (done >> 1) & 1)
         count = fetch(mail, (done & 1) * SIZE)
         acc = joined(arrived(acc_sent), acc, late)
+        if fixed(CONFIG, "PARTS"):
+            acc = as_blocks(acc)
         mbarrier.arrive(v_empty.index(before), count=1)
         if fixed(CONFIG, "MARK_LOST"):
             mark_lost(acc, lost, counter, again, left, NUMBER)
@@ -215,7 +232,8 @@ def consume(NUMBER: gl.constexpr, O, sinks, places, o_s, mail, bars, args, OWN_R
             barrier()
             store(scaled(acc, factor), O, o_s, sinks, NUMBER, b, h, first, left, fixed(CONFIG, "COLUMNS"))
         else:
-            store(scaled(acc, factor), O, o_s, sinks, q_at, b, h, first, left, fixed(CONFIG, "COLUMNS"))
+            o_at = in_room(CONFIG, "q", q_at)
+            store(scaled(acc, factor), O, o_s, sinks, o_at, b, h, first, left, fixed(CONFIG, "COLUMNS"))
         if write_lse > 0:
             write_rows(LSE + (b * fixed(CONFIG, "HEADS") + h).to(gl.int64) * lse_h, lse, first, left, ROW)
         if Q_STAGES == 1:

@@ -13,6 +13,7 @@ FIRST_ANSWER = gl.constexpr(12)
 
 # what newer versions of Triton call otherwise
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+reinterpreted = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 load_by_tma = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 store_by_tma = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 

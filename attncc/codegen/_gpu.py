@@ -176,6 +176,10 @@ class Runner:
                 case ("tile", name, rows, columns) if flags["TMA"]:
                     block = [1, 1, *(numbers.get(d, d) for d in (rows, columns))]
                     launch.bound.tiles.append((at, order[name], axes[name], block))
+                case ("block", name, rows, columns):
+                    lines = numbers.get(rows, rows)
+                    block = [1, 1, min(lines & -lines, columns), columns]
+                    launch.bound.tiles.append((at, order[name], axes[name], block))
                 case ("tile", name, _, _) | ("tensor", name):
                     launch.bound.tensors.append((at, order[name]))
                 case ("stride", name, axis):

@@ -14,8 +14,9 @@ what a product becomes, and how a row ends. Everything here is about keeping the
   waits for the slowest; or they are dealt out, where all take equally long (`DRAWN`). Consumers hear of a tile by mail:
   the producer puts all that is known of it into shared memory, while they are still busy with the one before.
 
-A head dim is one piece, a power of two wide, or two: 80 is 64 + 16, and 192 is 128 + 64. Operands are tuples of their
-pieces, and so are their places in shared memory.
+A head dim is one piece, a power of two wide, or two: 160 is 128 + 32. Operands are tuples of their pieces, and so are
+their places in shared memory. Where that costs too much, operands lie in one room, and scores and accumulators are
+tuples of narrow parts, as many as heads and key tiles are wide: `_parts.py` has products of them.
 
 Operands of fp8 are multiplied as they are stored. Values come turned, as [column, key], which is how wgmma wants bytes,
 and with keys in the order in which a thread has its weights. wgmma keeps some 14 bits of a sum of fp8 products: what
@@ -35,34 +36,35 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from . import hopper as variant
 from ._consumer import consume, leave
 from ._gluon import ROWS, barriers, load_by_tma
-from ._steps import LETTER, few_bits, fixed
+from ._parts import blocks_of, load_blocks, one_room
+from ._steps import LETTER, few_bits, fixed, in_room
 
 # -- the producer --------------------------------------------------------------------------------
 
 
 @gluon.jit
-def load(X, b, h, row, slot, bar, X_s):
-    """Copies a tile, piece by piece, to its slot; the barrier hears of all its bytes."""
+def load(WHAT: gl.constexpr, X, b, h, row, slot, bar, X_s, CONFIG):
+    """Copies a tile of queries, keys or values to its slot; the barrier hears of all its bytes."""
+    if fixed(CONFIG, "PARTS"):
+        LINES: gl.constexpr = ROWS if WHAT == "q" else fixed(CONFIG, "BN")
+        BLOCKS: gl.constexpr = blocks_of(fixed(CONFIG, "COLUMNS") if WHAT == "v" else fixed(CONFIG, "DEPTH"))
+        load_blocks(X[0], b, h, row, in_room(CONFIG, WHAT, slot), bar, X_s[0], LINES, BLOCKS)
+    else:
+        load_pieces(X, b, h, row, slot, bar, X_s, WHAT == "v" and few_bits(X[0].dtype))
+
+
+@gluon.jit
+def load_pieces(X, b, h, row, slot, bar, X_s, TURNED: gl.constexpr):
+    """The same piece by piece; values come as [column, key] where they are turned."""
     if len(X) == 1:
         mbarrier.expect(bar, X[0].block_type.nbytes)
     else:
         mbarrier.expect(bar, X[0].block_type.nbytes + X[1].block_type.nbytes)
     for n in gl.static_range(len(X)):
-        load_by_tma(X[n], [b, h, row, n * X[0].block_type.shape[3]], bar, X_s[n].index(slot))
-
-
-@gluon.jit
-def load_values(V, b, h, key, slot, bar, V_s):
-    """The same of values, which come as [column, key] where they are turned."""
-    if few_bits(V[0].dtype):
-        if len(V) == 1:
-            mbarrier.expect(bar, V[0].block_type.nbytes)
+        if TURNED:
+            load_by_tma(X[n], [b, h, n * X[0].block_type.shape[2], row], bar, X_s[n].index(slot))
         else:
-            mbarrier.expect(bar, V[0].block_type.nbytes + V[1].block_type.nbytes)
-        for n in gl.static_range(len(V)):
-            load_by_tma(V[n], [b, h, n * V[0].block_type.shape[2], key], bar, V_s[n].index(slot))
-    else:
-        load(V, b, h, key, slot, bar, V_s)
+            load_by_tma(X[n], [b, h, row, n * X[0].block_type.shape[3]], bar, X_s[n].index(slot))
 
 
 @gluon.jit
@@ -105,12 +107,12 @@ def copy(t, copied, done, at, where, cuts, s, maps, places, bars, args, CONFIG):
     slot = copied % STAGES
     phase = (copied // STAGES) & 1
     mbarrier.wait(k_empty.index(slot), phase ^ 1)
-    load(K, b, hk, first_key + n, slot, k_full.index(slot), k_s)
+    load("k", K, b, hk, first_key + n, slot, k_full.index(slot), k_s, CONFIG)
     if t == 0:
         for c in gl.static_range(CONSUMERS):
             place = (done % Q_STAGES) * CONSUMERS + c
             mbarrier.wait(q_empty.index(place), ((done // Q_STAGES) & 1) ^ 1)
-            load(Q, b, h, first_query + c * ROWS, place, q_full.index(place), q_s)
+            load("q", Q, b, h, first_query + c * ROWS, place, q_full.index(place), q_s, CONFIG)
     if len(X) > 0:
         for c in gl.static_range(CONSUMERS):
             table, column = variant.beside(n, row0 + c * ROWS, at, args)
@@ -118,7 +120,7 @@ def copy(t, copied, done, at, where, cuts, s, maps, places, bars, args, CONFIG):
             mbarrier.expect(x_full.index(c), X[0].block_type.nbytes)
             load_by_tma(X[0], [0, table, 0, column], x_full.index(c), x_s[0].index(c))
     mbarrier.wait(v_empty.index(slot), phase ^ 1)
-    load_values(V, b, hv, first_key + n, slot, v_full.index(slot), v_s)
+    load("v", V, b, hv, first_key + n, slot, v_full.index(slot), v_s, CONFIG)
 
 
 @gluon.jit
@@ -216,7 +218,8 @@ def forward(
     TURNS: gl.constexpr, REGISTERS: gl.constexpr, POLY: gl.constexpr, DRAWN: gl.constexpr, AGAIN: gl.constexpr,
     MARK_LOST: gl.constexpr, NUMBERS: gl.constexpr, KNOWN: gl.constexpr, FLOATS: gl.constexpr,
     FACTOR: gl.constexpr, QUERIES: gl.constexpr, KEYS: gl.constexpr, KEEP_ROWS: gl.constexpr,
-    READS_KEYS: gl.constexpr, OWN_ROOM: gl.constexpr, HEADS: gl.constexpr, COLUMNS: gl.constexpr,
+    READS_KEYS: gl.constexpr, OWN_ROOM: gl.constexpr, HEADS: gl.constexpr, COLUMNS: gl.constexpr, DEPTH: gl.constexpr,
+    PARTS: gl.constexpr,
 ):  # fmt: skip
     """The forward pass.
 
@@ -237,13 +240,18 @@ def forward(
         FACTOR, QUERIES, KEYS: which of them are the factor from scores to units of log 2, and the lengths.
         KEEP_ROWS: whether what the variant knows of rows comes from memory, and so is better kept than found again.
         READS_KEYS: whether score or mask read memory at the keys; if not, the mask ends where they do.
-        HEADS: query heads. COLUMNS: of the output.
+        HEADS: query heads. COLUMNS, DEPTH: of the output, and of keys.
+        PARTS: whether products are as wide as heads and key tiles are (`_parts.py`), and not made of pieces.
         OWN_ROOM: whether the output does not leave by way of Q's shared memory, because its pieces or dtype are others.
     """
     maps = (pieces(Q0, Q1), pieces(K0, K1), pieces(V0, V1), pieces(X0, None))
     O = pieces(O0, O1)
-    q_s = rooms(maps[0], CONSUMERS * Q_STAGES)
-    k_s, v_s, x_s = rooms(maps[1], STAGES), rooms(maps[2], STAGES), rooms(maps[3], CONSUMERS)
+    x_s = rooms(maps[3], CONSUMERS)
+    if PARTS:
+        q_s, k_s, v_s = one_room(K0, DEPTH, COLUMNS, BN, CONSUMERS, STAGES, Q_STAGES)
+    else:
+        q_s = rooms(maps[0], CONSUMERS * Q_STAGES)
+        k_s, v_s = rooms(maps[1], STAGES), rooms(maps[2], STAGES)
     places = (q_s, k_s, v_s, x_s)
     if OWN_ROOM:
         if len(O) > 0:
@@ -266,28 +274,28 @@ def forward(
     if CONSUMERS == 2:
         gl.warp_specialize([
             (consume, (0, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
-                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN))),
+                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST, KNOWN, FLOATS, FACTOR,
+                        QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN, DEPTH, PARTS))),
             (consume, (1, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
-                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN))),
+                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST, KNOWN, FLOATS, FACTOR,
+                        QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN, DEPTH, PARTS))),
             (produce, (maps, counter, lost, places, mail, bars, tiles, args,
-                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN))),
+                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST, KNOWN, FLOATS, FACTOR,
+                        QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN, DEPTH, PARTS))),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.static_assert(CONSUMERS == 3)
         gl.warp_specialize([
             (consume, (0, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
-                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN))),
+                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST, KNOWN, FLOATS, FACTOR,
+                        QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN, DEPTH, PARTS))),
             (consume, (1, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
-                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN))),
+                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST, KNOWN, FLOATS, FACTOR,
+                        QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN, DEPTH, PARTS))),
             (consume, (2, O, sinks, places, o_s, mail, bars, args, OWN_ROOM,
-                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN))),
+                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST, KNOWN, FLOATS, FACTOR,
+                        QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN, DEPTH, PARTS))),
             (produce, (maps, counter, lost, places, mail, bars, tiles, args,
-                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST,
-                        KNOWN, FLOATS, FACTOR, QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN))),
+                       (BN, CONSUMERS, STAGES, Q_STAGES, TURNS, GROUP, AGAIN, MARK_LOST, KNOWN, FLOATS, FACTOR,
+                        QUERIES, KEYS, KEEP_ROWS, READS_KEYS, HEADS, COLUMNS, POLY, DRAWN, DEPTH, PARTS))),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip

@@ -28,8 +28,9 @@ class Kernel:
     """One launch: the kernel, how many programs, what its parameters are, and when it is due.
 
     A parameter is ("tile", tensor, rows, columns), ("tensor", name), ("stride", tensor, axis), ("size", name),
-    ("scale",), ("knob", name) or ("flag", name); an engine's may be ("absent",), ("counter",), ("programs",) and
-    ("args", *parameters), which travel as a tuple.
+    ("scale",), ("knob", name) or ("flag", name); an engine's may be ("absent",), ("counter",), ("programs",),
+    ("block", tensor, rows, columns), which has a power of two of rows that divides those, and ("args", *parameters),
+    which travel as a tuple.
     """
 
     function: Any

@@ -11,7 +11,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from . import hopper as variant
 from ._gluon import ROWS, named
-from ._softmax import LOWEST, lane_sum, per_lane, scaled, softmax
+from ._parts import area, part_scores, part_values, rounded_parts
+from ._softmax import LOWEST, lane_sums, per_lane, scaled, softmax
 
 LETTER = gl.constexpr(8)
 """Numbers that travel by mail before the variant's own."""
@@ -20,7 +21,7 @@ FIRST_TURN = gl.constexpr(9)
 FIXED = gl.constexpr({
     "BN": 0, "CONSUMERS": 1, "STAGES": 2, "Q_STAGES": 3, "TURNS": 4, "GROUP": 5, "AGAIN": 6, "MARK_LOST": 7, "KNOWN": 8,
     "FLOATS": 9, "FACTOR": 10, "QUERIES": 11, "KEYS": 12, "KEEP_ROWS": 13, "READS_KEYS": 14, "HEADS": 15,
-    "COLUMNS": 16, "POLY": 17, "DRAWN": 18,
+    "COLUMNS": 16, "POLY": 17, "DRAWN": 18, "DEPTH": 19, "PARTS": 20,
 })  # fmt: skip
 """Where what a launch fixes stands in the tuple in which it travels; functions would pass a dozen constants on else."""
 fixed = named(FIXED)
@@ -43,6 +44,23 @@ def take_turn(NUMBER: gl.constexpr):
 def pass_turn(NUMBER: gl.constexpr):
     asm: gl.constexpr = _barrier("arrive", FIRST_TURN + NUMBER)
     gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.constexpr_function
+def _area(config, what):
+    return area(what, *(fixed(config, name) for name in ("DEPTH", "COLUMNS", "BN", "CONSUMERS", "STAGES", "Q_STAGES")))
+
+
+@gluon.jit
+def in_room(CONFIG, WHAT: gl.constexpr, slot):
+    """Where a slot of queries, keys or values begins in the room of parts; else they have rooms of their own."""
+    if fixed(CONFIG, "PARTS"):
+        FIRST: gl.constexpr = _area(CONFIG, WHAT)[0]
+        SIZE: gl.constexpr = _area(CONFIG, WHAT)[1]
+        at = FIRST + slot * SIZE
+    else:
+        at = slot
+    return at
 
 
 @gluon.constexpr_function
@@ -103,6 +121,16 @@ def rounded(p, dtype: gl.constexpr):
 
 
 @gluon.jit
+def kept_weights(p, dtype: gl.constexpr, CONFIG):
+    """The same of tensors side by side."""
+    if fixed(CONFIG, "PARTS"):
+        made = rounded_parts(p, dtype)
+    else:
+        made = rounded(p[0], dtype)
+    return made
+
+
+@gluon.jit
 def unpacked(p, dtype: gl.constexpr, LAYOUT: gl.constexpr):
     """Weights out of numbers of two or four; by halves, which LLVM sees through, so that no instruction is left."""
     x = gl.join(p.to(gl.int16), (p >> 16).to(gl.int16))
@@ -154,13 +182,19 @@ def read_beside(places, bars, read, NUMBER: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def product(q, k_s, slot, LAYOUT: gl.constexpr):
-    """Issues Q K^T of a slot."""
-    BN: gl.constexpr = k_s[0].shape[3]
-    sent = gl.zeros([ROWS, BN], gl.float32, LAYOUT)
-    for n in gl.static_range(len(q)):
-        sent = warpgroup_mma(q[n], tile_of(k_s[n], slot).permute((1, 0)), sent, use_acc=n > 0, is_async=True)
-    return sent
+def product(q_s, q_at, k_s, slot, LAYOUT: gl.constexpr, CONFIG):
+    """Issues Q K^T of a slot. Scores are tensors side by side."""
+    BN: gl.constexpr = fixed(CONFIG, "BN")
+    if fixed(CONFIG, "PARTS"):
+        q_block, k_unit = in_room(CONFIG, "q", q_at), in_room(CONFIG, "k", slot)
+        made = part_scores(q_block, k_unit, fixed(CONFIG, "DEPTH"), BN, k_s[0].dtype)
+    else:
+        sent = gl.zeros([ROWS, BN], gl.float32, LAYOUT)
+        for n in gl.static_range(len(q_s)):
+            keys = tile_of(k_s[n], slot).permute((1, 0))
+            sent = warpgroup_mma(tile_of(q_s[n], q_at), keys, sent, use_acc=n > 0, is_async=True)
+        made = (sent,)
+    return made
 
 
 @gluon.jit
@@ -176,22 +210,25 @@ def value_product(p, place, slot, acc):
 
 
 @gluon.jit
-def add_values(p, v_s, slot, acc):
+def add_values(p, v_s, slot, acc, CONFIG):
     """Issues acc + P V of a slot; of few bits P V alone, to be `joined`."""
     sent = ()
-    for n in gl.static_range(len(acc)):
-        sent = sent + (value_product(p, v_s[n], slot, acc[n]),)
+    if fixed(CONFIG, "PARTS"):
+        sent = part_values(p, in_room(CONFIG, "v", slot), acc, fixed(CONFIG, "BN"), v_s[0].dtype)
+    else:
+        for n in gl.static_range(len(acc)):
+            sent = sent + (value_product(p, v_s[n], slot, acc[n]),)
     return sent
 
 
 @gluon.jit
-def arrived(sent):
-    """The accumulators, when nothing is left to come."""
+def arrived(sent, LEFT: gl.constexpr = 0):
+    """What is sent, when so many products are left to come."""
     if len(sent) == 1:
-        acc = (warpgroup_mma_wait(0, deps=sent),)
+        got = (warpgroup_mma_wait(LEFT, deps=sent),)
     else:
-        acc = warpgroup_mma_wait(0, deps=sent)
-    return acc
+        got = warpgroup_mma_wait(LEFT, deps=sent)
+    return got
 
 
 @gluon.jit
@@ -219,15 +256,27 @@ def shrunk(acc, alpha, FEW_BITS: gl.constexpr):
 @gluon.jit
 def masked_scores(qk, n, beside, r, s, args, LAYOUT: gl.constexpr, CONFIG):
     """Scores of the tile of keys from n on, -inf for pairs that the mask hides, or the sequence's end; their shift."""
-    BN: gl.constexpr = fixed(CONFIG, "BN")
-    j = n + gl.arange(0, BN, gl.SliceLayout(0, LAYOUT))
-    if fixed(CONFIG, "READS_KEYS"):  # reads stay inside, even of no keys at all; `keep` knows of no end then
-        inside = j < s[fixed(CONFIG, "KEYS")]
-        j = gl.maximum(gl.minimum(j, s[fixed(CONFIG, "KEYS")] - 1), 0)
-        kept = inside[None, :] & variant.keep(j, r, s, args)
-    else:
-        kept = variant.keep(j, r, s, args)
-    return gl.where(kept, variant.score(qk, beside, j, r, s, args), float("-inf")), variant.shift(n, r, s, args)
+    WIDTH: gl.constexpr = qk[0].shape[1]
+    x = ()
+    for part in gl.static_range(len(qk)):
+        j = n + part * WIDTH + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
+        r_part = r[0] + r[1][part]
+        if fixed(CONFIG, "READS_KEYS"):  # reads stay inside, even of no keys at all; `keep` knows of no end then
+            inside = j < s[fixed(CONFIG, "KEYS")]
+            j = gl.maximum(gl.minimum(j, s[fixed(CONFIG, "KEYS")] - 1), 0)
+            kept = inside[None, :] & variant.keep(j, r_part, s, args)
+        else:
+            kept = variant.keep(j, r_part, s, args)
+        x = x + (gl.where(kept, variant.score(qk[part], beside, j, r_part, s, args), float("-inf")),)
+    return x, variant.shift(n, r[0] + r[1][0], s, args)
+
+
+@gluon.jit
+def hidden(qk):
+    x = ()
+    for part in gl.static_range(len(qk)):
+        x = x + (qk[part] + float("-inf"),)
+    return x
 
 
 @gluon.jit
@@ -236,11 +285,11 @@ def cut_scores(qk, t, beside, mail, letter, known, r, args, NUMBER: gl.constexpr
     s = known + fetch_own(mail, letter + LETTER, fixed(CONFIG, "FLOATS"))
     if not fixed(CONFIG, "KEEP_ROWS"):
         rows = fetch(mail, letter + 2) + NUMBER * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
-        r = variant.rows(rows, s, args)
+        r = (variant.rows(rows, s, args), r[1])
     if s[fixed(CONFIG, "KEYS")] > 0:  # a branch, which keeps ptxas from asking the mask before the product is there
         x, shift = masked_scores(qk, variant.cut(t, s, args, fixed(CONFIG, "BN")), beside, r, s, args, LAYOUT, CONFIG)
     else:
-        x, shift = qk + float("-inf"), variant.shift(0, r, s, args)
+        x, shift = hidden(qk), variant.shift(0, r[0] + r[1][0], s, args)
     return x, shift
 
 
@@ -248,15 +297,19 @@ def cut_scores(qk, t, beside, mail, letter, known, r, args, NUMBER: gl.constexpr
 def whole_scores(qk, t, beside, r, s, args, LAYOUT: gl.constexpr, CONFIG):
     """Scores of whole tile t, which neither mask nor end is asked about."""
     n = variant.whole(t, s, args, fixed(CONFIG, "BN"))
-    j = n + gl.arange(0, fixed(CONFIG, "BN"), gl.SliceLayout(0, LAYOUT))
-    return variant.score(qk, beside, j, r, s, args), variant.shift(n, r, s, args)
+    WIDTH: gl.constexpr = qk[0].shape[1]
+    x = ()
+    for part in gl.static_range(len(qk)):
+        j = n + part * WIDTH + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
+        x = x + (variant.score(qk[part], beside, j, r[0] + r[1][part], s, args),)
+    return x, variant.shift(n, r[0] + r[1][0], s, args)
 
 
 @gluon.jit
-def fill(q, cuts, read, places, bars, c, r, s, args, NUMBER: gl.constexpr, S_LAYOUT: gl.constexpr, CONFIG):
+def fill(q_at, cuts, read, places, bars, c, r, s, args, NUMBER: gl.constexpr, S_LAYOUT: gl.constexpr, CONFIG):
     """Scores and weights of the tile that opens the pipeline; its values are still to come."""
     _, _, k_full, k_empty, _, _, _, _, _, _ = bars
-    _, k_s, _, _ = places
+    q_s, k_s, _, _ = places
     CONSUMERS: gl.constexpr = fixed(CONFIG, "CONSUMERS")
     STAGES: gl.constexpr = fixed(CONFIG, "STAGES")
     TURNS: gl.constexpr = fixed(CONFIG, "TURNS")
@@ -264,10 +317,10 @@ def fill(q, cuts, read, places, bars, c, r, s, args, NUMBER: gl.constexpr, S_LAY
     mbarrier.wait(k_full.index(slot), (read // STAGES) & 1)
     if TURNS:
         take_turn(NUMBER)
-    qk = product(q, k_s, slot, S_LAYOUT)
+    qk = product(q_s, q_at, k_s, slot, S_LAYOUT, CONFIG)
     if TURNS == 1:
         pass_turn((NUMBER + 1) % CONSUMERS)
-    qk = warpgroup_mma_wait(0, deps=(qk,))
+    qk = arrived(qk)
     if TURNS == 2:
         pass_turn((NUMBER + 1) % CONSUMERS)
     mbarrier.arrive(k_empty.index(slot), count=1)
@@ -282,18 +335,18 @@ def fill(q, cuts, read, places, bars, c, r, s, args, NUMBER: gl.constexpr, S_LAY
     late = ()
     if FEW_BITS:
         late = (alpha,)
-    return rounded(p, k_s[0].dtype), m, lane_sum(p), late
+    return kept_weights(p, k_s[0].dtype, CONFIG), m, lane_sums(p), late
 
 
 @gluon.jit
 def overlap(
-    q, p, m, l, acc, late, t, read, places, bars, mail, letter, known, c, r, s, args,
+    q_at, p, m, l, acc, late, t, read, places, bars, mail, letter, known, c, r, s, args,
     NUMBER: gl.constexpr, S_LAYOUT: gl.constexpr, IS_CUT: gl.constexpr, CONFIG,
 ):  # fmt: skip
     """A turn of a loop over cut tiles, or of the main one over whole tiles: Q K(n) and P V(n - 1) are issued together,
     the softmax of n follows."""
     _, _, k_full, k_empty, v_full, v_empty, _, _, _, _ = bars
-    _, k_s, v_s, _ = places
+    q_s, k_s, v_s, _ = places
     CONSUMERS: gl.constexpr = fixed(CONFIG, "CONSUMERS")
     STAGES: gl.constexpr = fixed(CONFIG, "STAGES")
     TURNS: gl.constexpr = fixed(CONFIG, "TURNS")
@@ -303,12 +356,12 @@ def overlap(
     mbarrier.wait(k_full.index(slot), (read // STAGES) & 1)
     if TURNS:
         take_turn(NUMBER)
-    qk_sent = product(q, k_s, slot, S_LAYOUT)
+    qk_sent = product(q_s, q_at, k_s, slot, S_LAYOUT, CONFIG)
     mbarrier.wait(v_full.index(before), ((read - 1) // STAGES) & 1)
-    acc_sent = add_values(p, v_s, before, acc)
+    acc_sent = add_values(p, v_s, before, acc, CONFIG)
     if TURNS == 1:
         pass_turn((NUMBER + 1) % CONSUMERS)
-    qk = warpgroup_mma_wait(len(acc), deps=(qk_sent,))
+    qk = arrived(qk_sent, len(v_s))
     if TURNS == 2:
         pass_turn((NUMBER + 1) % CONSUMERS)
     mbarrier.arrive(k_empty.index(slot), count=1)
@@ -318,10 +371,10 @@ def overlap(
     else:
         x, shift = whole_scores(qk, t, beside, r, s, args, S_LAYOUT, CONFIG)
     new, alpha, m = softmax(x, shift, m, c, FEW_BITS, fixed(CONFIG, "POLY"))
-    l = l * per_lane(alpha, l) + lane_sum(new)
+    l = l * per_lane(alpha, l) + lane_sums(new)
     got = arrived(acc_sent)
     # not before: what the next product reads must not be written while this one runs
-    p_new = rounded(new, k_s[0].dtype)
+    p_new = kept_weights(new, k_s[0].dtype, CONFIG)
     mbarrier.arrive(v_empty.index(before), count=1)
     acc, late = shrunk(joined(got, acc, late), alpha, FEW_BITS)
     return p_new, m, l, acc, late

@@ -38,7 +38,7 @@ from attncc.ir.tile import Kernel, Launch, Program, Scratch
 from attncc.ir.widths import entry_width, exit_width
 
 ENGINE_FILES: Final[Mapping[str, tuple[str, ...]]] = {
-    "hopper": ("_hopper", "_consumer", "_steps", "_softmax", "_gluon"),
+    "hopper": ("_hopper", "_consumer", "_steps", "_softmax", "_gluon", "_parts"),
     "latent": ("_latent", "_latent_consumer", "_latent_steps", "_softmax", "_gluon"),
 }
 """An engine's own source."""

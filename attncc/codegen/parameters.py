@@ -13,6 +13,9 @@ from attncc.ir.attention import Attention
 from attncc.ir.expr import FLOATS, Dim
 from attncc.ir.tile import Engine, Kernel, Param, reads_memory
 
+BLOCK: Final = 64
+"""Columns that stand together of operands that are multiplied in parts, the last ones of a row filled up with zeros."""
+
 
 def mapping(m: Mapping[str, int]) -> str:
     return "{" + ", ".join(f'"{k}": {v}' for k, v in m.items()) + "}"
@@ -68,6 +71,11 @@ def _maps(tensor: str, rows: str, widths: Sequence[int], turned: bool = False) -
     return [*maps, *['("absent",)'] * (2 - len(maps))]
 
 
+def _block(tensor: str, rows: str) -> str:
+    """An operand that is copied by blocks of 64 columns, and of as many rows as divide a tile's."""
+    return f'("block", "{tensor}", {rows}, {BLOCK})'
+
+
 def engine_parameters(w: Writer, attn: Attention, engine: Engine) -> None:
     """A table of the engine's parameters, in the order of its signature."""
     groups = {"hopper": _of_hopper, "latent": _of_latent}[engine.name](attn, engine)
@@ -90,8 +98,12 @@ ABSENT: Final = '("absent",)'
 def _of_hopper(attn: Attention, engine: Engine) -> Iterator[list[str]]:
     packed, keys = attn.layout == "varlen", '"E_KEYS"'
     q, k, v = engine.tensors
-    maps = [*_maps(q, "64", engine.qk), *_maps(k, keys, engine.qk), *_maps(v, keys, engine.v, engine.turned)]
-    maps += _maps(engine.output, "64", () if packed else engine.v)
+    if engine.parts:
+        maps = [_block(q, "64"), ABSENT, _block(k, keys), ABSENT, _block(v, keys), ABSENT]
+        maps += [ABSENT if packed else _block(engine.output, "64"), ABSENT]
+    else:
+        maps = [*_maps(q, "64", engine.qk), *_maps(k, keys, engine.qk), *_maps(v, keys, engine.v, engine.turned)]
+        maps += _maps(engine.output, "64", () if packed else engine.v)
     yield [*maps, ABSENT if engine.beside is None else f'("tile", "{engine.beside.name}", 64, {keys})']
     lost = engine.lost or "lse"  # not written where nothing can be hidden
     o = f'"{engine.output}"'
@@ -137,9 +149,11 @@ def constants(attn: Attention, engine: Engine) -> dict[str, int]:
         "KEYS": at["Sk"],
         "KEEP_ROWS": int("rows" in reading or any(f.results for f in engine.functions if f.name == "ramp")),
         "READS_KEYS": reads_keys,
-        "OWN_ROOM": int(engine.turned or engine.v != engine.qk[: len(engine.v)]),
+        "OWN_ROOM": int(not engine.parts and (engine.turned or engine.v != engine.qk[: len(engine.v)])),
         "HEADS": attn.heads.q,
         "COLUMNS": attn.dims.v,
+        "DEPTH": attn.dims.qk,
+        "PARTS": int(engine.parts),
     }
 
 

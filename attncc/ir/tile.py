@@ -288,6 +288,8 @@ class Engine:
     """Where its tiles of queries, keys and values come from."""
     turned: bool = False
     """Whether values come as [b, h, column, key]."""
+    parts: bool = False
+    """Whether operands are read in blocks of 64 columns, and products are as wide as a head is."""
     output: str = "o"
     """Where its tiles of outputs go to."""
     lost: str = ""

@@ -44,6 +44,7 @@ from attncc.passes.lower.conditions import (
 from attncc.passes.lower.group import members
 from attncc.passes.lower.hopper import gap
 from attncc.passes.lower.knobs import E_GROUP
+from attncc.passes.lower.parts import has_parts
 from attncc.passes.lower.pieces import MAX_DIM
 from attncc.passes.lower.words import has_words
 
@@ -120,6 +121,10 @@ ENGINE: Final = (
     Rule("operands of few bits, scales of rows or keys", has_scaled_rows, _engine(64, 2, stages=3)),
     Rule("operands of few bits", is_quantised, _engine(128, 2, stages=3, turns=2)),
     Rule("heads up to 64", both(up_to(64), is_light), _engine(keys=128, consumers=3, turns=1, registers=160)),
+    Rule("heads up to 80, in parts", both(has_parts, up_to(80)), _engine(112, 3, turns=1, registers=160)),
+    Rule("heads up to 96, in parts", both(has_parts, up_to(96)), _engine(96, 3, turns=1, registers=160)),
+    Rule("heads up to 192, in parts", both(has_parts, up_to(192)), _engine(96, 2, q_stages=1)),
+    Rule("heads up to 256, in parts", has_parts, _engine(80, 2, q_stages=1)),
     Rule("a wide table beside the scores", both(reads_wide_tiles, up_to(128)), _engine(128, 2, q_stages=1)),
     Rule("heads up to 128", up_to(128), _engine(keys=128, consumers=2)),
     Rule("a table beside the scores", reads_tiles, _engine(keys=64, consumers=2, q_stages=1)),

@@ -46,8 +46,9 @@ from attncc.passes.lower.grid import (
     size_parameters,
     split_head,
 )
-from attncc.passes.lower.knobs import E_POLY, E_TURNS, ENGINE_KNOBS
+from attncc.passes.lower.knobs import E_KEYS, E_POLY, E_TURNS, ENGINE_KNOBS
 from attncc.passes.lower.normalizers import rule_of
+from attncc.passes.lower.parts import has_parts
 from attncc.passes.lower.pieces import pieces
 from attncc.passes.lower.roles import (
     WALK,
@@ -68,6 +69,8 @@ ROWS: Final = 64
 PIECES: Final = 2
 """At most, of a head dim."""
 WIDEST: Final = 256
+POWERS: Final = (64, 128)
+"""Keys of a tile that Gluon's tensors hold."""
 MULTIPLIED: Final = dict.fromkeys("qkvp", "fp8_e4m3")
 """The one way in which operands of few bits are multiplied as they are stored."""
 WIDEST_QUANTISED: Final = 128
@@ -127,7 +130,7 @@ def _knobs(attn: Attention) -> tuple[Knob, ...]:
     Of 16 bits turns that last until scores are there cost two consumers 16 to 35 %, and polynomials 3 to 7 % for each
     eighth (`benchmarks/results/turns-nvidia_h200.json`, `polynomial-nvidia_h200.json`).
     """
-    left: dict[Knob, tuple[int, ...]] = {}
+    left: dict[Knob, tuple[int, ...]] = {} if has_parts(attn) else {E_KEYS: POWERS}
     if not attn.quantize:
         left[E_TURNS] = (0, 1)
     if not attn.quantize or is_exact(attn):
@@ -190,6 +193,7 @@ def engine(attn: Attention) -> Engine:
         substitute(programs(attn), {"BM": name("E_CONSUMERS") * ROWS}),
         is_exact(attn),
         next((d.operand for d in diagonals), None),
+        parts=has_parts(attn),
     )
 
 

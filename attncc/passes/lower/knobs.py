@@ -25,12 +25,13 @@ FILL: Final = Knob(
     "FILL", (528, 264, 1056), "programs that fill the GPU: where shares would be more in all, they are larger"
 )
 
+E_KEYS: Final = Knob("E_KEYS", (64, 80, 96, 112, 128), "keys of its tiles")
 E_POLY: Final = Knob("E_POLY", (0, 1, 2, 3), "of eight exponentials, how many are polynomials")
 E_TURNS: Final = Knob("E_TURNS", (0, 1, 2), "consumers take turns: 1: to issue products; 2: until scores are there")
 E_GROUP: Final = Knob("E_GROUP", (8, 1, 4, 16), "heads whose keys and values share the L2 cache")
 
 ENGINE_KNOBS: Final = (
-    Knob("E_KEYS", (64, 128), "keys of its tiles"),
+    E_KEYS,
     Knob("E_CONSUMERS", (2, 3), "warpgroups that multiply, of 64 rows each"),
     Knob("E_STAGES", (2, 3), "key tiles in shared memory"),
     Knob("E_Q_STAGES", (1, 2), "query tiles in shared memory"),
