@@ -93,7 +93,7 @@ def classification(package: ModuleType, tensors: tuple[torch.Tensor, ...]) -> Ti
     kernels = tuple(k for k in variant.kernels if k.function.__name__.endswith("_classify"))
     if not kernels:
         return None
-    runner = type(package._RUNNER)(replace(variant, kernels=kernels))
+    runner = type(package._RUNNER)(replace(variant, kernels=kernels), package._RUNNER.way)
     return graphed_ms(lambda: runner(tensors, None, False))
 
 

@@ -82,7 +82,7 @@ class Way:
     interpreted: bool = False
     has_ptx: Callable[[], bool] = lambda: True
     """Whether kernels may hold PTX."""
-    has_fp8: Callable[[], bool] = lambda: torch.cuda.get_device_capability() >= (8, 9)
+    has_fp8: Callable[[], bool] = lambda: torch.cuda.get_device_capability(None) >= (8, 9)
     """Whether the GPU makes numbers of fp8 itself."""
     may_be_early: Callable[[], bool] = lambda: False
     """Whether a launch's programs can begin before those of the launch before it have ended."""

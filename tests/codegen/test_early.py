@@ -44,6 +44,14 @@ def test_all_but_the_first_launch_of_a_call() -> None:
     assert launches(p, pages, True) == {"plan": False, "stream": True, "merge": True}
 
 
+def test_programs_that_walk_codes_wait_for_the_launch_ahead() -> None:
+    p = package(f"{PAGES}quantize: {{cache: int8(per=token)}}\n").tiles(16, 16, split=1, fill=4)
+    early = {
+        k.function.fn.__name__.rpartition("_")[2]: ("flag", "EARLY") in k.parameters for k in p.module.VARIANT.kernels
+    }
+    assert (early["stream"], early["merge"]) == (False, True)
+
+
 def test_kernels_wait_before_anything_else() -> None:
     """For a launch may begin early whose own launch ahead did so, too: all that was launched before has ended then."""
     for p in (package(PLAIN), package(PAGES)):

@@ -13,7 +13,7 @@ from house.own_code import ROOT, Function, Module, dotted, imported, modules
 FILE_LINES = 400
 FUNCTION_LINES = 60
 BUILDER_LINES = 90
-TOTAL_LINES = 43_000
+TOTAL_LINES = 44_000
 """Raised on purpose only."""
 
 EVALUATING = {"eval", "exec", "__import__", "sympify", "parse_expr", "lambdify", "torch.load", "np.load"}

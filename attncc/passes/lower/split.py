@@ -33,6 +33,7 @@ from attncc.passes.lower.partial import (
     step_of,
     store_states,
     walk_part,
+    walks_early,
 )
 from attncc.passes.lower.tidy import tidy
 from attncc.passes.lower.walk import BN
@@ -114,9 +115,8 @@ def _sharer(attn: Attention, dense: Function) -> Kernel:
         store_states(b, attn, t, state, share)
         steps.append(step)
     doc = f"Few queries of {attn.name}: one program per query tile of a group of heads and share of its keys."
-    return Kernel(
-        f"{attn.name}_split", *tidy(b.params.values(), b.body), tuple(steps), _programs(attn), doc, early=True
-    )
+    body = tidy(b.params.values(), b.body)
+    return Kernel(f"{attn.name}_split", *body, tuple(steps), _programs(attn), doc, early=walks_early(attn))
 
 
 # -- the merge -----------------------------------------------------------------------------------

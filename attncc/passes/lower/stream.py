@@ -40,6 +40,7 @@ from attncc.passes.lower.partial import (
     step_of,
     store_states,
     walk_part,
+    walks_early,
 )
 from attncc.passes.lower.scores import own_name
 from attncc.passes.lower.tidy import tidy
@@ -166,7 +167,8 @@ def _walker(attn: Attention, dense: Function) -> Kernel:
             with b.when(eq(care.NUMBER, 0)):
                 b.store(lost, (program(),), name("left_nan"))
     doc = f"Few queries of {attn.name}: one program per range of the line of all key tiles."
-    return Kernel(f"{attn.name}_stream", *tidy(b.params.values(), b.body), tuple(steps), PROGRAMS, doc, early=True)
+    body = tidy(b.params.values(), b.body)
+    return Kernel(f"{attn.name}_stream", *body, tuple(steps), PROGRAMS, doc, early=walks_early(attn))
 
 
 def _keep_mark(b: Builder, spoilt: Expr) -> None:
