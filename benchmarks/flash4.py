@@ -24,14 +24,20 @@ WIDEST: Final = 256
 
 
 def carries(case: Case) -> bool:
-    installed = find_spec("flash_attn") is not None and find_spec("cutlass") is not None
+    """Whether it is there, and does such a case; what it lacks to run is what its first call says."""
     dims = (case.dqk, case.dv)
-    return installed and case.variant in OPTIONS and max(dims) <= WIDEST and all(d % 8 == 0 for d in dims)
+    is_here = find_spec("flash_attn") is not None
+    return is_here and case.variant in OPTIONS and max(dims) <= WIDEST and all(d % 8 == 0 for d in dims)
 
 
 def flash4(case: Case, qkv: tuple[Tensor, Tensor, Tensor]) -> Call:
     """On tensors laid out as it likes them, [b, s, h, d]."""
-    attention = import_module("flash_attn.cute").flash_attn_func
     tensors = [x.transpose(1, 2).contiguous() for x in qkv]
     options = OPTIONS[case.variant](case)
-    return lambda: attention(*tensors, softmax_scale=SCALE, return_lse=True, **options)
+
+    def call() -> Any:
+        return import_module("flash_attn.cute").flash_attn_func(
+            *tensors, softmax_scale=SCALE, return_lse=True, **options
+        )
+
+    return call
