@@ -27,7 +27,8 @@ SHARED_OUT: Final = (SPLIT.name, FILL.name)
 FILLINGS: Final = (1, 2, 4, 8)
 """Programs a multiprocessor that fill it."""
 FILLED: Final = (1, 2)
-"""The same of the latent engine, whose blocks have a multiprocessor each: it may do two, one after the other."""
+"""The same where each multiprocessor is to have as many: of shares of rows, and of the latent engine, whose blocks have
+one each, and may do two items, one after the other."""
 FEW: Final = 16
 """Queries; calls of no more are tried with their keys shared out."""
 
@@ -78,7 +79,8 @@ def branches(attn: Attention, program: Program, device: Device, queries: int) ->
         engine = {k.name: k.choices for k in program.engine.knobs}
         found.append(Branch(program.engine.name, engine, lambda choice: {**around, **beside_engine(attn, choice)}))
     if SPLIT.name in knobs and queries <= FEW:
-        shares = {SPLIT.name: SPLIT.choices[1:], FILL.name: tuple(filling(device, n) for n in FILLINGS)}
+        fill = *(filling(device, n) for n in FILLINGS), *(n * device.sms for n in FILLED)
+        shares = {SPLIT.name: SPLIT.choices[1:], FILL.name: tuple(dict.fromkeys(fill))}
         shares |= {"num_warps": FEW_WARPS} if device.is_gpu else {}
         found.append(Branch("split", plain | _options(device) | shares, lambda choice: {**base, **choice}))
     return tuple(found)

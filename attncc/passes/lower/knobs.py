@@ -17,12 +17,12 @@ ONE_PASS: Final = Knob("ONE_PASS", (0, 1), "1: tiles lost to NaN are redone by t
 
 SPLIT: Final = Knob(
     "SPLIT",
-    (0, 4, 8, 16),
+    (0, 4, 8, 16, 2),
     "0: one program walks all key tiles of its rows; else they are shared out, so many or more to a program; exactly "
     "so many for `reproducible: batch`: shares then begin at the same keys, whatever stands beside a sequence",
 )
 FILL: Final = Knob(
-    "FILL", (528, 264, 1056), "programs that fill the GPU: where shares would be more in all, they are larger"
+    "FILL", (528, 264, 1056, 132), "programs that fill the GPU: where shares would be more in all, they are larger"
 )
 
 E_KEYS: Final = Knob("E_KEYS", (64, 80, 96, 112, 128), "keys of its tiles")
