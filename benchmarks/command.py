@@ -19,6 +19,7 @@ from benchmarks import report
 from benchmarks.pool import Job, Result, Row, run_jobs
 
 BUDGET = 480.0
+Step = Callable[[argparse.Namespace], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,23 @@ class Table:
 def main(table: Table) -> int:
     args = parser(table).parse_args()
     return args.step(table, args)
+
+
+def two_steps(name: str, doc: str | None, emit_to: Step, run_from: Step) -> int:
+    """The command line of a benchmark with few packages of its own: `emit DIR`, then `run DIR --json FILE`."""
+    top = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=doc)
+    steps = top.add_subparsers(required=True)
+    emit = steps.add_parser("emit")
+    emit.add_argument("dir", type=Path)
+    emit.add_argument("--target", default="sm_90")
+    emit.set_defaults(step=emit_to)
+    run = steps.add_parser("run")
+    run.add_argument("dir", type=Path)
+    run.add_argument("--json", type=Path, metavar="FILE")
+    run.add_argument("--rounds", type=int, default=11)
+    run.set_defaults(step=run_from)
+    args = top.parse_args()
+    return args.step(args)
 
 
 def parser(table: Table) -> argparse.ArgumentParser:

@@ -25,6 +25,7 @@ import torch
 from torch.nn.functional import conv1d, normalize, pad, scaled_dot_product_attention
 
 from benchmarks import report
+from benchmarks.command import two_steps
 from benchmarks.timing import interleaved
 
 EXAMPLES: Final = Path(__file__).parents[1] / "examples"
@@ -46,19 +47,7 @@ CHECKED: Final = (300, 1337)
 
 
 def main() -> int:
-    top = argparse.ArgumentParser(prog="python -m benchmarks.steps", description=__doc__)
-    steps = top.add_subparsers(required=True)
-    emit = steps.add_parser("emit")
-    emit.add_argument("dir", type=Path)
-    emit.add_argument("--target", default="sm_90")
-    emit.set_defaults(step=emit_packages)
-    run = steps.add_parser("run")
-    run.add_argument("dir", type=Path)
-    run.add_argument("--json", type=Path, metavar="FILE")
-    run.add_argument("--rounds", type=int, default=11)
-    run.set_defaults(step=measure)
-    args = top.parse_args()
-    return args.step(args)
+    return two_steps("steps", __doc__, emit_packages, measure)
 
 
 def emit_packages(args: argparse.Namespace) -> int:

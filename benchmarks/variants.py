@@ -11,12 +11,12 @@ import argparse
 import sys
 from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
 from typing import Any, Final
 
 from benchmarks import report
 from benchmarks.cases import SCALE, Case
 from benchmarks.check import Rejected, errors, poisoned
+from benchmarks.command import two_steps
 from benchmarks.operands import inputs, operands, visible_pairs
 from benchmarks.peers import cudnn
 from benchmarks.timing import Timing, interleaved
@@ -36,19 +36,7 @@ quantize: {{q: fp8_e4m3(per=head), k: fp8_e4m3(per=head), v: fp8_e4m3(per=head),
 
 
 def main() -> int:
-    top = argparse.ArgumentParser(prog="python -m benchmarks.variants", description=__doc__)
-    steps = top.add_subparsers(required=True)
-    emit = steps.add_parser("emit")
-    emit.add_argument("dir", type=Path)
-    emit.add_argument("--target", default="sm_90")
-    emit.set_defaults(step=emit_packages)
-    run = steps.add_parser("run")
-    run.add_argument("dir", type=Path)
-    run.add_argument("--json", type=Path, metavar="FILE")
-    run.add_argument("--rounds", type=int, default=11)
-    run.set_defaults(step=measure)
-    args = top.parse_args()
-    return args.step(args)
+    return two_steps("variants", __doc__, emit_packages, measure)
 
 
 def specs() -> list[str]:

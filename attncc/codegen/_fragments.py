@@ -20,9 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ._gluon import ROWS, barrier, load_by_threads
+from ._turns import pass_turn, take_turn
 
-FIRST_TURN = gl.constexpr(9)
-"""Of the named barriers by which two parties take turns; Triton takes those from 0 on."""
 ONES = gl.constexpr(16)
 """Columns of a factor of ones, by which a bias is multiplied: as few as wgmma takes."""
 
@@ -231,28 +230,10 @@ def factor(words):
     return gl.convert_layout(x, factor_of(W), assert_trivial=True)
 
 
-@gluon.constexpr_function
-def _bar(what, number):
-    return f"bar.{what} {number}, 256; mov.u32 $0, 0;"  # the threads of both
-
-
-@gluon.jit
-def take_turn(TURN: gl.constexpr):
-    """Waits until the other four warps have begun their products."""
-    asm: gl.constexpr = _bar("sync", FIRST_TURN + TURN)
-    gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def pass_turn(TURN: gl.constexpr):
-    asm: gl.constexpr = _bar("arrive", FIRST_TURN + 1 - TURN)
-    gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
 @gluon.jit
 def begin_turns(TURN: gl.constexpr):
     if TURN == 1:
-        pass_turn(TURN)
+        pass_turn(1 - TURN)
 
 
 @gluon.jit
@@ -274,7 +255,7 @@ def products(tiles, matrices, start, TURN: gl.constexpr = None):
         x = factor(tiles[n]) if tiles[n].dtype == gl.int32 else tiles[n]
         total = warpgroup_mma(x, matrices[n], total, is_async=True)
     if TURN is not None:
-        pass_turn(TURN)
+        pass_turn(1 - TURN)
     total = warpgroup_mma_wait(0, deps=(total,))
     return gl.convert_layout(counted(total), tile_of(W), assert_trivial=True)
 
