@@ -14,7 +14,7 @@ from ._gluon import ROWS, named
 from ._masks import between
 from ._parts import area, part_scores, part_values, rounded_parts
 from ._ribbon import read_ribbon
-from ._softmax import LOWEST, lane_sums, per_lane, scaled, softmax
+from ._softmax import LOWEST, lane_sums, moved, per_lane, scaled_if, softmax
 from ._turns import pass_turn, take_turn
 
 LETTER = gl.constexpr(8)
@@ -243,12 +243,13 @@ def joined(arrived_, acc, late):
 
 
 @gluon.jit
-def shrunk(acc, alpha, FEW_BITS: gl.constexpr):
-    """The accumulators times alpha; of few bits that is left for when the next product joins them."""
+def shrunk(acc, alpha, before, peak, FEW_BITS: gl.constexpr):
+    """The accumulators times alpha, which is 1 where peaks are as before; of few bits that is left for when the next
+    product joins them."""
     if FEW_BITS:
         made, late = acc, (alpha,)
     else:
-        made, late = scaled(acc, alpha), ()
+        made, late = scaled_if(moved(before, peak), acc, alpha), ()
     return made, late
 
 
@@ -374,11 +375,11 @@ def overlap(
         x, shift = cut_scores(qk, t, beside, mail, letter, known, r, args, NUMBER, S_LAYOUT, CONFIG)
     else:
         x, shift = whole_scores(qk, t, beside, r, s, args, S_LAYOUT, CONFIG)
-    new, alpha, m = softmax(x, shift, m, c, FEW_BITS, fixed(CONFIG, "POLY"))
+    new, alpha, peak = softmax(x, shift, m, c, FEW_BITS, fixed(CONFIG, "POLY"))
     l = l * per_lane(alpha, l) + lane_sums(new)
     got = arrived(acc_sent)
     # not before: what the next product reads must not be written while this one runs
     p_new = kept_weights(new, k_s[0].dtype, CONFIG)
     mbarrier.arrive(v_empty.index(before), count=1)
-    acc, late = shrunk(joined(got, acc, late), alpha, FEW_BITS)
-    return p_new, m, l, acc, late
+    acc, late = shrunk(joined(got, acc, late), alpha, m, peak, FEW_BITS)
+    return p_new, peak, l, acc, late
