@@ -155,7 +155,7 @@ def finish(m, l, r, s, known, mail, letter, args, DTYPE: gl.constexpr, ROW: gl.c
         s_end = known + fetch_own(mail, letter + LETTER, fixed(CONFIG, "FLOATS"))
         factor, lse = variant.finish(m, total * (1.0 / MOST), r[0], s_end, args)
     else:
-        factor, lse = variant.finish(m, total, r[0], s, args)
+        factor, lse = variant.finish(gl.convert_layout(gl.max(m, 1), ROW), total, r[0], s, args)
     return factor, lse
 
 

@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from . import latent as variant
 from ._gluon import FIRST_ANSWER, ROWS, named
-from ._softmax import SLACK, exp2, lane_sum, per_lane, scaled
+from ._softmax import exp2, lane_sum, per_lane, scaled
 
 KEYS = gl.constexpr(64)
 """Of a key tile."""
@@ -31,6 +31,9 @@ def operand(width):
 
 SCORES = gl.constexpr(accumulator(64))
 ROW = gl.constexpr(gl.SliceLayout(1, accumulator(64)))
+SLACK = gl.constexpr(8.0)
+"""By so many units of log 2 scores may exceed the peak that weights are relative to: fewer peaks move, and with them
+the accumulators. Weights reach 2**8 then, whose sums fp32 holds as well."""
 FIXED = gl.constexpr({
     "SPLIT": 0, "FILL": 1, "COLUMNS": 2, "FACTOR": 3, "KEYS_AT": 4, "READS_KEYS": 5, "HAS_REST": 6,
 })  # fmt: skip

@@ -160,13 +160,6 @@ def _values_sides(parts, steps):
 
 
 @gluon.constexpr_function
-def _rounding_text(dtype):
-    """Of two parts side by side: what an instruction takes of sixteen keys, along rows first."""
-    kind = "bf16x2" if dtype == gl.bfloat16 else "f16x2"
-    return " ".join(f"cvt.rn.{kind}.f32 ${n}, ${2 * n + 5}, ${2 * n + 4};" for n in range(4))
-
-
-@gluon.constexpr_function
 def _floats(count):
     return (gl.float32,) * count
 
@@ -205,18 +198,6 @@ def part_values(p, v_at, acc, BN: gl.constexpr, DTYPE: gl.constexpr):
     kinds: gl.constexpr = _floats(len(acc))
     given = p + (matrix_at(v_at, unit_of(BN), BN),) + acc
     return gl.inline_asm_elementwise(asm, sides, given, dtype=kinds, is_pure=False, pack=4)
-
-
-@gluon.jit
-def rounded_parts(p, DTYPE: gl.constexpr):
-    """Weights as the second product takes them, in the registers in which the first one left them."""
-    asm: gl.constexpr = _rounding_text(DTYPE)
-    sides: gl.constexpr = "=r,=r,=r,=r,f,f,f,f,f,f,f,f"
-    made = ()
-    for n in gl.static_range(len(p) // 2):
-        both = [p[2 * n], p[2 * n + 1]]
-        made = made + (gl.inline_asm_elementwise(asm, sides, both, dtype=gl.int32, is_pure=True, pack=4),)
-    return made
 
 
 @gluon.jit

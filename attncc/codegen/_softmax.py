@@ -1,13 +1,10 @@
-"""The softmax of the Hopper engine's consumers: exponentials on two units, sums without shuffles."""
+"""The softmax of the engines' consumers: exponentials on two units, sums without shuffles, weights of few bits."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 LOWEST = gl.constexpr(-1.7014118346046923e38)
 """Below every finite score in units of log 2, and finite: a row that sees no key keeps it."""
-SLACK = gl.constexpr(8.0)
-"""By so many units of log 2 scores may exceed the peak that weights are relative to: few peaks move then, and with them
-sums and accumulators. Weights reach 2**8, which fp16 and bf16 hold as well, and fp32 their sums."""
 MOST = gl.constexpr(448.0)
 """Weights of few bits are multiples of it, the greatest number of fp8: their format's range is all used."""
 TOGETHER = gl.constexpr(8)
@@ -91,60 +88,6 @@ def scaled(acc, factor):
     return made
 
 
-@gluon.constexpr_function
-def _any_apart():
-    """Of two pairs of numbers in each of a warp's threads."""
-    return (
-        "{ .reg .pred p; setp.neu.f32 p, $2, $4; setp.neu.or.f32 p, $3, $5, p; "
-        "vote.sync.any.pred p, p, 0xffffffff; selp.s32 $0, 1, 0, p; mov.b32 $1, $0; }"
-    )
-
-
-@gluon.jit
-def moved(before, peak):
-    """Whether any peak among a warp's rows is another one now, as a number a row: the same in all threads."""
-    asm: gl.constexpr = _any_apart()
-    return gl.inline_asm_elementwise(asm, "=r,=r,f,f,f,f", [before, peak], dtype=gl.int32, is_pure=True, pack=2)
-
-
-@gluon.constexpr_function
-def _scaling(tensors, pack):
-    """Of so many numbers of each tensor in a thread; their factors follow, and whether one of them is not 1."""
-    count = tensors * pack
-    lines = [f"{{ .reg .pred p; setp.eq.s32 p, ${2 * count + pack}, 0; @p bra DONE;"]
-    return " ".join([*lines, *(f"mul.f32 ${n}, ${n}, ${2 * count + n % pack};" for n in range(count)), "DONE: }"])
-
-
-@gluon.constexpr_function
-def _scaling_sides(tensors, pack):
-    count = tensors * pack
-    return ",".join(["=f"] * count + [str(n) for n in range(count)] + ["f"] * pack + ["r"] * pack)
-
-
-@gluon.constexpr_function
-def _floats(count):
-    return (gl.float32,) * count
-
-
-@gluon.jit
-def scaled_if(answer, acc, factor):
-    """The accumulators, each row by its factor, in warps whose answer is not 0. All others' factors are 1, and these
-    warps go on without multiplying by it."""
-    ROW: gl.constexpr = gl.SliceLayout(1, acc[0].type.layout)
-    PACK: gl.constexpr = acc[0].shape[0] * acc[0].shape[1] // 128
-    asm: gl.constexpr = _scaling(len(acc), PACK)
-    sides: gl.constexpr = _scaling_sides(len(acc), PACK)
-    rows = (gl.convert_layout(factor, ROW)[:, None], gl.convert_layout(answer, ROW)[:, None])
-    if acc[0].shape[1] != acc[len(acc) - 1].shape[1]:
-        made = scaled_if(answer, acc[:1], factor) + scaled_if(answer, acc[1:], factor)
-    elif len(acc) == 1:
-        made = (gl.inline_asm_elementwise(asm, sides, acc + rows, dtype=gl.float32, is_pure=True, pack=PACK),)
-    else:
-        kinds: gl.constexpr = _floats(len(acc))
-        made = gl.inline_asm_elementwise(asm, sides, acc + rows, dtype=kinds, is_pure=True, pack=PACK)
-    return made
-
-
 @gluon.jit
 def less_log2_most(m):
     """m - log2(MOST), rounded up: weights reach MOST and not further, however large scores are."""
@@ -153,12 +96,11 @@ def less_log2_most(m):
 
 
 @gluon.jit
-def softmax(x, shift, m, c, FEW_BITS: gl.constexpr, POLY: gl.constexpr):
-    """Weights of a tile of scores (x + shift) * c in units of log 2, the peak that they are relative to now, and what
-    older weights shrink by.
+def softmax(x, shift, m, c, POLY: gl.constexpr):
+    """Weights of few bits, of a tile of scores (x + shift) * c in units of log 2; the new maximum, and what older
+    weights shrink by.
 
-    `x`: tensors side by side. `shift`: nothing, or a number a row. Weights of few bits need their format's range, and
-    are relative to the maximum.
+    `x`: tensors side by side. `shift`: nothing, or a number a row.
     """
     highest = x[0]
     for n in gl.static_range(1, len(x)):
@@ -166,16 +108,12 @@ def softmax(x, shift, m, c, FEW_BITS: gl.constexpr, POLY: gl.constexpr):
     top = gl.max(highest, 1)
     if len(shift) > 0:
         top += shift[0]
-    if FEW_BITS:
-        peak = gl.maximum(m, top * c)
-    else:
-        peak = gl.where(top * c > m + SLACK, top * c, m)
-    base = peak
+    m_new = gl.maximum(m, top * c)
+    base = m_new
     if len(shift) > 0:
-        base = peak - shift[0] * c
-    if FEW_BITS:
-        base = less_log2_most(base)
+        base = m_new - shift[0] * c
+    base = less_log2_most(base)
     p = ()
     for n in gl.static_range(len(x)):
         p = p + (weights(x[n] * c - base[:, None], POLY),)
-    return p, exp2(m - peak), peak
+    return p, exp2(m - m_new), m_new

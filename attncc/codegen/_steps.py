@@ -1,4 +1,5 @@
-"""What a consumer of the Hopper engine does with a key tile: products, scores, and with `_softmax.py` its weights."""
+"""What a consumer of the Hopper engine does with a key tile: products, scores, and with `_weights.py` its weights, or
+with `_softmax.py` those of few bits."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -12,10 +13,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from . import hopper as variant
 from ._gluon import ROWS, named
 from ._masks import between
-from ._parts import area, part_scores, part_values, rounded_parts
+from ._parts import area, part_scores, part_values
 from ._ribbon import read_ribbon
-from ._softmax import LOWEST, lane_sums, moved, per_lane, scaled_if, softmax
+from ._softmax import LOWEST, lane_sums, per_lane, softmax
 from ._turns import pass_turn, take_turn
+from ._weights import no_peaks, scaled_if, weigh
 
 LETTER = gl.constexpr(8)
 """Numbers that travel by mail before the variant's own."""
@@ -71,46 +73,29 @@ def width_of(place):
 
 
 @gluon.constexpr_function
-def _rounding(dtype):
+def _rounding():
     """Of as many weights as a register holds, the first in its lowest bits."""
-    if few_bits(dtype):
-        return (
-            "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; "
-            "cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }"
-        )
-    return f"cvt.rn.{'bf16' if dtype == gl.bfloat16 else 'f16'}x2.f32 $0, $2, $1;"
+    return (
+        "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; "
+        "cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }"
+    )
 
 
 @gluon.jit
-def rounded(p, dtype: gl.constexpr):
-    """Weights as they are kept until the second product takes them, in the registers in which the first one left them.
+def rounded(p):
+    """Weights of few bits as they are kept until the second product takes them, in the registers in which the first one
+    left them.
 
     Those of a register are one number, for ptxas gives each of less than 32 bits a register of its own where loops hand
     them on. The keys of four of fp8 are those of a thread's two neighbours in each half of 16, where a tensor core
     takes four in a row: values are in that order (`key_at` in attncc).
     """
-    BN: gl.constexpr = p.shape[1]
-    asm: gl.constexpr = _rounding(dtype)
-    if few_bits(dtype):
-        parts = gl.permute(gl.reshape(p, [ROWS, BN // 16, 2, 4, 2]), (0, 1, 3, 2, 4))
-        even, odd = gl.split(parts)
-        a, c = gl.split(even)
-        b, d = gl.split(odd)
-        made = gl.inline_asm_elementwise(asm, "=r,f,f,f,f", [a, b, c, d], dtype=gl.int32, is_pure=True, pack=1)
-    else:
-        a, b = gl.split(gl.reshape(p, [ROWS, BN // 2, 2]))
-        made = gl.inline_asm_elementwise(asm, "=r,f,f", [a, b], dtype=gl.int32, is_pure=True, pack=1)
-    return made
-
-
-@gluon.jit
-def kept_weights(p, dtype: gl.constexpr, CONFIG):
-    """The same of tensors side by side."""
-    if fixed(CONFIG, "PARTS"):
-        made = rounded_parts(p, dtype)
-    else:
-        made = rounded(p[0], dtype)
-    return made
+    parts = gl.permute(gl.reshape(p, [ROWS, p.shape[1] // 16, 2, 4, 2]), (0, 1, 3, 2, 4))
+    even, odd = gl.split(parts)
+    a, c = gl.split(even)
+    b, d = gl.split(odd)
+    asm: gl.constexpr = _rounding()
+    return gl.inline_asm_elementwise(asm, "=r,f,f,f,f", [a, b, c, d], dtype=gl.int32, is_pure=True, pack=1)
 
 
 @gluon.jit
@@ -243,17 +228,6 @@ def joined(arrived_, acc, late):
 
 
 @gluon.jit
-def shrunk(acc, alpha, before, peak, FEW_BITS: gl.constexpr):
-    """The accumulators times alpha, which is 1 where peaks are as before; of few bits that is left for when the next
-    product joins them."""
-    if FEW_BITS:
-        made, late = acc, (alpha,)
-    else:
-        made, late = scaled_if(moved(before, peak), acc, alpha), ()
-    return made, late
-
-
-@gluon.jit
 def masked_scores(qk, n, beside, r, s, args, LAYOUT: gl.constexpr, CONFIG):
     """Scores of the tile of keys from n on, -inf for pairs that the mask hides, or the sequence's end; their shift."""
     WIDTH: gl.constexpr = qk[0].shape[1]
@@ -333,13 +307,14 @@ def fill(q_at, cuts, read, places, bars, c, r, s, args, NUMBER: gl.constexpr, S_
         x, shift = masked_scores(qk, variant.cut(0, s, args, fixed(CONFIG, "BN")), beside, r, s, args, S_LAYOUT, CONFIG)
     else:
         x, shift = whole_scores(qk, 0, beside, r, s, args, S_LAYOUT, CONFIG)
-    FEW_BITS: gl.constexpr = few_bits(k_s[0].dtype)
-    m = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, S_LAYOUT))
-    p, alpha, m = softmax(x, shift, m, c, FEW_BITS, fixed(CONFIG, "POLY"))
-    late = ()
-    if FEW_BITS:
-        late = (alpha,)
-    return kept_weights(p, k_s[0].dtype, CONFIG), m, lane_sums(p), late
+    if few_bits(k_s[0].dtype):
+        m = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, S_LAYOUT))
+        new, alpha, peak = softmax(x, shift, m, c, fixed(CONFIG, "POLY"))
+        p, l, late = rounded(new[0]), lane_sums(new), (alpha,)
+    else:
+        p, l, peak, _, _ = weigh(x, shift, no_peaks(x), c, k_s[0].dtype, False)
+        late = ()
+    return p, peak, l, late
 
 
 @gluon.jit
@@ -354,7 +329,6 @@ def overlap(
     CONSUMERS: gl.constexpr = fixed(CONFIG, "CONSUMERS")
     STAGES: gl.constexpr = fixed(CONFIG, "STAGES")
     TURNS: gl.constexpr = fixed(CONFIG, "TURNS")
-    FEW_BITS: gl.constexpr = few_bits(k_s[0].dtype)
     slot = read % STAGES
     before = (read - 1) % STAGES
     mbarrier.wait(k_full.index(slot), (read // STAGES) & 1)
@@ -375,11 +349,18 @@ def overlap(
         x, shift = cut_scores(qk, t, beside, mail, letter, known, r, args, NUMBER, S_LAYOUT, CONFIG)
     else:
         x, shift = whole_scores(qk, t, beside, r, s, args, S_LAYOUT, CONFIG)
-    new, alpha, peak = softmax(x, shift, m, c, FEW_BITS, fixed(CONFIG, "POLY"))
-    l = l * per_lane(alpha, l) + lane_sums(new)
-    got = arrived(acc_sent)
-    # not before: what the next product reads must not be written while this one runs
-    p_new = kept_weights(new, k_s[0].dtype, CONFIG)
-    mbarrier.arrive(v_empty.index(before), count=1)
-    acc, late = shrunk(joined(got, acc, late), alpha, m, peak, FEW_BITS)
+    # what the next product reads must not be written while this one runs
+    if few_bits(k_s[0].dtype):
+        new, alpha, peak = softmax(x, shift, m, c, fixed(CONFIG, "POLY"))
+        l = l * per_lane(alpha, l) + lane_sums(new)
+        got = arrived(acc_sent)
+        p_new = rounded(new[0])
+        mbarrier.arrive(v_empty.index(before), count=1)
+        acc, late = joined(got, acc, late), (alpha,)
+    else:
+        got = arrived(acc_sent)
+        mbarrier.arrive(v_empty.index(before), count=1)
+        p_new, sums, peak, alpha, answer = weigh(x, shift, m, c, k_s[0].dtype, not IS_CUT)
+        l = l * alpha + sums
+        acc, late = scaled_if(answer, got, alpha), ()
     return p_new, peak, l, acc, late

@@ -38,7 +38,18 @@ from attncc.ir.tile import Kernel, Launch, Program, Scratch
 from attncc.ir.widths import entry_width, exit_width
 
 ENGINE_FILES: Final[Mapping[str, tuple[str, ...]]] = {
-    "hopper": ("_hopper", "_consumer", "_steps", "_turns", "_ribbon", "_masks", "_softmax", "_parts", "_gluon"),
+    "hopper": (
+        "_hopper",
+        "_consumer",
+        "_steps",
+        "_turns",
+        "_ribbon",
+        "_masks",
+        "_weights",
+        "_softmax",
+        "_parts",
+        "_gluon",
+    ),
     "latent": ("_latent", "_latent_consumer", "_latent_steps", "_softmax", "_gluon"),
 }
 """An engine's own source."""
