@@ -116,16 +116,6 @@ def test_instructions_name_each_operand(parts: Any, keys: int, dim: int) -> None
     assert max(map(int, re.findall(r"\$(\d+)", values))) == 4 * (columns + deep)
 
 
-@pytest.mark.newest
-def test_a_step_s_weights_stand_along_rows_first(parts: Any) -> None:
-    """Of eight columns a thread has two neighbours of a row, then those of the row eight below; an instruction takes of
-    sixteen keys both rows' first pairs, then their second ones."""
-    import triton.experimental.gluon.language as gl
-
-    made = re.findall(r"cvt\.rn\.f16x2\.f32 \$(\d), \$(\d+), \$(\d+);", plain(parts._rounding_text(gl.float16)))
-    assert [tuple(map(int, m)) for m in made] == [(0, 5, 4), (1, 7, 6), (2, 9, 8), (3, 11, 10)]
-
-
 @pytest.mark.gate
 @pytest.mark.parametrize(
     "body",

@@ -233,6 +233,28 @@ def test_later_tiles_of_an_infinite_row_do_not_heal_it(weights: Any) -> None:
     assert found["shrink"][2] == 1  # NaN, which sums are by now, stays
 
 
+def test_a_step_s_weights_stand_along_rows_first(weights: Any) -> None:
+    """Of eight columns a thread has two neighbours of a row, then those of the row eight below; an instruction takes of
+    sixteen keys both rows' first pairs, then their second ones."""
+    parts = 10
+    first = 2 * parts + 16
+    expected = [(f"${n}", f"${first + 2 * n}", f"${first + 2 * n + 1}", n % 2) for n in range(2 * parts)]
+    assert plain(weights._of_parts(parts))["pairs"] == expected
+
+
+@pytest.mark.parametrize(("keys", "in_parts"), SHAPES)
+@pytest.mark.parametrize("guess", [False, True])
+def test_all_operands_are_named(weights: Any, keys: int, in_parts: bool, guess: bool) -> None:
+    count = keys // 8 if in_parts else keys // 4
+    sides = plain((weights._part_sides if in_parts else weights._tile_sides)(count)).split(",")
+    warp = Warp(weights, keys, in_parts, guess)
+    written = set(re.findall(r"\w+(?:\.\w+)+ (\$\d+),", warp.text))
+    assert all(sides[int(x[1:])].startswith("=&") for x in written)
+    assert max(int(x) for x in re.findall(r"\$(\d+)", warp.text)) < len(sides)
+    if in_parts:
+        assert len(written) == sum(side.startswith("=") for side in sides)
+
+
 @pytest.mark.parametrize(("tensors", "pack"), [(1, 64), (32, 4)])
 @pytest.mark.parametrize("answer", [0, 1])
 def test_accumulators_are_multiplied_where_the_answer_says_so(
