@@ -141,10 +141,6 @@ def produce(maps, counter, lost, places, mail, bars, tiles, args, CONFIG):
     number = gl.program_id(0)
     at, where, cuts, wholes, s = find(number, tiles, args, CONFIG)
     while number < tiles:
-        if fixed(CONFIG, "DRAWN"):
-            following = gl.atomic_add(counter, 1) + gl.num_programs(0)
-        else:
-            following = number + gl.num_programs(0)
         b, h, _, _, first_query, _, row0, again = where
         mbarrier.wait(mail_empty.index(done & 1), ((done >> 1) & 1) ^ 1)
         post(
@@ -159,7 +155,12 @@ def produce(maps, counter, lost, places, mail, bars, tiles, args, CONFIG):
         for t in range(0, early):
             copy(t, copied, done, at, where, cuts, s, maps, places, bars, args, CONFIG)
             copied += 1
-        # the rings are full: time to look for the next query tile
+        # the rings are full: time to look for the next query tile. Its number needs no fences, which would wait for
+        # memory, and so would the keys of whatever follows; those of `leave` are behind every draw
+        if fixed(CONFIG, "DRAWN"):
+            following = gl.atomic_add(counter, 1, sem="relaxed") + gl.num_programs(0)
+        else:
+            following = number + gl.num_programs(0)
         next_at, next_where, next_cuts, next_wholes, next_s = find(following, tiles, args, CONFIG)
         for t in range(early, count):
             copy(t, copied, done, at, where, cuts, s, maps, places, bars, args, CONFIG)

@@ -433,3 +433,14 @@ def test_what_a_launch_fixes_travels_in_the_order_of_its_names(engine: str, step
     assert travelling
     for parts in travelling:
         assert [p if p.isupper() and " " not in p else "HAS_REST" for p in parts] == [*names]
+
+
+def test_query_tiles_are_drawn_without_fences_while_the_rings_are_full() -> None:
+    """Fences in front of a tile's first keys kept consumers waiting for 1,500 cycles."""
+    text = (Path(driver.__file__).parent / "codegen" / "_hopper.py").read_text()
+    (produce,) = (f for f in ast.parse(text).body if isinstance(f, ast.FunctionDef) and f.name == "produce")
+    (tiles,) = (s for s in produce.body if isinstance(s, ast.While))
+    (draw,) = (n for n in ast.walk(produce) if isinstance(n, ast.Call) and "atomic_add" in ast.unparse(n.func))
+    early, rest = (s.lineno for s in tiles.body if isinstance(s, ast.For))
+    assert early < draw.lineno < rest
+    assert [ast.unparse(k) for k in draw.keywords] == ["sem='relaxed'"]
