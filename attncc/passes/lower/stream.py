@@ -45,8 +45,8 @@ from attncc.passes.lower.partial import (
 from attncc.passes.lower.scores import own_name
 from attncc.passes.lower.tidy import tidy
 
-AT_ONCE: Final = 1024
-"""Items whose tiles are added up at once."""
+AT_ONCE: Final = 256
+"""Items whose tiles are added up at once: programs may have one warp, and calls rarely have more."""
 SLOTS: Final = 2
 """A program's: one for the item in whose midst its range begins, one for the item in whose midst it ends."""
 PROGRAMS: Final = name(FILL.name)
