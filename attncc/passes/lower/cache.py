@@ -8,19 +8,18 @@ in scale, are multiplied as numbers, rounded to the operands' dtype as a cache w
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import reduce as fold
 from typing import Final
 
 from attncc.ir.attention import Attention, Quantizer
-from attncc.ir.build import Builder, column, expand, full, iota, quotient, read, reduce, remainder, reshape, row
+from attncc.ir.build import Builder, column, expand, iota, quotient, read, reduce, remainder, reshape, row
 from attncc.ir.cache import FORMATS, Cached, beside, cached, find
-from attncc.ir.expr import WORD, Dtype, Expr, cast_to, const, eq, ew, maximum, minimum, name, where
+from attncc.ir.expr import WORD, Dtype, Expr, cast_to, const, eq, minimum, name, where
 from attncc.ir.given import Given
 from attncc.ir.tile import Param
-from attncc.passes.lower import staircase, storage, words
+from attncc.passes.lower import halves, staircase, storage, words
 from attncc.passes.lower.grid import QueryTile, is_varlen
 from attncc.passes.lower.normalizers import VALUE_DTYPE
 from attncc.passes.lower.pieces import Piece, pieces
@@ -31,15 +30,6 @@ DTYPES: Final[Mapping[str, Dtype]] = {**VALUE_DTYPE, **CODES}
 PER: Final = ("tensor", "head", "channel", "token", "group")
 """What may share a scale: blocks of tokens would be stored again with each that joins them."""
 NIBBLES: Final = 16
-ROOM: Final = 15
-"""Weights of f16 are at most 2**15, so that those of 2**28 times less still have all its digits."""
-LIFTED: Final = 7.0
-"""The greatest of a row of queries is lifted to about 2**7: products with codes are far from the end of fp32, too."""
-POWERS: Final = 112.0
-"""Of 2, by which queries are divided at most."""
-Q_UNIT: Final = name("q_unit", "f32", ("BM",))
-LEAST_ABOVE: Final = -100.0
-"""Sums are relative to peaks, too, and at most 2**100 of each key then."""
 NAMES: Final = ("k_scales", "k_zeros", "k_rope", "v_scales", "v_zeros")
 ROPE: Final = "K_ROPE"
 
@@ -157,28 +147,16 @@ def bind(b: Builder, attn: Attention, t: QueryTile, heads: Mapping[str, Expr]) -
     if c is None or not joins(attn, c):
         return
     if lifts(attn):
-        _lift_queries(b, attn, c)
+        halves.lift(b, _queries(attn, c, "bf16"))
     if c.has_zeros or _shift(attn, c):
         sums = [reduce("sum", cast_to(q, "f32"), 1) for q in _queries(attn, c, value_dtype(attn, c)).values()]
         b.let("q_sum", fold(lambda x, y: x + y, sums), "[BM] what zero points are multiplied by")
 
 
 def lifts(attn: Attention) -> bool:
-    """Whether queries of bf16 are multiplied as f16, which few instructions make of codes: rows are lifted by a power of
-    2 each, so that no digit is lost but of numbers 2**22 times less than the greatest of the row."""
+    """Whether queries of bf16 are multiplied as f16, which few instructions make of codes."""
     c = find(attn, "k")
     return c is not None and attn.dtype == "bf16" and value_dtype(attn, c) == "f16"
-
-
-def _lift_queries(b: Builder, attn: Attention, c: Cached) -> None:
-    tiles = _queries(attn, c, "bf16")
-    sizes = [reduce("max", ew("abs", cast_to(q, "f32")), 1) for q in tiles.values()]
-    power = ew("floor", ew("log2", b.let("q_size", fold(maximum, sizes))))
-    power = b.let("q_power", minimum(maximum(power, -POWERS), POWERS) - LIFTED, "[BM]")
-    lift = b.let("q_lift", ew("exp2", -power))
-    b.let(str(Q_UNIT.attr), ew("exp2", power), "[BM] what products are multiplied by")
-    for text, q in tiles.items():
-        b.let(text, cast_to(cast_to(q, "f32") * column(lift), "f16"))
 
 
 def _queries(attn: Attention, c: Cached, dtype: Dtype) -> dict[str, Expr]:
@@ -229,31 +207,12 @@ def scaled(b: Builder, attn: Attention, t: QueryTile, p: Piece, s: Expr, unit: E
 
 
 def above(b: Builder, attn: Attention, t: QueryTile, head: Expr, keep: Expr) -> Expr | None:
-    """How far above a tile's greatest score the peak of a row is to be, so that weights of codes, whatever their scales
-    are, are at most 2**ROOM: number or [BM]; None where they need not be. `keep`: which keys rows of a cut tile see.
-
-    Scales that are no finite numbers spoil what they are for in any case, and nothing else.
-    """
+    """How far above a tile's greatest score the peak of a row is to be, number or [BM], if that is due; `keep`: which
+    keys rows of a cut tile see."""
     c = find(attn, "v")
-    if c is None or not joins(attn, c) or _ends_rows(attn, c) or not _has_half_weights(attn):
+    if c is None or not joins(attn, c) or _ends_rows(attn, c) or not halves.serve_weights(attn):
         return None
-    scale, _ = _of_key(b, attn, c, t, head)
-    size = where(ew("abs", scale) < math.inf, ew("abs", scale), 0.0)
-    if scale.shape:
-        size = _greatest(b, b.let("size", size, "[BN]"), keep)
-    return b.let("above", maximum(ew("log2", size) - ROOM, LEAST_ABOVE))
-
-
-def _greatest(b: Builder, sizes: Expr, keep: Expr) -> Expr:
-    """Of sizes [BN]: of all rows together where they see the same keys."""
-    if keep.shape[0] == 1:
-        with b.when(name("MASKED", "bool")):
-            b.let("size", where(name("inside", "bool", ("BN",)), sizes, 0.0))
-        return reduce("max", sizes, 0)
-    most = b.let("most", full(("BM",), 0.0) + reduce("max", sizes, 0), "[BM]")
-    with b.when(name("MASKED", "bool")):
-        b.let("most", reduce("max", where(keep, row(sizes), 0.0), 1))
-    return most
+    return halves.above(b, _of_key(b, attn, c, t, head)[0], keep)
 
 
 def weighted(
@@ -269,10 +228,10 @@ def weighted(
     c = find(attn, "v")
     if c is None or not joins(attn, c) or _ends_rows(attn, c):
         return (), None
-    scale, zero = _of_whole(b, attn, c, t, None if _has_half_weights(attn) else head)
+    scale, zero = _of_whole(b, attn, c, t, None if halves.serve_weights(attn) else head)
     w = hide(b.let("w", p * _across(scale), "[BM, BN] weights of codes"))
     terms = (w,)
-    if _has_half_weights(attn):
+    if halves.serve_weights(attn):
         terms = (b.let("w_half", cast_to(w, "f16")),)
     elif attn.dtype != "fp32":
         high = b.let("w_high", cast_to(w, "bf16"))
@@ -281,11 +240,6 @@ def weighted(
         return terms, None
     z = hide(b.let("z", p * _across(zero), "[BM, BN] what they add to all columns"))
     return terms, b.let("moved", reduce("sum", z, 1), "[BM]")
-
-
-def _has_half_weights(attn: Attention) -> bool:
-    """Whether weights of codes are of f16: where they are relative to a peak."""
-    return attn.dtype != "fp32" and attn.part.normalizer.kind == "softmax"
 
 
 def ended(b: Builder, attn: Attention, o: Expr, scale: Callable[[Param], Expr] | None = None) -> Expr:
@@ -317,7 +271,7 @@ def value_dtype(attn: Attention, c: Cached) -> Dtype:
     """What codes become: of values what their weights are, for either dtype holds them exactly; integers among the
     keys f16."""
     if c.operand == "v" and joins(attn, c) and not _ends_rows(attn, c) and attn.dtype != "fp32":
-        return "f16" if _has_half_weights(attn) else "bf16"
+        return "f16" if halves.serve_weights(attn) else "bf16"
     given = VALUE_DTYPE[attn.dtype]
     return "f16" if given == "bf16" and c.operand == "k" and has_words(attn) and words.is_whole(c) else given
 

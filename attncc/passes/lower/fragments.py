@@ -19,7 +19,7 @@ from attncc.ir.factors import fold_constants, split_multiplier
 from attncc.ir.rewrite import names, transform, walk
 from attncc.ir.staircase import levels
 from attncc.ir.tile import Function, Param
-from attncc.passes.lower import cache, classify, quantize, skew, slope, staircase, storage
+from attncc.passes.lower import cache, classify, halves, quantize, skew, slope, staircase, storage
 from attncc.passes.lower.chains import source
 from attncc.passes.lower.grid import QueryTile, is_varlen
 from attncc.passes.lower.normalizers import LOG2E, VALUE_DTYPE, Rule, Tile
@@ -92,7 +92,7 @@ def formulas_of(
         found = Sloped(hoist(b, found.rest, t.scope, "score"), line, slope_)
     score = hoist(b, score, t.scope, "score") if found is None else found.rest
     mask = hoist(b, part.mask, t.scope, "mask")
-    unit = cache.Q_UNIT if cache.lifts(attn) else None
+    unit = halves.Q_UNIT if cache.lifts(attn) else None
     if unit is not None and score == QK and found is None:
         c, unit = b.let("c", c * unit, "[BM]"), None
     return Formulas(score, c, mask, {d.name: d for d in diagonals}, columns, unit, found)
