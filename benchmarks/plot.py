@@ -13,7 +13,7 @@ from typing import Final
 INK: Final = "#8b949e"
 COLOURS: Final = {
     "FlexAttention": "#e8590c", "cuDNN": "#4c8dff", "SDPA": "#4c8dff", "SDPA + mask": "#2f9e44", "torch.mm": "#9775fa",
-    "bytes": "#2f9e44",
+    "bytes": "#2f9e44", "FlashAttention-4": "#9775fa",
 }  # fmt: skip
 WIDE: Final = 8.0
 """Ratios this far apart stand on a logarithmic axis."""

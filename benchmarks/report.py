@@ -7,7 +7,7 @@ import math
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,11 +69,15 @@ def gpu_meta() -> Row:
         driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")[0].strip()
     except OSError:
         driver = ""
-    return {
+    head = {
         "device": torch.cuda.get_device_name(), "driver": driver, "torch": torch.__version__,
         "triton": triton.__version__, "cudnn": torch.backends.cudnn.version(), "attncc": VERSION,
         "date": date.today().isoformat(), "spread": "least and greatest",
     }  # fmt: skip
+    try:
+        return head | {"flash-attn-4": version("flash-attn-4")}
+    except PackageNotFoundError:
+        return head
 
 
 def tuning_meta(device: Device) -> Row:

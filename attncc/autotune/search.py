@@ -91,7 +91,7 @@ class Search:
         """Trials that others have finished since; what they do, or did, is not asked for here any more."""
         if not self.is_shared:
             return []
-        self.heartbeat.bury()
+        insist(self.heartbeat.bury)
         fresh: list[FrozenTrial] = []
         for trial in insist(lambda: self.study.get_trials(deepcopy=False)):
             candidate = self._placed(trial.params)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import optuna
 import pytest
+from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
+from sqlalchemy.exc import OperationalError
 
 from attncc.autotune.search import SAMPLERS, SEEDS, SLACK, Search
 from attncc.autotune.space import Branch, Candidate
@@ -146,3 +149,21 @@ def test_a_trial_that_was_taken_for_dead_ends_without_harm_and_is_not_asked_for_
 def test_wrong_options_are_refused(wrong: dict) -> None:
     with pytest.raises(SpecError):
         Options(**wrong)
+
+
+def test_a_storage_may_be_away_while_the_trials_of_the_dead_are_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = search(storage=open_storage(f"sqlite:///{tmp_path}/a.db"))
+    answers = iter((StorageInternalError("shutting down"), OperationalError("", {}, Exception("refused")), None))
+    asked: list[object] = []
+
+    def stale(study: object) -> None:
+        asked.append(study)
+        if (answer := next(answers)) is not None:
+            raise answer
+
+    monkeypatch.setattr(optuna.storages, "fail_stale_trials", stale)
+    monkeypatch.setattr("attncc.autotune.heartbeat.PAUSE_S", 0.0)
+    assert made.catch_up() == []
+    assert asked == [made.study] * 3
