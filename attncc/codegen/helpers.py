@@ -120,11 +120,18 @@ def from_bytes(words, BIT: tl.constexpr, SIGNED: tl.constexpr, DTYPE: tl.constex
 
 @triton.jit
 def from_nibbles(words, BIT: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
-    """The 4 bits from this bit of words on as a number less 8, made as those of bytes are."""
+    """The 4 bits from this bit of words on as a number less 8, made as those of bytes are.
+
+    A mantissa of fp16 has room for the upper ones of a byte where they are, which makes their number 16 times as much.
+    """
+    BYTE: tl.constexpr = BIT // 8 * 8
     if PTX and tl.float16 == DTYPE:
+        PLACE: tl.constexpr = "0x00F000F0" if BIT % 8 else "0x000F000F"
+        FACTOR: tl.constexpr = "0x2C002C00" if BIT % 8 else "0x3C003C00"
+        OFFSET: tl.constexpr = "0xD480D480" if BIT % 8 else "0xE408E408"
         x = tl.inline_asm_elementwise(
-            f"{{ .reg .b32 a, b; shr.b32 a, $1, {BIT}; lop3.b32 a, a, 0x000F000F, 0x64006400, 0xEA; "
-            "mov.b32 b, 0x64086408; sub.f16x2 $0, a, b; }",
+            f"{{ .reg .b32 a, b, c; shr.b32 a, $1, {BYTE}; lop3.b32 a, a, {PLACE}, 0x64006400, 0xEA; "
+            f"mov.b32 b, {FACTOR}; mov.b32 c, {OFFSET}; fma.rn.f16x2 $0, a, b, c; }}",
             "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2,
         )  # fmt: skip
     elif PTX:
@@ -135,19 +142,6 @@ def from_nibbles(words, BIT: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexp
         )  # fmt: skip
     else:
         x = (((words.to(tl.int32) >> BIT) & 0xF) - 8).to(DTYPE)
-    return x
-
-
-@triton.jit
-def raised_nibbles(words, BIT: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
-    """The 4 bits from this bit of words on as a number more by 128 in bf16: the lowest bits of a mantissa."""
-    if PTX:
-        x = tl.inline_asm_elementwise(
-            f"{{ .reg .b32 a; shr.b32 a, $1, {BIT}; lop3.b32 $0, a, 0x000F000F, 0x43004300, 0xEA; }}",
-            "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2,
-        )  # fmt: skip
-    else:
-        x = (((words.to(tl.int32) >> BIT) & 0xF) + 128).to(DTYPE)
     return x
 
 
@@ -318,7 +312,7 @@ def divided(x, y, PTX: tl.constexpr):
         q = a * inverse
         q = tl.fma(tl.fma(-q, d, a), inverse, q)
         q = tl.fma(tl.fma(-q, d, a), inverse, q)
-        q = tl.where(x == 0.0, x, q)  # of its own sign
+        q = tl.where(x == 0.0, x * y, q)  # of its own sign; NaN where y is
     else:
         q = tl.div_rn(x, y)
     return q

@@ -46,7 +46,7 @@ FP8: Final[dict[Dtype, str]] = {"f8e4m3": "3, 7", "f8e5m2": "2, 15"}
 """Bits of the mantissa, and the exponent's bias. Kernels see the bits, for not every target converts these itself."""
 UNPACK: Final[dict[str, str]] = {
     "i8": "from_bytes({}, {}, True", "u8": "from_bytes({}, {}, False", "u4": "from_nibbles({}, {}",
-    "u4 above 0": "raised_nibbles({}, {}", "f8e4m3": "from_e4m3({}, {}",
+    "f8e4m3": "from_e4m3({}, {}",
 }  # fmt: skip
 """Calls that take fields from words, before the dtype that they make."""
 HALF: Final = {"0": "first_half", "1": "second_half", "even": "even_columns", "odd": "odd_columns"}

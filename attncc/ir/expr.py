@@ -49,7 +49,7 @@ STRUCTURAL: Final[dict[str, str]] = {
     "joined": "attr: None or 'in turn'; args: two matrices of one shape; value: one behind the other, or in turn",
     "cast": "the dtype says it",
     "unpack": "attr: (what, first bit) of a field of words; value: numbers, i8 and f8e4m3 as they are, u8 less 128, u4 "
-    "less 8, 'u4 above 0' more by the dtype's power of 2 in `fields.RAISED`",
+    "less 8",
     "dot": "args: a [M, K], b [K, N] and, if any, the accumulator [M, N]; attr: 'few' where M may be less than tensor "
     "cores multiply",
     "reduce": "attr: (max | sum | min, axis), the axis 'all' leaves a scalar",

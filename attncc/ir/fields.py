@@ -7,7 +7,7 @@ from typing import Final
 
 from attncc.ir.expr import Dtype
 
-FIELDS: Final[Mapping[str, int]] = {"i8": 8, "u8": 8, "u4": 4, "u4 above 0": 4, "f8e4m3": 8}
+FIELDS: Final[Mapping[str, int]] = {"i8": 8, "u8": 8, "u4": 4, "f8e4m3": 8}
 """Bits of a field, by what it is."""
-RAISED: Final[Mapping[Dtype, float]] = {"bf16": 128.0, "f16": 1024.0}
-"""What a number is more by that is made the lowest bits of a mantissa, by the dtype."""
+NUMBERS: Final[tuple[Dtype, ...]] = ("bf16", "f16")
+"""What they become: both hold them exactly."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from attncc.errors import CompilerBug
 from attncc.ir.expr import OPS, Dtype, Expr, Shape
-from attncc.ir.fields import FIELDS, RAISED
+from attncc.ir.fields import FIELDS
 from attncc.ir.rules import HALVES
 from attncc.ir.tile import Param, extent_of
 
@@ -146,8 +146,6 @@ def _unpack(e: Expr, frame: Frame, args: list[Array]) -> Array:
             return code.astype(np.float32) - 128.0
         case "u4":
             return code.astype(np.float32) - 8.0
-        case "u4 above 0":
-            return code.astype(np.float32) + RAISED[e.dtype]
         case _:
             size, exponent = code & 0x7F, code >> 3 & 0xF
             number = np.where(exponent == 0, (size & 7) * 2.0**-9, (8 + (size & 7)) * 2.0 ** (exponent - 10.0))

@@ -12,7 +12,7 @@ from fractions import Fraction
 from typing import Final, Literal
 
 from attncc.ir.expr import FLOATS, INTS, OPS, STORED, WORD, Dim, Dtype, Expr, Shape, broadcast
-from attncc.ir.fields import FIELDS, RAISED
+from attncc.ir.fields import FIELDS, NUMBERS
 
 Level = Literal["scalar", "tile"]
 Type = tuple[Dtype, Shape]
@@ -225,7 +225,7 @@ def _unpack(e: Expr, tensors: Mapping[str, Tensor]) -> Type:
     require(isinstance(e.attr, tuple) and len(e.attr) == 2, f"'unpack' has (what, first bit), got {e.attr!r}")
     what, bit = e.attr if isinstance(e.attr, tuple) else ("", 0)
     require(what in FIELDS and bit in range(0, 16, FIELDS[str(what)]), f"words have no {what} at bit {bit}")
-    require(e.dtype in RAISED, f"'unpack' makes {' or '.join(RAISED)}, not {e.dtype}")
+    require(e.dtype in NUMBERS, f"'unpack' makes {' or '.join(NUMBERS)}, not {e.dtype}")
     return e.dtype, e.args[0].shape
 
 

@@ -19,7 +19,7 @@ from attncc.ir.cache import FORMATS, Cached, beside, cached, find
 from attncc.ir.expr import WORD, Dtype, Expr, cast_to, const, eq, minimum, name, where
 from attncc.ir.given import Given
 from attncc.ir.tile import Param
-from attncc.passes.lower import staircase, storage, words
+from attncc.passes.lower import halves, staircase, storage, words
 from attncc.passes.lower.grid import QueryTile, is_varlen
 from attncc.passes.lower.normalizers import VALUE_DTYPE
 from attncc.passes.lower.pieces import Piece, pieces
@@ -144,11 +144,26 @@ def bind(b: Builder, attn: Attention, t: QueryTile, heads: Mapping[str, Expr]) -
             for text in _texts(c):
                 b.let(text, read(b.params[f"{text}s_ptr"], *at))
     c = find(attn, "k")
-    if c is not None and joins(attn, c) and (c.has_zeros or _shift(attn, c)):
-        parts = key_pieces(attn)
-        tiles = [name("q" + p.suffix(parts), VALUE_DTYPE[attn.dtype], ("BM", p.width)) for p in _coded(attn, c)]
-        sums = [reduce("sum", cast_to(q, "f32"), 1) for q in tiles]
+    if c is None or not joins(attn, c):
+        return
+    if lifts(attn):
+        halves.lift(b, _queries(attn, c, "bf16"))
+    if c.has_zeros or _shift(attn, c):
+        sums = [reduce("sum", cast_to(q, "f32"), 1) for q in _queries(attn, c, value_dtype(attn, c)).values()]
         b.let("q_sum", fold(lambda x, y: x + y, sums), "[BM] what zero points are multiplied by")
+
+
+def lifts(attn: Attention) -> bool:
+    """Whether queries of bf16 are multiplied as f16, which few instructions make of codes."""
+    c = find(attn, "k")
+    return c is not None and attn.dtype == "bf16" and value_dtype(attn, c) == "f16"
+
+
+def _queries(attn: Attention, c: Cached, dtype: Dtype) -> dict[str, Expr]:
+    """The tiles of queries that codes are multiplied by."""
+    parts = key_pieces(attn)
+    texts = {p: "q" + p.suffix(parts) for p in _coded(attn, c)}
+    return {text: name(text, dtype, ("BM", p.width)) for p, text in texts.items()}
 
 
 def has_finite_values(attn: Attention) -> bool:
@@ -164,7 +179,7 @@ def _texts(c: Cached) -> tuple[str, ...]:
 def _shift(attn: Attention, c: Cached) -> float:
     """What the numbers that are multiplied are less than those which the scale is for."""
     if has_words(attn):
-        return words.taken(attn, c) - c.offset
+        return words.MIDDLE[words.kind(c)] - c.offset
     return _middle(c) - c.offset if c.operand == "v" else -c.offset
 
 
@@ -176,15 +191,28 @@ def _middle(c: Cached) -> float:
 # -- inside it -----------------------------------------------------------------------------------
 
 
-def scaled(b: Builder, attn: Attention, t: QueryTile, p: Piece, s: Expr) -> Expr:
-    """Products [BM, BN] up to the columns of a piece: behind the last codes they become those of numbers."""
+def scaled(b: Builder, attn: Attention, t: QueryTile, p: Piece, s: Expr, unit: Expr | None) -> Expr:
+    """Products [BM, BN] up to the columns of a piece: behind the last codes they become those of numbers.
+
+    `unit`: of rows, if it is not in what scores are multiplied by.
+    """
     c = find(attn, "k")
     if c is None or not joins(attn, c) or p != _coded(attn, c)[-1]:
         return s
     s = b.let("s", s, "[BM, BN] of codes")
     scale, zero = _of_whole(b, attn, c, t, t.scope.values["hk"])
     s = s * _across(scale)
-    return s if zero is None else s + column(name("q_sum", "f32", ("BM",))) * _across(zero)
+    s = s if zero is None else s + column(name("q_sum", "f32", ("BM",))) * _across(zero)
+    return s if unit is None else s * column(unit)
+
+
+def above(b: Builder, attn: Attention, t: QueryTile, head: Expr, keep: Expr) -> Expr | None:
+    """How far above a tile's greatest score the peak of a row is to be, number or [BM], if that is due; `keep`: which
+    keys rows of a cut tile see."""
+    c = find(attn, "v")
+    if c is None or not joins(attn, c) or _ends_rows(attn, c) or not halves.serve_weights(attn):
+        return None
+    return halves.above(b, _of_key(b, attn, c, t, head)[0], keep)
 
 
 def weighted(
@@ -192,17 +220,20 @@ def weighted(
 ) -> tuple[tuple[Expr, ...], Expr | None]:
     """The terms of the weights [BM, BN] of a tile's codes, and what zero points add to every column, [BM], if anything.
 
-    Rounded once, a weight would be as far off as a value of 16 bits is, where the weight of such a value may be exact:
-    two terms of bf16 are far nearer, and have the range that scales may have.
+    Rounded to bf16, a weight would be as far off as a value of 16 bits is, where the weight of such a value may be
+    exact. f16 has three digits more, and `above` gives it the range that scales may have; where weights are relative to
+    nothing, two terms of bf16 have.
     `hide`: binds 0 where a row does not see a key, so that scales which no row sees do not matter, whatever they are.
     """
     c = find(attn, "v")
     if c is None or not joins(attn, c) or _ends_rows(attn, c):
         return (), None
-    scale, zero = _of_whole(b, attn, c, t, head)
+    scale, zero = _of_whole(b, attn, c, t, None if halves.serve_weights(attn) else head)
     w = hide(b.let("w", p * _across(scale), "[BM, BN] weights of codes"))
     terms = (w,)
-    if attn.dtype != "fp32":
+    if halves.serve_weights(attn):
+        terms = (b.let("w_half", cast_to(w, "f16")),)
+    elif attn.dtype != "fp32":
         high = b.let("w_high", cast_to(w, "bf16"))
         terms = (high, b.let("w_low", cast_to(w - cast_to(high, "f32"), "bf16"), "what the other lacks"))
     if zero is None:
@@ -237,17 +268,19 @@ def _ends_rows(attn: Attention, c: Cached) -> bool:
 
 
 def value_dtype(attn: Attention, c: Cached) -> Dtype:
-    """What codes become: of values whose weights are terms of bf16 that, which holds them as well."""
+    """What codes become: of values what their weights are, for either dtype holds them exactly; integers among the
+    keys f16."""
+    if c.operand == "v" and joins(attn, c) and not _ends_rows(attn, c) and attn.dtype != "fp32":
+        return "f16" if halves.serve_weights(attn) else "bf16"
     given = VALUE_DTYPE[attn.dtype]
-    split = c.operand == "v" and joins(attn, c) and not _ends_rows(attn, c) and attn.dtype != "fp32"
-    return "bf16" if split else given
+    return "f16" if given == "bf16" and c.operand == "k" and has_words(attn) and words.is_whole(c) else given
 
 
 def _across(x: Expr) -> Expr:
     return row(x) if x.shape else x
 
 
-def _of_whole(b: Builder, attn: Attention, c: Cached, t: QueryTile, head: Expr) -> tuple[Expr, Expr | None]:
+def _of_whole(b: Builder, attn: Attention, c: Cached, t: QueryTile, head: Expr | None) -> tuple[Expr, Expr | None]:
     """Scale and zero point of whole keys as the numbers that are multiplied want them."""
     scale, zero = _of_key(b, attn, c, t, head)
     shift = _shift(attn, c)
@@ -256,9 +289,9 @@ def _of_whole(b: Builder, attn: Attention, c: Cached, t: QueryTile, head: Expr) 
     return scale, zero
 
 
-def _of_key(b: Builder, attn: Attention, c: Cached, t: QueryTile, head: Expr) -> tuple[Expr, Expr | None]:
-    """Scale and zero point of whole keys: [BN], or numbers."""
-    if c.per == "token":
+def _of_key(b: Builder, attn: Attention, c: Cached, t: QueryTile, head: Expr | None) -> tuple[Expr, Expr | None]:
+    """Scale and zero point of whole keys: [BN], or numbers; without a head they are bound already."""
+    if c.per == "token" and head is not None:
         for text in _texts(c):
             b.let(text, _at_tokens(b.params[f"{text}s_ptr"], attn, t, head), "[BN]")
     shape = ("BN",) if c.per == "token" else ()
@@ -330,7 +363,7 @@ def _field(b: Builder, attn: Attention, c: Cached, p: Piece, raw: Raw) -> Expr:
     text = f"{c.operand}_words{field.word.suffix(pieces(words.count(c)))}"
     if not field.bit:
         b.let(text, raw(b.params[c.operand.upper()], field.word, words.count(c)), f"[BN, {p.width}]")
-    return words.numbers(attn, c, name(text, WORD, ("BN", p.width)), field.bit, value_dtype(attn, c))
+    return words.numbers(c, name(text, WORD, ("BN", p.width)), field.bit, value_dtype(attn, c))
 
 
 def _channels(x: Param, c: Cached, t: QueryTile, head: Expr, p: Piece) -> Expr:

@@ -19,11 +19,12 @@ from attncc.ir.factors import fold_constants, split_multiplier
 from attncc.ir.rewrite import names, transform, walk
 from attncc.ir.staircase import levels
 from attncc.ir.tile import Function, Param
-from attncc.passes.lower import cache, classify, quantize, skew, slope, staircase, storage
+from attncc.passes.lower import cache, classify, halves, quantize, skew, slope, staircase, storage
 from attncc.passes.lower.chains import source
 from attncc.passes.lower.grid import QueryTile, is_varlen
 from attncc.passes.lower.normalizers import LOG2E, VALUE_DTYPE, Rule, Tile
 from attncc.passes.lower.pieces import Piece
+from attncc.passes.lower.quantize import QK
 from attncc.passes.lower.scores import Scope, hoist, regroup, share_reads
 from attncc.passes.lower.skew import Diagonal
 from attncc.passes.lower.slope import Sloped
@@ -51,6 +52,8 @@ class Formulas:
     """Reads of skewed copies, by their names."""
     scope: Scope
     """Rows as columns: what is bound in it broadcasts to [BM, BN]."""
+    unit: Expr | None = None
+    """What products of lifted queries [BM] are multiplied by, where c does not."""
     sloped: Sloped | None = None
     """Terms of the score that are linear in the key, where they are told apart; `score` then lacks them."""
 
@@ -89,7 +92,10 @@ def formulas_of(
         found = Sloped(hoist(b, found.rest, t.scope, "score"), line, slope_)
     score = hoist(b, score, t.scope, "score") if found is None else found.rest
     mask = hoist(b, part.mask, t.scope, "mask")
-    return Formulas(score, c, mask, {d.name: d for d in diagonals}, columns, found)
+    unit = halves.Q_UNIT if cache.lifts(attn) else None
+    if unit is not None and score == QK and found is None:
+        c, unit = b.let("c", c * unit, "[BM]"), None
+    return Formulas(score, c, mask, {d.name: d for d in diagonals}, columns, unit, found)
 
 
 Visit = Callable[[Expr], None]
@@ -153,7 +159,7 @@ def key_tile(outer: Builder, attn: Attention, t: QueryTile, rule: Rule, formulas
     s: Expr | None = None
     for p, k in zip(columns, keys, strict=True):
         s = dot(name("q" + p.suffix(columns), k.dtype, ("BM", p.width)), trans(k), s, few=few)
-        s = cache.scaled(b, attn, t, p, s)
+        s = cache.scaled(b, attn, t, p, s, formulas.unit)
     x = (scope if s is None else scope.with_(qk=b.let("s", s, "[BM, BN]"))).bind(score)
     if x.shape != ("BM", "BN"):  # a score of rows or keys alone
         x = full(("BM", "BN"), 0.0) + x
@@ -172,6 +178,9 @@ def key_tile(outer: Builder, attn: Attention, t: QueryTile, rule: Rule, formulas
     def scaled(p: Expr) -> tuple[tuple[Expr, ...], Expr | None]:
         return cache.weighted(b, attn, t, value_head(attn, t), p, hide)
 
+    def above() -> Expr | None:
+        return cache.above(b, attn, t, value_head(attn, t), name("keep", "bool", kept))
+
     def load_values() -> tuple[Expr, ...]:
         if may_see_the_same(attn):
             with b.when(eq(CARE, FOR_ALL_ROWS)):
@@ -181,7 +190,7 @@ def key_tile(outer: Builder, attn: Attention, t: QueryTile, rule: Rule, formulas
 
     accumulators = tuple("acc" + p.suffix(values) for p in values)
     weigh = partial(quantize.weigh, attn)
-    rule.step(b, Tile(x, formulas.c, MASKED, keep, load_values, accumulators, weigh, scaled, few))
+    rule.step(b, Tile(x, formulas.c, MASKED, keep, load_values, accumulators, weigh, scaled, above, few))
     state = [name(a, "f32", ("BM", p.width)) for a, p in zip(accumulators, values, strict=True)]
     flags = ("MASKED", "CARE") if may_hide_values(attn) else ("MASKED",)
     return function("key_tile", b, [*state, *rule.state], (*flags, "BM", "BN"), "Adds the keys from n on to the state.")

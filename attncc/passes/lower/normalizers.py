@@ -33,6 +33,7 @@ class Tile:
     x: Expr
     """[BM, BN]: x * c is the score, in units of log 2 where the rule is exponential."""
     c: Expr
+    """A number, or one for each row."""
     masked: Expr
     """Whether `keep` is to be applied; fixed when the kernel is compiled."""
     keep: Callable[[], Expr]
@@ -46,6 +47,9 @@ class Tile:
     scaled: Callable[[Expr], tuple[tuple[Expr, ...], Expr | None]] = lambda p: ((), None)
     """Binds the terms whose sum are the weights of values as they are held, none where those are the weights
     themselves; and what else the tile adds to all columns of a row, [BM]."""
+    above: Callable[[], Expr | None] = lambda: None
+    """Binds by how much the peak of a state is to be above a tile's greatest score, in units of log 2: weights as
+    values are held then have a range that a narrow dtype has; called after `keep`."""
     few: bool = False
     """Whether rows may be less than tensor cores multiply."""
 
@@ -131,8 +135,9 @@ def _softmax_step(lanes: Dim, b: Builder, tile: Tile) -> None:
     x = b.let("x", tile.x, "[BM, BN]")
     with b.when(tile.masked):
         b.let("x", where(tile.keep(), x, -math.inf))
-    m_new = b.let("m_new", maximum(M, reduce("max", x, 1) * tile.c), "[BM]")
-    p = b.let("p", ew("exp2", x * tile.c - column(m_new)), "[BM, BN]")
+    greatest, above = reduce("max", x, 1) * tile.c, tile.above()
+    m_new = b.let("m_new", maximum(M, greatest if above is None else greatest + above), "[BM]")
+    p = b.let("p", ew("exp2", x * _to_columns(tile.c) - column(m_new)), "[BM, BN]")
     alpha = b.let("alpha", ew("exp2", M - m_new))
     b.let("l", _sums(lanes) * column(alpha) + _parts(p, lanes))
     _accumulate(b, tile, p, alpha)
@@ -165,7 +170,7 @@ def _pointwise(f: Callable[[Expr], Expr]) -> Rule:
     """p = f(score), summed without a denominator."""
 
     def step(b: Builder, tile: Tile) -> None:
-        _accumulate(b, tile, _weights(b, tile, f(tile.x * tile.c)), None)
+        _accumulate(b, tile, _weights(b, tile, f(tile.x * _to_columns(tile.c))), None)
 
     return Rule((), lambda b: None, step, lambda b, m, total, sink: End())
 
@@ -174,7 +179,7 @@ def _linear(eps: float, lanes: Dim) -> Rule:
     """p = score over the sum of scores plus eps."""
 
     def step(b: Builder, tile: Tile) -> None:
-        p = _weights(b, tile, tile.x * tile.c)
+        p = _weights(b, tile, tile.x * _to_columns(tile.c))
         b.let("l", sums + _parts(p, lanes))
         _accumulate(b, tile, p, None)
 

@@ -44,9 +44,12 @@ from attncc.passes.lower.partial import (
 )
 from attncc.passes.lower.scores import own_name
 from attncc.passes.lower.tidy import tidy
+from attncc.passes.lower.words import has_words
 
 AT_ONCE: Final = 1024
 """Items whose tiles are added up at once."""
+AT_ONCE_BY_A_WARP: Final = 256
+"""The same in programs of one warp, as those that read codes are: 1024 are 32 of each thread, and take 5 us."""
 SLOTS: Final = 2
 """A program's: one for the item in whose midst its range begins, one for the item in whose midst it ends."""
 PROGRAMS: Final = name(FILL.name)
@@ -183,7 +186,7 @@ def _bind_range(
     `each` is told of all items, some at once: their numbers of tiles, which are none, and where on the line they end.
     """
     items = b.let("items", _items(attn))
-    _add_up(b, counts, items, "line")
+    _add_up(b, attn, counts, items, "line")
     _bind_cut(b, name("line"), name("items"))
     tiles = b.let("of_group", group_tiles(attn), "that neighbours have, where they are whole ranges apart")
     beside = remainder(program(), tiles) * quotient(name("ranges"), tiles) + quotient(program(), tiles)
@@ -194,8 +197,8 @@ def _bind_range(
     for text in ("first_item", "item_begin", "end_item", "before"):
         b.let(text, const(0))
     b.note("items that end before the range, how many tiles they have, and items that begin before its end")
-    with b.loop("chunk", 0, items, AT_ONCE) as chunk:
-        tiles, inside = _some(b, counts, chunk, items)
+    with b.loop("chunk", 0, items, _at_once(attn)) as chunk:
+        tiles, inside = _some(b, attn, counts, chunk, items)
         ends = b.let("ends", name("before") + Expr("cumsum", (tiles,), None, "i32", tiles.shape))
         over = b.let("over", cast_to(inside & (ends <= begin), "i32"))
         begun = cast_to(inside & (ends - tiles < end), "i32")
@@ -208,18 +211,22 @@ def _bind_range(
     b.let("end_item", where(begin < end, name("end_item"), name("first_item")))
 
 
-def _some(b: Builder, counts: Param, chunk: Expr, items: Expr) -> tuple[Expr, Expr]:
+def _at_once(attn: Attention) -> int:
+    return AT_ONCE_BY_A_WARP if has_words(attn) else AT_ONCE
+
+
+def _some(b: Builder, attn: Attention, counts: Param, chunk: Expr, items: Expr) -> tuple[Expr, Expr]:
     """Binds the tiles of some items, 0 behind the last, and which are none."""
-    at = b.let("at", chunk + iota(AT_ONCE), f"[{AT_ONCE}]")
+    at = b.let("at", chunk + iota(_at_once(attn)), f"[{_at_once(attn)}]")
     inside = b.let("is_item", at < items)
     return b.let("some", read(counts, at, mask=inside)), inside
 
 
-def _add_up(b: Builder, counts: Param, items: Expr, text: str) -> None:
+def _add_up(b: Builder, attn: Attention, counts: Param, items: Expr, text: str) -> None:
     """Binds how many tiles the first items have."""
     b.let(text, const(0))
-    with b.loop("chunk", 0, items, AT_ONCE) as chunk:
-        b.let(text, name(text) + reduce("sum", _some(b, counts, chunk, items)[0], 0))
+    with b.loop("chunk", 0, items, _at_once(attn)) as chunk:
+        b.let(text, name(text) + reduce("sum", _some(b, attn, counts, chunk, items)[0], 0))
 
 
 def first_of(begin: Expr, item: Expr) -> Expr:
@@ -253,7 +260,7 @@ def ranges(attn: Attention) -> tuple[Kernel, tuple[Scratch, Scratch]]:
 
     def keep_holders(tiles: Expr, inside: Expr, ends: Expr) -> None:
         """By the program in whose range an item begins, and that in whose it ends; none for those of no tiles."""
-        begins, at = b.let("begins", ends - tiles), name("at", "i32", (AT_ONCE,))
+        begins, at = b.let("begins", ends - tiles), name("at", "i32", (_at_once(attn),))
         none = eq(tiles, 0) & eq(program(), 0)
         begun = (tiles > 0) & (begins >= name("range_begin")) & (begins < name("range_end"))
         ended = (tiles > 0) & (ends > name("range_begin")) & (ends <= name("range_end"))
@@ -289,9 +296,9 @@ def _merger(attn: Attention) -> Kernel:
     counts = _counts(attn)
     b = Builder(share_parameters(attn, "BM", "BN", WRITE_LSE.name, SPLIT.name, FILL.name, more=(counts,)))
     at, item = _place_row_of_item(b, attn, program())
-    _add_up(b, counts, b.let("items", _items(attn)), "line")
+    _add_up(b, attn, counts, b.let("items", _items(attn)), "line")
     _bind_cut(b, name("line"), name("items"))
-    _add_up(b, counts, item, "item_begin")
+    _add_up(b, attn, counts, item, "item_begin")
     count = b.let("count", read(counts, item))
     first = b.let("first_range", _range_of(name("item_begin"), name("line")))
     last = _range_of(name("item_begin") + count - 1, name("line"))

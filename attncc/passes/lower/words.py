@@ -14,8 +14,6 @@ from attncc.ir.attention import Attention
 from attncc.ir.build import unpack
 from attncc.ir.cache import NIBBLE_ZERO, Cached, cached
 from attncc.ir.expr import Dtype, Expr
-from attncc.ir.fields import RAISED
-from attncc.passes.lower.normalizers import VALUE_DTYPE
 from attncc.passes.lower.pieces import Piece, pieces
 
 STEP: Final = 2
@@ -75,18 +73,11 @@ def fields(c: Cached) -> dict[Piece, Field]:
     }
 
 
-def numbers(attn: Attention, c: Cached, words: Expr, bit: int, dtype: Dtype) -> Expr:
-    """The numbers of a field, in the dtype that is multiplied."""
-    return unpack(words, _unpacked(attn, c), bit, dtype)
+def numbers(c: Cached, words: Expr, bit: int, dtype: Dtype) -> Expr:
+    """The numbers of a field, in the dtype that is multiplied: codes less their `MIDDLE`."""
+    return unpack(words, kind(c), bit, dtype)
 
 
-def taken(attn: Attention, c: Cached) -> float:
-    """What a number that is multiplied is less than its code."""
-    return -RAISED[VALUE_DTYPE[attn.dtype]] if " " in _unpacked(attn, c) else MIDDLE[kind(c)]
-
-
-def _unpacked(attn: Attention, c: Cached) -> str:
-    """Keys of 4 bits are left raised where that costs sums no digits worth naming: scores are less by as much for all
-    keys of a scale, which the sum of the query tells."""
-    dtype: Dtype = VALUE_DTYPE[attn.dtype]
-    return f"{kind(c)} above 0" if c.operand == "k" and kind(c) == "u4" and dtype == "bf16" else kind(c)
+def is_whole(c: Cached) -> bool:
+    """Whether codes are integers."""
+    return kind(c) in ("i8", "u8", "u4")

@@ -66,7 +66,7 @@ def divided(x, y, PTX: tl.constexpr):
         q = a * inverse
         q = tl.fma(tl.fma(-q, d, a), inverse, q)
         q = tl.fma(tl.fma(-q, d, a), inverse, q)
-        q = tl.where(x == 0.0, x, q)  # of its own sign
+        q = tl.where(x == 0.0, x * y, q)  # of its own sign; NaN where y is
     else:
         q = tl.div_rn(x, y)
     return q
