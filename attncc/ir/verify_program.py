@@ -26,6 +26,7 @@ def program_faults(program: Program) -> Iterator[Fault]:
     yield from _launches(program)
     for kernel in program.kernels:
         yield from kernel_faults(kernel)
+    yield from _shared_functions(program)
     yield from _numbers(program)
     yield from _scratch_order(program)
 
@@ -49,6 +50,16 @@ def _launches(program: Program) -> Iterator[Fault]:
             yield where, f"'{name}' is no constexpr of the kernel"
         for name in sorted(constexprs - given - knobs):
             yield where, f"constexpr '{name}' is neither a knob nor fixed by the launch"
+
+
+def _shared_functions(program: Program) -> Iterator[Fault]:
+    """Kernels stand in one module: a function that several of them have is there once."""
+    first: dict[str, tuple[str, Function]] = {}
+    for kernel in program.kernels:
+        for f in kernel.functions:
+            owner, known = first.setdefault(f.name, (kernel.name, f))
+            if known != f:
+                yield f"function {f.name}", f"another one in kernel {kernel.name} than in kernel {owner}"
 
 
 def _numbers(program: Program) -> Iterator[Fault]:

@@ -57,6 +57,8 @@ def test_what_is_launched() -> None:
     assert "variant_skew_0" in engine.replaces
     again = program.kernel("variant_again")
     assert not {p.name for p in again.params} & {"skew_0", "ribbon"}
+    assert [f.name for f in again.functions] == ["unskewed_key_tile"]
+    assert [f.name for f in program.kernel("variant_forward").functions] == ["key_tile"]
 
 
 def pairs(line: torch.Tensor, column: int) -> np.ndarray:

@@ -273,6 +273,11 @@ def test_functions_see_their_parameters_alone() -> None:
     leaky = replace(f, body=(*f.body, Let(name("r", "f32"), name("N") * 1.0)))
     with pytest.raises(CompilerBug, match=r"function f: r: f32 = N .* 1.0\n    'N' is not bound here"):
         verify_program(replace(whole, kernels=(replace(kernel, functions=(leaky,)),)))
+    other = replace(kernel, name="other", functions=(replace(f, doc="Another one."),))
+    with pytest.raises(CompilerBug, match=f"function f\n.*another one in kernel other than in kernel {kernel.name}"):
+        verify_program(replace(whole, kernels=(kernel, other), launches=(*whole.launches, Launch("other"))))
+    same = replace(kernel, name="other")
+    verify_program(replace(whole, kernels=(kernel, same), launches=(*whole.launches, Launch("other"))))
 
 
 # -- launches, knobs, scratch --------------------------------------------------------------------

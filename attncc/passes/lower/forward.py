@@ -149,6 +149,8 @@ def one_tile(b: Builder, attn: Attention, t: QueryTile, lost: Param | None = Non
     formulas = formulas_of(b, attn, t, rule, skewed)
     runs = solve_runs(b, key_tiles_of(attn), t.keys, lambda e: share_reads(b, e, t.scope))
     step = key_tile(b, attn, t, rule, formulas)
+    if not skewed and skew.split_diagonals(attn)[1]:  # another function than that of the kernel that reads copies
+        step = replace(step, name="unskewed_key_tile")
     if lost is None:
         begin(b, attn, rule)
         walk_keys(b, attn, t, runs, step, FOR_EACH_ROW)
