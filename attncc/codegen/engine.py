@@ -32,6 +32,8 @@ ROLES: Final[Mapping[str, tuple[str, ...]]] = {
 }
 """What each function is given: `at` tells where a query tile is, `s` is the tile's tuple, `r` that of its rows and of
 the ramp along key tiles, `u` counts the keys of one, and `job` tells of a program's keys."""
+CALLS: Final = CALL | {"sigmoid": "logistic"}
+"""Functions that Gluon has otherwise, or not at all."""
 APPROXIMATE: Final = {"tanh": "tanh_approx"}
 """Helpers by which a GPU computes faster than to the last bit; it makes 0.015 of a logit where a softcap is 30."""
 CONSTANTS: Final = frozenset({"BM", "BN", "GROUP", "AGAIN", "SPLIT", "FILL"})
@@ -73,7 +75,7 @@ def _print(engine: Engine, f: Function) -> str:
         "r": [str(e.attr) for e in engine.rows],
         "job": [str(e.attr) for e in engine.job],
     }
-    printer = Printer(f.params, {}, {}, CALL | ({} if engine.exact else APPROXIMATE))
+    printer = Printer(f.params, {}, {}, CALLS | ({} if engine.exact else APPROXIMATE))
     needed = {text for p in f.params for text in _names_of(p)} - {*role}
     with w.indented():
         w.line(f'"""{f.doc}"""')

@@ -282,6 +282,12 @@ def tanh_approx(x):
 
 
 @triton.jit
+def logistic(x):
+    """sigmoid, of which Gluon has none."""
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
 def log1p(x):
     """log(1 + x), right for small x too."""
     u = 1.0 + x

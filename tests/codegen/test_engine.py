@@ -360,6 +360,7 @@ def test_only_elementwise_code_becomes_gluon() -> None:
         f"{PLAIN}inputs: {{on: {{shape: [m, n], dtype: bool}}}}\nmask: on[i // 64, j // 64]",
         f"{PLAIN}inputs: {{x: {{shape: [Hq]}}}}\nscore: qk * scale + x[h] * (j - i)\nmask: causal\nlayout: bshd",
         f"{PLAIN}mask: causal\n{FP8}",
+        f"{PLAIN}score: 8 * sigmoid(qk * scale)\nmask: causal\ndtype: bf16",
         f"{HEADS}dims: 96\nmask: causal & window(100)\nlayout: bshd\n{FP8}",
     ],
 )
