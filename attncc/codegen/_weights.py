@@ -15,8 +15,10 @@ from triton.experimental.gluon import language as gl
 
 from ._softmax import LOWEST, per_lane
 
-HEAVY = gl.constexpr("0f46800000")
-"""2**14: more than that a thread's weights of a row may not weigh. fp16 holds each of them, and fp32 all sums."""
+HEAVY = gl.constexpr("0f44000000")
+"""2**9: more than that a thread's weights of a row may not weigh. A key that outweighs all others by as much has the
+weight 1 then, to the last bit, and its row its values, as where maxima are looked for: below, bf16 rounds the greatest
+weight relative to those as well."""
 ONE = gl.constexpr("0f3F800000")
 ALL = gl.constexpr("0xffffffff")
 """Threads of a warp."""
