@@ -155,7 +155,6 @@ WORDS: dict[str, Expr] = {
     "from_bytes(k, 8, True, BF16, PTX)": unpack(IN_WORDS, "i8", 8, "bf16"),
     "from_bytes(k, 0, False, tl.float16, PTX)": unpack(IN_WORDS, "u8", 0, "f16"),
     "from_nibbles(k, 12, BF16, PTX)": unpack(IN_WORDS, "u4", 12, "bf16"),
-    "raised_nibbles(k, 4, BF16, PTX)": unpack(IN_WORDS, "u4 above 0", 4, "bf16"),
     "from_e4m3(k, 8, tl.float16, PTX)": unpack(IN_WORDS, "f8e4m3", 8, "f16"),
     "load_words(K, a, b, n, 0, k_b, k_h, k_s, Sk, 32, BN, 32, TMA, WORDS)": tile(CODES, a, b, n, 0, ("BN", 32)),
 }
