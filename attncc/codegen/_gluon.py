@@ -30,6 +30,12 @@ def named(places: Any) -> Any:
     return fixed
 
 
+@gluon.constexpr_function
+def floats(count):
+    """Of so many tensors that assembly gives."""
+    return (gl.float32,) * count
+
+
 @gluon.jit
 def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())

@@ -13,7 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from ._gluon import ROWS, barrier, load_by_tma, reinterpreted
+from ._gluon import ROWS, barrier, floats, load_by_tma, reinterpreted
 
 BLOCK = gl.constexpr(64)
 """Columns that stand together, of 128 bytes."""
@@ -159,11 +159,6 @@ def _values_sides(parts, steps):
     return ",".join(["=f"] * len(accumulators) + ["r"] * (4 * steps) + ["l"] * 4 + accumulators)
 
 
-@gluon.constexpr_function
-def _floats(count):
-    return (gl.float32,) * count
-
-
 # -- products ------------------------------------------------------------------------------------
 
 
@@ -182,7 +177,7 @@ def part_scores(q_at, k_at, DEPTH: gl.constexpr, BN: gl.constexpr, DTYPE: gl.con
     STEPS: gl.constexpr = steps_of(DEPTH)
     asm: gl.constexpr = _scores_text(PARTS, STEPS, BN, DTYPE)
     sides: gl.constexpr = _scores_sides(PARTS, STEPS)
-    kinds: gl.constexpr = _floats(PARTS)
+    kinds: gl.constexpr = floats(PARTS)
     given = (gl.full([ROWS, NARROW], 0, gl.int64, PART) + matrix_at(k_at, unit_of(BN), BN),)
     queries = matrix_at(q_at, ROWS, ROWS)
     for step in gl.static_range(STEPS):
@@ -195,7 +190,7 @@ def part_values(p, v_at, acc, BN: gl.constexpr, DTYPE: gl.constexpr):
     """Issues acc + P V of a tile."""
     asm: gl.constexpr = _values_text(len(acc), len(p), DTYPE)
     sides: gl.constexpr = _values_sides(len(acc), len(p))
-    kinds: gl.constexpr = _floats(len(acc))
+    kinds: gl.constexpr = floats(len(acc))
     given = p + (matrix_at(v_at, unit_of(BN), BN),) + acc
     return gl.inline_asm_elementwise(asm, sides, given, dtype=kinds, is_pure=False, pack=4)
 

@@ -65,15 +65,6 @@ def lane_sum(p):
 
 
 @gluon.jit
-def lane_sums(p):
-    """The same of tensors side by side, all as wide."""
-    total = p[0]
-    for n in gl.static_range(1, len(p)):
-        total += p[n]
-    return lane_sum(total)
-
-
-@gluon.jit
 def per_lane(x, l):
     """A value a row as a column beside the parts of its sum."""
     return gl.convert_layout(x, gl.SliceLayout(1, l.type.layout), assert_trivial=True)[:, None]
@@ -100,12 +91,9 @@ def softmax(x, shift, m, c, POLY: gl.constexpr):
     """Weights of few bits, of a tile of scores (x + shift) * c in units of log 2; the new maximum, and what older
     weights shrink by.
 
-    `x`: tensors side by side. `shift`: nothing, or a number a row.
+    `shift`: nothing, or a number a row.
     """
-    highest = x[0]
-    for n in gl.static_range(1, len(x)):
-        highest = gl.maximum(highest, x[n])
-    top = gl.max(highest, 1)
+    top = gl.max(x, 1)
     if len(shift) > 0:
         top += shift[0]
     m_new = gl.maximum(m, top * c)
@@ -113,7 +101,4 @@ def softmax(x, shift, m, c, POLY: gl.constexpr):
     if len(shift) > 0:
         base = m_new - shift[0] * c
     base = less_log2_most(base)
-    p = ()
-    for n in gl.static_range(len(x)):
-        p = p + (weights(x[n] * c - base[:, None], POLY),)
-    return p, exp2(m - m_new), m_new
+    return weights(x * c - base[:, None], POLY), exp2(m - m_new), m_new

@@ -15,7 +15,7 @@ from ._gluon import ROWS, named
 from ._masks import between
 from ._parts import area, part_scores, part_values
 from ._ribbon import read_ribbon
-from ._softmax import LOWEST, lane_sums, per_lane, softmax
+from ._softmax import LOWEST, lane_sum, per_lane, softmax
 from ._turns import pass_turn, take_turn
 from ._weights import no_peaks, scaled_if, weigh
 
@@ -72,15 +72,6 @@ def width_of(place):
     return place.shape[3] if few_bits(place.dtype) else place.shape[4]
 
 
-@gluon.constexpr_function
-def _rounding():
-    """Of as many weights as a register holds, the first in its lowest bits."""
-    return (
-        "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; "
-        "cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }"
-    )
-
-
 @gluon.jit
 def rounded(p):
     """Weights of few bits as they are kept until the second product takes them, in the registers in which the first one
@@ -94,7 +85,10 @@ def rounded(p):
     even, odd = gl.split(parts)
     a, c = gl.split(even)
     b, d = gl.split(odd)
-    asm: gl.constexpr = _rounding()
+    asm: gl.constexpr = (
+        "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; "
+        "cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }"
+    )
     return gl.inline_asm_elementwise(asm, "=r,f,f,f,f", [a, b, c, d], dtype=gl.int32, is_pure=True, pack=1)
 
 
@@ -309,8 +303,8 @@ def fill(q_at, cuts, read, places, bars, c, r, s, args, NUMBER: gl.constexpr, S_
         x, shift = whole_scores(qk, 0, beside, r, s, args, S_LAYOUT, CONFIG)
     if few_bits(k_s[0].dtype):
         m = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, S_LAYOUT))
-        new, alpha, peak = softmax(x, shift, m, c, fixed(CONFIG, "POLY"))
-        p, l, late = rounded(new[0]), lane_sums(new), (alpha,)
+        new, alpha, peak = softmax(x[0], shift, m, c, fixed(CONFIG, "POLY"))
+        p, l, late = rounded(new), lane_sum(new), (alpha,)
     else:
         p, l, peak, _, _ = weigh(x, shift, no_peaks(x), c, k_s[0].dtype, False)
         late = ()
@@ -351,10 +345,10 @@ def overlap(
         x, shift = whole_scores(qk, t, beside, r, s, args, S_LAYOUT, CONFIG)
     # what the next product reads must not be written while this one runs
     if few_bits(k_s[0].dtype):
-        new, alpha, peak = softmax(x, shift, m, c, fixed(CONFIG, "POLY"))
-        l = l * per_lane(alpha, l) + lane_sums(new)
+        new, alpha, peak = softmax(x[0], shift, m, c, fixed(CONFIG, "POLY"))
+        l = l * per_lane(alpha, l) + lane_sum(new)
         got = arrived(acc_sent)
-        p_new = rounded(new[0])
+        p_new = rounded(new)
         mbarrier.arrive(v_empty.index(before), count=1)
         acc, late = joined(got, acc, late), (alpha,)
     else:

@@ -13,6 +13,7 @@ to a row, or with parts of eight columns, of twice as many: `lanes` below.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from ._gluon import floats
 from ._softmax import LOWEST, per_lane
 
 HEAVY = gl.constexpr("0f44000000")
@@ -74,9 +75,10 @@ def _moved(at, row, GUESS):
 
 
 @gluon.constexpr_function
-def _text(at, kind, GUESS):
+def _text(at, dtype, GUESS):
     """`at`: where what goes in and comes out stands. Without a guess, the tile's maximum is looked for at once."""
     old, peak, answer = at["base"], at["peak"], at["answer"]
+    kind = "bf16x2" if dtype == gl.bfloat16 else "f16x2"
     lines = ["{ .reg .pred p, heavy0, heavy1; .reg .b32 m, n; .reg .f32 x, y, base0, base1, even0, odd0, even1, odd1;"]
     if GUESS:
         lines += [f"neg.f32 base0, {old[0]}; neg.f32 base1, {old[1]};", *_made(at["pairs"], at["factor"], kind)]
@@ -119,12 +121,12 @@ def _of_parts(parts):
 
 @gluon.constexpr_function
 def _tile_text(count, dtype, GUESS):
-    return _text(_of_tile(count), "bf16x2" if dtype == gl.bfloat16 else "f16x2", GUESS)
+    return _text(_of_tile(count), dtype, GUESS)
 
 
 @gluon.constexpr_function
 def _part_text(parts, dtype, GUESS):
-    return _text(_of_parts(parts), "bf16x2" if dtype == gl.bfloat16 else "f16x2", GUESS)
+    return _text(_of_parts(parts), dtype, GUESS)
 
 
 @gluon.constexpr_function
@@ -248,11 +250,6 @@ def _scaling_sides(tensors, pack):
     return ",".join(["=f"] * count + [str(n) for n in range(count)] + ["f"] * pack + ["r"] * pack)
 
 
-@gluon.constexpr_function
-def _floats(count):
-    return (gl.float32,) * count
-
-
 @gluon.jit
 def _pairs(x, WIDTH: gl.constexpr, LAYOUT: gl.constexpr):
     """Lanes as an accumulator's columns, of which a thread has two side by side; with parts they are that already."""
@@ -284,6 +281,6 @@ def _scaled_alike(acc, rows):
     if len(acc) == 1:
         made = (gl.inline_asm_elementwise(asm, sides, acc + rows, dtype=gl.float32, is_pure=True, pack=PACK),)
     else:
-        kinds: gl.constexpr = _floats(len(acc))
+        kinds: gl.constexpr = floats(len(acc))
         made = gl.inline_asm_elementwise(asm, sides, acc + rows, dtype=kinds, is_pure=True, pack=PACK)
     return made
