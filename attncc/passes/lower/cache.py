@@ -15,7 +15,7 @@ from typing import Final
 
 from attncc.ir.attention import Attention, Quantizer
 from attncc.ir.build import Builder, column, expand, iota, quotient, read, reduce, remainder, reshape, row
-from attncc.ir.cache import FORMATS, Cached, beside, cached, find
+from attncc.ir.cache import FORMATS, INTEGERS, Cached, beside, cached, find
 from attncc.ir.expr import WORD, Dtype, Expr, cast_to, const, eq, minimum, name, where
 from attncc.ir.given import Given
 from attncc.ir.tile import Param
@@ -273,7 +273,7 @@ def value_dtype(attn: Attention, c: Cached) -> Dtype:
     if c.operand == "v" and joins(attn, c) and not _ends_rows(attn, c) and attn.dtype != "fp32":
         return "f16" if halves.serve_weights(attn) else "bf16"
     given = VALUE_DTYPE[attn.dtype]
-    return "f16" if given == "bf16" and c.operand == "k" and has_words(attn) and words.is_whole(c) else given
+    return "f16" if given == "bf16" and c.operand == "k" and has_words(attn) and c.dtype in INTEGERS else given
 
 
 def _across(x: Expr) -> Expr:

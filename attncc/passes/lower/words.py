@@ -76,8 +76,3 @@ def fields(c: Cached) -> dict[Piece, Field]:
 def numbers(c: Cached, words: Expr, bit: int, dtype: Dtype) -> Expr:
     """The numbers of a field, in the dtype that is multiplied: codes less their `MIDDLE`."""
     return unpack(words, kind(c), bit, dtype)
-
-
-def is_whole(c: Cached) -> bool:
-    """Whether codes are integers."""
-    return kind(c) in ("i8", "u8", "u4")
