@@ -21,11 +21,12 @@ from attncc.check.pages import Pages, lay_out
 from benchmarks import report
 from benchmarks.cases import SCALE
 from benchmarks.check import LIMITS, Errors, Rejected, poisoned
-from benchmarks.command import two_steps
+from benchmarks.command import compile_all, measure_all, two_steps
 from benchmarks.timing import Call, Timing, interleaved_graphs
 
 Row = dict[str, Any]
 PAGE: Final = 64
+LATENT_SCALE: Final = SCALE / 2
 
 
 # -- what is measured ----------------------------------------------------------------------------
@@ -86,7 +87,7 @@ class Latent:
     @property
     def spec(self) -> str:
         kv = f"latent(rope=64, page_size={PAGE})" if self.in_pages else "latent(rope=64)"
-        shape = f"heads: {{q: {self.hq}, kv: 1}}\ndims: {{qk: 576, v: 512}}\nscale: {SCALE / 2}"
+        shape = f"heads: {{q: {self.hq}, kv: 1}}\ndims: {{qk: 576, v: 512}}\nscale: {LATENT_SCALE}"
         return f"attncc: 1\nname: {self.package}\n{shape}\nkv: {kv}\nmodes: [decode]\n"
 
     @property
@@ -118,20 +119,11 @@ def main() -> int:
 
 
 def emit_packages(args: argparse.Namespace) -> int:
-    driver: Any = import_module("attncc.driver")
-    spec: Any = import_module("attncc.spec")
-    for each in (*CACHES, *LATENTS):
-        print(driver.compile(spec.loads(each.spec), args.dir, [args.target]), flush=True)
-    return 0
+    return compile_all((each.spec for each in (*CACHES, *LATENTS)), args.dir, args.target)
 
 
 def measure(args: argparse.Namespace) -> int:
-    sys.path.insert(0, str(args.dir))
-    rows = [*of_caches(args.rounds), *of_latents(args.rounds)]
-    print(report.table(rows))
-    if args.json:
-        report.save(args.json, report.gpu_meta(), rows, [])
-    return 0
+    return measure_all(args, of_caches, of_latents)
 
 
 def of_caches(rounds: int) -> list[Row]:
@@ -142,7 +134,7 @@ def of_caches(rounds: int) -> list[Row]:
     for cache in CACHES:
         given = stored(cache, generator)
         calls[cache.name] = attention_of(cache.package, given)
-        found[cache.name] = checked(cache.name, calls[cache.name], given, lambda *at, c=cache: numbers(c, *at))
+        found[cache.name] = checked(cache.name, calls[cache.name], given, SCALE, lambda *at, c=cache: numbers(c, *at))
     times = interleaved_graphs(calls, rounds)
     rows = [_row(c, c.name, times[c.name], found[c.name]) for c in CACHES]
     few = [row | report.ratio("bf16", times[row["impl"]].against(times["bf16"])) for row in rows[1:]]
@@ -154,7 +146,7 @@ def of_latents(rounds: int) -> list[Row]:
     for latent in LATENTS:
         given = latents(latent, torch.Generator("cuda").manual_seed(0))
         call = attention_of(latent.package, given)
-        found = checked(latent.package, call, given, latent_numbers)
+        found = checked(latent.package, call, given, LATENT_SCALE, latent_numbers)
         time = interleaved_graphs({"attncc": call}, rounds)["attncc"]
         rows.append(_row(latent, "attncc", time, found) | {"tflops": _rate(latent.flops, time)})
         del given, call
@@ -219,7 +211,9 @@ def _about(size: float, shape: tuple[int, ...], generator: torch.Generator) -> T
 # -- what it should be ---------------------------------------------------------------------------
 
 
-def checked(name: str, call: Call, given: Mapping[str, Tensor], read: Callable[..., tuple[Tensor, Tensor]]) -> Errors:
+def checked(
+    name: str, call: Call, given: Mapping[str, Tensor], scale: float, read: Callable[..., tuple[Tensor, Tensor]]
+) -> Errors:
     """Distances from float64 of a few heads; `read` gives the keys and the values of a sequence's head.
 
     Raises:
@@ -231,7 +225,7 @@ def checked(name: str, call: Call, given: Mapping[str, Tensor], read: Callable[.
     pairs: list[tuple[float, float]] = []
     for b, h in ((0, 0), (q.shape[0] - 1, q.shape[1] - 1), (q.shape[0] // 2, q.shape[1] // 2)):
         k, v = read(given, b, h)
-        s = k @ q[b, h, 0].double() * (SCALE if q.shape[-1] == v.shape[-1] else SCALE / 2)
+        s = k @ q[b, h, 0].double() * scale
         want = torch.softmax(s, 0) @ v
         off = float((o[b, h, 0].double() - want).norm() / want.norm())
         pairs.append((off, float((lse[b, h, 0].double() - s.logsumexp(0)).abs())))

@@ -10,7 +10,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -93,9 +93,24 @@ def emit_packages(table: Table, args: argparse.Namespace) -> int:
     out = args.output or args.dir
     if out is None:
         parser(table).error("emit needs a directory: -o DIR")
+    return compile_all(table.specs, out, args.target)
+
+
+def compile_all(specs: Iterable[str], out: Path, target: str) -> int:
+    """Needs attncc, which what is measured does not."""
     driver, spec = import_module("attncc.driver"), import_module("attncc.spec")
-    for text in dict.fromkeys(table.specs):
-        print(driver.compile(spec.loads(text), out, [args.target]), flush=True)
+    for text in dict.fromkeys(specs):
+        print(driver.compile(spec.loads(text), out, [target]), flush=True)
+    return 0
+
+
+def measure_all(args: argparse.Namespace, *rows_of: Callable[[int], list[Row]]) -> int:
+    """What each gives in so many rounds, of the packages in a folder: printed, and kept where that is asked for."""
+    sys.path.insert(0, str(args.dir))
+    rows = [row for each in rows_of for row in each(args.rounds)]
+    print(report.table(rows))
+    if args.json:
+        report.save(args.json, report.gpu_meta(), rows, [])
     return 0
 
 

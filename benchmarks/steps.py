@@ -25,7 +25,7 @@ import torch
 from torch.nn.functional import conv1d, normalize, pad, scaled_dot_product_attention
 
 from benchmarks import report
-from benchmarks.command import two_steps
+from benchmarks.command import measure_all, two_steps
 from benchmarks.timing import interleaved
 
 EXAMPLES: Final = Path(__file__).parents[1] / "examples"
@@ -64,7 +64,10 @@ def emit_packages(args: argparse.Namespace) -> int:
 
 
 def measure(args: argparse.Namespace) -> int:
-    sys.path.insert(0, str(args.dir))
+    return measure_all(args, of_steps)
+
+
+def of_steps(rounds: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for name, heads in HEADS.items():
         package = import_module(name)
@@ -75,17 +78,14 @@ def measure(args: argparse.Namespace) -> int:
         source = torch.cat([x.flatten() for x in tensors[:3]])
         goal = torch.empty_like(source)
         calls = {"attncc": lambda r=runner, g=tensors: r(g, None, False), "copy": lambda g=goal, s=source: g.copy_(s)}
-        times = interleaved(calls, args.rounds)
+        times = interleaved(calls, rounds)
         case = f"prologue/{name}/B{BATCH}Hq{heads[0]}Hk{heads[1]}S{TOKENS}D{DIM}"
         rows += report.compared(case, times, 2 * source.nbytes, "tbps")
         print(report.line(rows[-2:]), flush=True)
         del source, goal
-        rows += _prefill(package, name, tensors, args.rounds)
+        rows += _prefill(package, name, tensors, rounds)
         print(report.line(rows[-4:]), flush=True)
-    print(report.table(rows))
-    if args.json:
-        report.save(args.json, report.gpu_meta(), rows, [])
-    return 0
+    return rows
 
 
 def _prefill(package: ModuleType, name: str, tensors: list[torch.Tensor], rounds: int) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from typing import Any, Final
 from benchmarks import report
 from benchmarks.cases import SCALE, Case
 from benchmarks.check import Rejected, errors, poisoned
-from benchmarks.command import two_steps
+from benchmarks.command import compile_all, measure_all, two_steps
 from benchmarks.operands import inputs, operands, visible_pairs
 from benchmarks.peers import cudnn
 from benchmarks.timing import Timing, interleaved
@@ -46,20 +46,11 @@ def specs() -> list[str]:
 
 
 def emit_packages(args: argparse.Namespace) -> int:
-    driver: Any = import_module("attncc.driver")
-    spec: Any = import_module("attncc.spec")
-    for text in specs():
-        print(driver.compile(spec.loads(text), args.dir, [args.target]), flush=True)
-    return 0
+    return compile_all(specs(), args.dir, args.target)
 
 
 def measure(args: argparse.Namespace) -> int:
-    sys.path.insert(0, str(args.dir))
-    rows = [*of_causal(args.rounds), *few_bits(args.rounds)]
-    print(report.table(rows))
-    if args.json:
-        report.save(args.json, report.gpu_meta(), rows, [])
-    return 0
+    return measure_all(args, of_causal, few_bits)
 
 
 def of_causal(rounds: int) -> list[Row]:
