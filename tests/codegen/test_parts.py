@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from codegen.engine_source import imported, plain
 
 from attncc import driver, spec
 from attncc.codegen.gate import Findings, examine
@@ -57,21 +56,8 @@ def test_which_variants_have_them(body: str, expected: bool) -> None:
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The module as a package has it."""
-    folder = tmp_path_factory.mktemp("parts")
-    source = Path(driver.__file__).parent / "codegen"
-    (folder / "in_parts").mkdir()
-    for name in ("_parts", "_gluon"):
-        (folder / "in_parts" / f"{name}.py").write_text((source / f"{name}.py").read_text())
-    (folder / "in_parts" / "__init__.py").write_text("")
-    sys.path.insert(0, str(folder))
-    yield importlib.import_module("in_parts._parts")
-    sys.path.remove(str(folder))
-
-
-def plain(value: Any) -> Any:
-    """What a constant of Triton's is."""
-    return getattr(value, "value", value)
+    with imported(tmp_path_factory.mktemp("parts"), "_parts", "_gluon") as module:
+        yield module
 
 
 @pytest.mark.newest

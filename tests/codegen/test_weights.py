@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-
-from attncc import driver
+from codegen.engine_source import imported, plain
 
 F32 = np.float32
 LOWEST = F32(-(2.0**127))
@@ -81,16 +77,8 @@ def value(at: dict[str, Any], text: str) -> Any:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The module as a package has it."""
-    folder = tmp_path_factory.mktemp("weights")
-    source = Path(driver.__file__).parent / "codegen"
-    (folder / "of_a_tile").mkdir()
-    for name in ("_weights", "_softmax"):
-        (folder / "of_a_tile" / f"{name}.py").write_text((source / f"{name}.py").read_text())
-    (folder / "of_a_tile" / "__init__.py").write_text("")
-    sys.path.insert(0, str(folder))
-    yield importlib.import_module("of_a_tile._weights")
-    sys.path.remove(str(folder))
+    with imported(tmp_path_factory.mktemp("weights"), "_weights", "_softmax", "_gluon") as module:
+        yield module
 
 
 class Warp:
@@ -129,11 +117,6 @@ class Warp:
 
 def same(a: Any, b: Any) -> Any:
     return (a == b) | (np.isnan(a) & np.isnan(b))
-
-
-def plain(value: Any) -> Any:
-    """What a constant of Triton's is."""
-    return getattr(value, "value", value)
 
 
 def exact(x: Any, peak: Any) -> Any:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 
 import pytest
 import torch
 from codegen.appended import empty, expected, given, same
 from codegen.emitted import Package
+from gpu.compiled import package
 from torch import Tensor
 
-from attncc import driver, spec
+from attncc import spec
 from attncc.check.pages import lay_out
 
 pytestmark = pytest.mark.gpu
@@ -39,10 +39,8 @@ def drawn(seed: int) -> Tensor:
 @pytest.mark.parametrize("form", FORMS)
 def test_bits(form: str, folder: Path) -> None:
     name = f"bits_{FORMS.index(form)}"
-    loaded = spec.loads(f"attncc: 1\nname: {name}\n{BODY}quantize: {{cache: '{form}'}}\n")
-    driver.compile(loaded, folder)
-    importlib.invalidate_caches()
-    p = Package(loaded.attention, importlib.import_module(name), folder)
+    body = f"{BODY}quantize: {{cache: '{form}'}}\n"
+    p = Package(spec.loads(f"attncc: 1\nname: {name}\n{body}").attention, package(folder, name, body), folder)
     rows = [{"k": drawn(0), "v": drawn(1)}]
     pages = lay_out([TOKENS], 8, 64, torch.Generator().manual_seed(0))
     wanted = expected(p, rows, pages)

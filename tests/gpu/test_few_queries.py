@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from gpu import compiled
 
-from attncc import driver, spec
+from attncc import spec
 from attncc.check.cases import Case
 from attncc.check.pages import lay_out
 from attncc.check.run import check_case
@@ -37,11 +37,7 @@ SCHEDULES = {
 
 
 def package(folder: Path, schedule: str) -> ModuleType:
-    name = f"decode_{[*SCHEDULES].index(schedule)}"
-    if not (folder / name).exists():
-        driver.compile(spec.loads(f"attncc: 1\nname: {name}\n{SCHEDULES[schedule]}"), folder)
-        importlib.invalidate_caches()
-    return importlib.import_module(name)
+    return compiled.package(folder, f"decode_{[*SCHEDULES].index(schedule)}", SCHEDULES[schedule])
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from gpu import compiled
 from torch import Tensor
 
-from attncc import driver, spec
+from attncc import spec
 from attncc.reference import acceptance
 
 pytestmark = pytest.mark.gpu
@@ -31,11 +31,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def package(folder: Path, body: str) -> ModuleType:
-    name = f"peaks_{[*BODIES].index(body)}"
-    if not (folder / name).exists():
-        driver.compile(spec.loads(f"attncc: 1\nname: {name}\nheads: {HEADS}\n{BODIES[body]}"), folder)
-        importlib.invalidate_caches()
-    return importlib.import_module(name)
+    return compiled.package(folder, f"peaks_{[*BODIES].index(body)}", f"heads: {HEADS}\n{BODIES[body]}")
 
 
 def along_keys(path: str, g: torch.Generator) -> Tensor:
