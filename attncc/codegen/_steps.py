@@ -21,6 +21,8 @@ from ._weights import no_peaks, scaled_if, weigh
 
 LETTER = gl.constexpr(8)
 """Numbers that travel by mail before the variant's own."""
+SHORT = gl.constexpr(256)
+"""Columns of keys and values, together, up to which a tile's products take less time than its weights."""
 FIXED = gl.constexpr({
     "BN": 0, "CONSUMERS": 1, "STAGES": 2, "Q_STAGES": 3, "TURNS": 4, "GROUP": 5, "AGAIN": 6, "MARK_LOST": 7, "KNOWN": 8,
     "FLOATS": 9, "FACTOR": 10, "QUERIES": 11, "KEYS": 12, "KEEP_ROWS": 13, "READS_KEYS": 14, "HEADS": 15,
@@ -195,7 +197,7 @@ def add_values(p, v_s, slot, acc, CONFIG):
         sent = part_values(p, in_room(CONFIG, "v", slot), acc, fixed(CONFIG, "BN"), v_s[0].dtype)
     else:
         for n in gl.static_range(len(acc)):
-            sent = sent + (value_product(p, v_s[n], slot, acc[n]),)
+            sent = sent + (value_product(p[0], v_s[n], slot, acc[n]),)
     return sent
 
 
@@ -207,6 +209,42 @@ def arrived(sent, LEFT: gl.constexpr = 0):
     else:
         got = warpgroup_mma_wait(LEFT, deps=sent)
     return got
+
+
+@gluon.constexpr_function
+def is_short(config):
+    """Whether the products of a tile take less time than its weights do, and threads have registers for a second tile
+    of those."""
+    return fixed(config, "CONSUMERS") == 2 and fixed(config, "DEPTH") + fixed(config, "COLUMNS") <= SHORT.value
+
+
+@gluon.jit
+def copied(p, nothing):
+    """Weights in other registers. `nothing` is 0, of which ptxas must not know: it leaves a plain copy out, and then
+    serialises, for what a product reads would be written while another one runs."""
+    asm: gl.constexpr = "xor.b32 $0, $1, $2;"
+    made = ()
+    for n in gl.static_range(len(p)):
+        given = (p[n], nothing)
+        made = made + (gl.inline_asm_elementwise(asm, "=r,r,r", given, dtype=gl.int32, is_pure=False, pack=1),)
+    return made
+
+
+@gluon.jit
+def weighed(x, shift, m, c, p, acc_sent, bar, s, DTYPE: gl.constexpr, GUESS: gl.constexpr, CONFIG):
+    """The accumulators, when the product of weights p has come, and then what `weigh` makes of new scores. Where
+    products are short that is made while they run; their weights come along, which must stay until they are read."""
+    if is_short(CONFIG):
+        made, sums, peak, alpha, answer = weigh(x, shift, m, c, DTYPE, GUESS)
+        COUNT: gl.constexpr = len(acc_sent)
+        got = arrived(acc_sent + p)[:COUNT]
+        p_new = copied(made, s[fixed(CONFIG, "KEYS")] >> 31)
+        mbarrier.arrive(bar, count=1)
+    else:
+        got = arrived(acc_sent)
+        mbarrier.arrive(bar, count=1)
+        p_new, sums, peak, alpha, answer = weigh(x, shift, m, c, DTYPE, GUESS)
+    return got, p_new, sums, peak, alpha, answer
 
 
 @gluon.jit
@@ -304,7 +342,7 @@ def fill(q_at, cuts, read, places, bars, c, r, s, args, NUMBER: gl.constexpr, S_
     if few_bits(k_s[0].dtype):
         m = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, S_LAYOUT))
         new, alpha, peak = softmax(x[0], shift, m, c, fixed(CONFIG, "POLY"))
-        p, l, late = rounded(new), lane_sum(new), (alpha,)
+        p, l, late = (rounded(new),), lane_sum(new), (alpha,)
     else:
         p, l, peak, _, _ = weigh(x, shift, no_peaks(x), c, k_s[0].dtype, False)
         late = ()
@@ -343,18 +381,18 @@ def overlap(
         x, shift = cut_scores(qk, t, beside, mail, letter, known, r, args, NUMBER, S_LAYOUT, CONFIG)
     else:
         x, shift = whole_scores(qk, t, beside, r, s, args, S_LAYOUT, CONFIG)
-    # what the next product reads must not be written while this one runs
     if few_bits(k_s[0].dtype):
         new, alpha, peak = softmax(x[0], shift, m, c, fixed(CONFIG, "POLY"))
         l = l * per_lane(alpha, l) + lane_sum(new)
         got = arrived(acc_sent)
-        p_new = rounded(new)
+        p_new = (rounded(new),)  # what the next product reads must not be written while this one runs
         mbarrier.arrive(v_empty.index(before), count=1)
         acc, late = joined(got, acc, late), (alpha,)
     else:
-        got = arrived(acc_sent)
-        mbarrier.arrive(v_empty.index(before), count=1)
-        p_new, sums, peak, alpha, answer = weigh(x, shift, m, c, k_s[0].dtype, not IS_CUT)
+        bar = v_empty.index(before)
+        got, p_new, sums, peak, alpha, answer = weighed(
+            x, shift, m, c, p, acc_sent, bar, s, k_s[0].dtype, not IS_CUT, CONFIG
+        )
         l = l * alpha + sums
         acc, late = scaled_if(answer, got, alpha), ()
     return p_new, peak, l, acc, late

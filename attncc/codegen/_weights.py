@@ -221,7 +221,7 @@ def _weigh_tile(x, base, c, DTYPE: gl.constexpr, GUESS: gl.constexpr):
     factor = gl.zeros([even.shape[0], 1], gl.float32, LAYOUT) + c
     given = (even, odd, factor, spread(base, even.shape[1], LAYOUT))
     p, l, peak, alpha, answer = gl.inline_asm_elementwise(asm, sides, given, dtype=kinds, is_pure=False, pack=COUNT)
-    return p, lanes(l), lanes(peak), lanes(alpha), lanes(answer)
+    return (p,), lanes(l), lanes(peak), lanes(alpha), lanes(answer)
 
 
 @gluon.jit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -375,6 +376,22 @@ def test_engines_pass_the_gate(body: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert found.loop["wgmma"] > 0
     assert 2 * found.instructions["wgmma"] == 3 * found.loop["wgmma"]  # two loops; first scores, last values
     assert found.shared_bytes <= find("sm_90").shared_bytes_per_block
+
+
+@pytest.mark.gate
+@pytest.mark.parametrize(("dims", "expected"), [("128", True), ("{qk: 192, v: 128}", False)])
+def test_weights_are_made_while_short_products_run(dims: str, expected: bool, tmp_path: Path) -> None:
+    """A tile's exponentials stand between the wait for its scores and that for the product before."""
+    from triton import knobs
+
+    body = f"{HEADS}dims: {dims}\nmask: causal"
+    driver.compile(spec.loads(f"attncc: 1\nname: short\n{body}\n"), tmp_path, ["sm_90"], cache=tmp_path / "cache")
+    (cubin,) = (tmp_path / "cache").rglob("forward.cubin")
+    command = [knobs.nvidia.nvdisasm.path, "-c", str(cubin)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    under = re.findall(r"gsb0, 0x1 ;(.*?)WARPGROUP.DEPBAR.LE gsb0, 0x0 ;", text, re.S)
+    assert len(under) == 4  # two loops of two consumers
+    assert all((x.count("MUFU.EX2") >= 64) == expected for x in under)
 
 
 def test_an_engine_that_fails_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,12 +119,24 @@ ENGINE: Final = (
     Rule("operands of few bits, scales of rows or keys", has_scaled_rows, _engine(64, 2, stages=3)),
     Rule("operands of few bits", is_quantised, _engine(128, 2, stages=3, turns=2)),
     Rule("heads up to 64", both(up_to(64), is_light), _engine(keys=128, consumers=3, turns=1, registers=160)),
-    Rule("heads up to 80, in parts", both(has_parts, up_to(80)), _engine(112, 3, turns=1, registers=160)),
-    Rule("heads up to 96, in parts", both(has_parts, up_to(96)), _engine(96, 3, turns=1, registers=160)),
+    Rule(
+        "heads up to 80, no mask, in parts",
+        both(both(has_parts, up_to(80)), is_unmasked),
+        _engine(112, 3, q_stages=1, turns=1, registers=160),
+    ),
+    Rule(
+        "heads up to 96, in parts: a mask cuts no more tiles than it must where two have a query tile's rows",
+        both(has_parts, up_to(96)),
+        _engine(96, 3, turns=1, registers=160),
+    ),
     Rule("heads up to 192, in parts", both(has_parts, up_to(192)), _engine(96, 2, q_stages=1)),
-    Rule("heads up to 256, in parts", has_parts, _engine(80, 2, q_stages=1)),
+    Rule("heads up to 256, in parts", has_parts, _engine(64, 2, q_stages=1)),
     Rule("heads up to 128", up_to(128), _engine(keys=128, consumers=2)),
-    Rule("heads up to 160, or of 192 with values of 128", fills_shared, _engine(128, 2, q_stages=1)),
+    Rule(
+        "heads up to 160, or of 192 with values of 128: turns, for products take as long as weights",
+        fills_shared,
+        _engine(128, 2, q_stages=1, turns=1),
+    ),
     Rule("heads up to 256", always, _engine(keys=64, consumers=2, q_stages=1)),
 )
 """Of the Hopper engine."""
