@@ -1,5 +1,5 @@
 """What a consumer of the Hopper engine does with a key tile: products, scores, and with `_weights.py` its weights, or
-with `_softmax.py` those of few bits."""
+with `_limits.py` those of scores that have some, or with `_softmax.py` those of few bits."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -12,6 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from . import hopper as variant
 from ._gluon import ROWS, named
+from ._limits import add_pairs, in_pairs, no_sums, weights_within
 from ._masks import between
 from ._parts import area, part_scores, part_values
 from ._ribbon import read_ribbon
@@ -305,6 +306,10 @@ def fill(q_at, cuts, read, places, bars, c, r, s, args, NUMBER: gl.constexpr, S_
         m = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, S_LAYOUT))
         new, alpha, peak = softmax(x[0], shift, m, c, fixed(CONFIG, "POLY"))
         p, l, late = rounded(new), lane_sum(new), (alpha,)
+    elif len(variant.base()) > 0:
+        new = weights_within(x[0], c, variant.base()[0])
+        p, l, late = in_pairs(new), lane_sum(new), ()
+        peak = no_sums(p)
     else:
         p, l, peak, _, _ = weigh(x, shift, no_peaks(x), c, k_s[0].dtype, False)
         late = ()
@@ -313,11 +318,11 @@ def fill(q_at, cuts, read, places, bars, c, r, s, args, NUMBER: gl.constexpr, S_
 
 @gluon.jit
 def overlap(
-    q_at, p, m, l, acc, late, t, read, places, bars, mail, letter, known, c, r, s, args,
+    q_at, p, m, l, acc, late, t, read, places, bars, mail, letter, known, c, r, s, args, write_lse,
     NUMBER: gl.constexpr, S_LAYOUT: gl.constexpr, IS_CUT: gl.constexpr, CONFIG,
 ):  # fmt: skip
     """A turn of a loop over cut tiles, or of the main one over whole tiles: Q K(n) and P V(n - 1) are issued together,
-    the softmax of n follows."""
+    the softmax of n follows. Where scores have limits, m are sums of weights as products took them."""
     _, _, k_full, k_empty, v_full, v_empty, _, _ = bars
     q_s, k_s, v_s, x_s = places
     CONSUMERS: gl.constexpr = fixed(CONFIG, "CONSUMERS")
@@ -332,6 +337,8 @@ def overlap(
     qk_sent = product(q_s, q_at, k_s, slot, first, CONFIG)
     mbarrier.wait(v_full.index(before), ((read - 1) // STAGES) & 1)
     acc_sent = add_values(p, v_s, before, acc, CONFIG)
+    if len(variant.base()) > 0:
+        m = add_pairs(p, m)
     beside = read_beside(x_s, slot, NUMBER, S_LAYOUT, CONFIG)
     if TURNS == 1:
         pass_turn((NUMBER + 1) % CONSUMERS)
@@ -351,6 +358,13 @@ def overlap(
         p_new = rounded(new)
         mbarrier.arrive(v_empty.index(before), count=1)
         acc, late = joined(got, acc, late), (alpha,)
+    elif len(variant.base()) > 0:
+        new = weights_within(x[0], c, variant.base()[0])
+        if write_lse > 0:  # a branch, which also keeps ptxas from waiting for the values before there are weights
+            l = l + lane_sum(new)
+        acc, late, peak = arrived(acc_sent), (), m
+        p_new = in_pairs(new)
+        mbarrier.arrive(v_empty.index(before), count=1)
     else:
         got = arrived(acc_sent)
         mbarrier.arrive(v_empty.index(before), count=1)

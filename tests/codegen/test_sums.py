@@ -1,0 +1,67 @@
+"""Sums of weights as products take them: the assembly that the engine writes, carried out for a warp's 32 threads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from codegen.engine_source import imported, plain
+
+ROWS = 16
+"""Of a warp: those of four threads each, and eight below."""
+LANE = np.arange(32)
+ROW, COLUMN = LANE // 4, LANE % 4 * 2
+
+
+@pytest.fixture(scope="module")
+def limits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with imported(tmp_path_factory.mktemp("limits"), "_limits", "_weights", "_softmax", "_gluon") as module:
+        yield module
+
+
+def multiplied(a: list[Any], before: list[Any]) -> list[Any]:
+    """What `mma.m16n8k16` makes of a thread's four pairs, ones, and four sums: pairs are of rows 8 apart, then of
+    columns 8 apart."""
+    matrix = np.zeros((ROWS, 16))
+    for n, pairs in enumerate(a):
+        for k in (0, 1):
+            matrix[ROW + n % 2 * 8, COLUMN + n // 2 * 8 + k] = pairs[:, k]
+    sums = matrix.sum(1)
+    return [before[n] + sums[ROW + n // 2 * 8] for n in range(4)]
+
+
+def carried_out(text: str, registers: dict[str, Any]) -> dict[str, Any]:
+    at = dict(registers)
+    for line in filter(None, (x.strip(" {}\n") for x in text.split(";"))):
+        opcode, rest = line.split(" ", 1)
+        if opcode == "mov.f32":
+            target, source = rest.split(", ")
+            at[target] = at[source]
+        elif opcode == "mov.b32":
+            assert rest.split(", ") == ["ones", "0x3F803F80"]  # 1 and 1 as bf16
+        elif opcode != ".reg":
+            assert opcode == "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+            to, a, b, c = (group.split(", ") for group in re.findall(r"\{?([^{}]+)\}(?:, )?", rest + "}"))
+            assert b == ["ones", "ones"]
+            at |= zip(to, multiplied([at[x] for x in a], [at[x] for x in c]), strict=True)
+    return at
+
+
+@pytest.mark.parametrize("keys", [64, 128])
+def test_sums_of_a_tile_are_added_in_each_of_a_row_s_threads(limits: Any, keys: int) -> None:
+    rng = np.random.default_rng(0)
+    p, before = rng.integers(0, 256, (ROWS, keys)).astype(float), rng.integers(0, 256, ROWS).astype(float)
+    count = keys // 4
+    given: dict[str, Any] = {}
+    for n in range(count):  # as the first product leaves them: rows 8 apart, then columns 8 apart
+        row, column = ROW + n % 2 * 8, COLUMN + n // 2 * 8
+        given[f"${count + n}"] = np.stack([p[row, column], p[row, column + 1]], 1)
+        given[f"${2 * count + n}"] = before[row]
+    out = carried_out(plain(limits._sums_text(count)), given)
+    for n in (0, 1):
+        assert (out[f"${n}"] == (before + p.sum(1))[ROW + n * 8]).all()
+    sides = plain(limits._sums_sides(count)).split(",")
+    assert sides == ["=&f"] * count + ["r"] * count + ["f"] * count
