@@ -219,7 +219,7 @@ def consume(NUMBER: gl.constexpr, O, sinks, places, o_s, mail, bars, args, OWN_R
         mbarrier.wait(v_full.index(before), ((read - 1) // STAGES) & 1)
         acc_sent = add_values(p, v_s, before, acc, CONFIG)
         if len(variant.base()) > 0:
-            m = add_pairs(p, m)
+            m = add_pairs(p, m, fixed(CONFIG, "PARTS"))
         factor, lse = finish(m, l, r, s, known, mail, letter, args, v_s[0].dtype, ROW, CONFIG)
         b, h, first = fetch(mail, letter + 3), fetch(mail, letter + 4), fetch(mail, letter + 5) + NUMBER * ROWS
         left = fetch(mail, letter + 6) - NUMBER * ROWS

@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from . import hopper as variant
 from ._gluon import ROWS, named
-from ._limits import add_pairs, in_pairs, no_sums, weights_within
+from ._limits import add_pairs, in_pairs, lane_sums, no_sums, weights_within
 from ._masks import between
 from ._parts import area, part_scores, part_values
 from ._ribbon import read_ribbon
@@ -307,9 +307,9 @@ def fill(q_at, cuts, read, places, bars, c, r, s, args, NUMBER: gl.constexpr, S_
         new, alpha, peak = softmax(x[0], shift, m, c, fixed(CONFIG, "POLY"))
         p, l, late = rounded(new), lane_sum(new), (alpha,)
     elif len(variant.base()) > 0:
-        new = weights_within(x[0], c, variant.base()[0])
-        p, l, late = in_pairs(new), lane_sum(new), ()
-        peak = no_sums(p)
+        new = weights_within(x, c, variant.base()[0])
+        p, l, late = in_pairs(new), lane_sums(new), ()
+        peak = no_sums(p, fixed(CONFIG, "PARTS"))
     else:
         p, l, peak, _, _ = weigh(x, shift, no_peaks(x), c, k_s[0].dtype, False)
         late = ()
@@ -338,7 +338,7 @@ def overlap(
     mbarrier.wait(v_full.index(before), ((read - 1) // STAGES) & 1)
     acc_sent = add_values(p, v_s, before, acc, CONFIG)
     if len(variant.base()) > 0:
-        m = add_pairs(p, m)
+        m = add_pairs(p, m, fixed(CONFIG, "PARTS"))
     beside = read_beside(x_s, slot, NUMBER, S_LAYOUT, CONFIG)
     if TURNS == 1:
         pass_turn((NUMBER + 1) % CONSUMERS)
@@ -359,9 +359,9 @@ def overlap(
         mbarrier.arrive(v_empty.index(before), count=1)
         acc, late = joined(got, acc, late), (alpha,)
     elif len(variant.base()) > 0:
-        new = weights_within(x[0], c, variant.base()[0])
+        new = weights_within(x, c, variant.base()[0])
         if write_lse > 0:  # a branch, which also keeps ptxas from waiting for the values before there are weights
-            l = l + lane_sum(new)
+            l = l + lane_sums(new)
         acc, late, peak = arrived(acc_sent), (), m
         p_new = in_pairs(new)
         mbarrier.arrive(v_empty.index(before), count=1)

@@ -385,6 +385,7 @@ def test_only_elementwise_code_becomes_gluon() -> None:
         f"{PLAIN}score: softcap(qk * scale, 30)\nmask: causal\ndtype: bf16",
         f"{PLAIN}score: 8 * sigmoid(qk * scale)\nmask: causal\ndtype: bf16",
         f"{HEADS}dims: 64\nscore: softcap(qk * scale, 50)\nmask: causal & window(90)\ndtype: bf16",
+        f"{HEADS}dims: 256\nscore: softcap(qk * scale, 50)\nmask: causal\ndtype: bf16",
         f"{HEADS}dims: 96\nmask: causal & window(100)\nlayout: bshd\n{FP8}",
     ],
 )

@@ -14,6 +14,7 @@ ROWS = 16
 """Of a warp: those of four threads each, and eight below."""
 LANE = np.arange(32)
 ROW, COLUMN = LANE // 4, LANE % 4 * 2
+WEIGHTS = np.random.default_rng(0).integers(0, 256, (ROWS, 129)).astype(float)
 
 
 @pytest.fixture(scope="module")
@@ -50,18 +51,33 @@ def carried_out(text: str, registers: dict[str, Any]) -> dict[str, Any]:
     return at
 
 
+def same_rows(found: Any, rows: Any, first: int) -> bool:
+    """Whether each thread has its row's number."""
+    return bool((found == rows[ROW + first]).all())
+
+
+def pairs_of(p: Any) -> list[Any]:
+    """A thread's, as the first product leaves them: rows 8 apart, then columns 8 apart."""
+    places = [(ROW + n % 2 * 8, COLUMN + n // 2 * 8) for n in range(p.shape[1] // 4)]
+    return [np.stack([p[row, column], p[row, column + 1]], 1) for row, column in places]
+
+
+def numbered(first: int, registers: list[Any]) -> dict[str, Any]:
+    return {f"${first + n}": x for n, x in enumerate(registers)}
+
+
 @pytest.mark.parametrize("keys", [64, 128])
 def test_sums_of_a_tile_are_added_in_each_of_a_row_s_threads(limits: Any, keys: int) -> None:
-    rng = np.random.default_rng(0)
-    p, before = rng.integers(0, 256, (ROWS, keys)).astype(float), rng.integers(0, 256, ROWS).astype(float)
+    p, before = WEIGHTS[:, :keys], WEIGHTS[:, -1]
     count = keys // 4
-    given: dict[str, Any] = {}
-    for n in range(count):  # as the first product leaves them: rows 8 apart, then columns 8 apart
-        row, column = ROW + n % 2 * 8, COLUMN + n // 2 * 8
-        given[f"${count + n}"] = np.stack([p[row, column], p[row, column + 1]], 1)
-        given[f"${2 * count + n}"] = before[row]
-    out = carried_out(plain(limits._sums_text(count)), given)
-    for n in (0, 1):
-        assert (out[f"${n}"] == (before + p.sum(1))[ROW + n * 8]).all()
-    sides = plain(limits._sums_sides(count)).split(",")
-    assert sides == ["=&f"] * count + ["r"] * count + ["f"] * count
+    given = numbered(count, pairs_of(p)) | numbered(2 * count, [before[ROW], before[ROW + 8]])
+    out = carried_out(plain(limits._tile_text(count)), given)
+    assert [same_rows(out[f"${n}"], before + p.sum(1), 8 * n) for n in (0, 1)] == [True, True]
+    assert plain(limits._sides(count)).split(",") == ["=&f"] * count + ["r"] * count + ["f"] * count
+
+
+def test_sums_of_two_parts(limits: Any) -> None:
+    p, before = WEIGHTS[:, :16], WEIGHTS[:, -1]
+    given = numbered(4, pairs_of(p)) | numbered(8, [before[ROW + n // 2 * 8] for n in range(4)])
+    out = carried_out(plain(limits._part_text()), given)
+    assert [same_rows(out[f"${n}"], before + p.sum(1), n // 2 * 8) for n in range(4)] == [True] * 4

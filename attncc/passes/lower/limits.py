@@ -16,7 +16,6 @@ from attncc.ir.intervals import UNKNOWN, interval
 from attncc.ir.rewrite import names, transform
 from attncc.passes.lower.gap import Gap, first
 from attncc.passes.lower.normalizers import LOG2E
-from attncc.passes.lower.parts import has_parts
 
 LIGHTEST: Final = -106
 """The least weight, as a power of 2: where all scores of a row are at their lowest, its products with values down to
@@ -29,7 +28,6 @@ READS: Final = ("load", "bucket", "qdot")
 GAPS: Final = (
     Gap("another normalizer than softmax", lambda a: a.part.normalizer.kind != "softmax"),
     Gap("weights of another format than bf16", lambda a: a.dtype != "bf16" or bool(a.quantize)),
-    Gap("scores in parts", has_parts),
     Gap("scores without limits", lambda a: limits(a.part.score) is None),
     Gap("limits further apart than weights may be", lambda a: _above(a) > HEAVIEST),
 )
