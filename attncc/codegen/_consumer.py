@@ -6,7 +6,6 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from . import hopper as variant
 from ._gluon import FIRST_ANSWER, ROWS, barrier, store_by_tma
-from ._limits import add_pairs
 from ._parts import NARROW, PART, as_blocks, zero_parts
 from ._softmax import MOST, lane_sum, scaled
 from ._steps import (
@@ -218,8 +217,6 @@ def consume(NUMBER: gl.constexpr, O, sinks, places, o_s, mail, bars, args, OWN_R
         before = (read - 1) % STAGES
         mbarrier.wait(v_full.index(before), ((read - 1) // STAGES) & 1)
         acc_sent = add_values(p, v_s, before, acc, CONFIG)
-        if len(variant.base()) > 0:
-            m = add_pairs(p, m, fixed(CONFIG, "PARTS"))
         factor, lse = finish(m, l, r, s, known, mail, letter, args, v_s[0].dtype, ROW, CONFIG)
         b, h, first = fetch(mail, letter + 3), fetch(mail, letter + 4), fetch(mail, letter + 5) + NUMBER * ROWS
         left = fetch(mail, letter + 6) - NUMBER * ROWS

@@ -309,7 +309,7 @@ def fill(q_at, cuts, read, places, bars, c, r, s, args, NUMBER: gl.constexpr, S_
     elif len(variant.base()) > 0:
         new = weights_within(x, c, variant.base()[0])
         p, l, late = in_pairs(new), lane_sums(new), ()
-        peak = no_sums(p, fixed(CONFIG, "PARTS"))
+        peak = add_pairs(p, no_sums(p, fixed(CONFIG, "PARTS")), fixed(CONFIG, "PARTS"))
     else:
         p, l, peak, _, _ = weigh(x, shift, no_peaks(x), c, k_s[0].dtype, False)
         late = ()
@@ -337,8 +337,6 @@ def overlap(
     qk_sent = product(q_s, q_at, k_s, slot, first, CONFIG)
     mbarrier.wait(v_full.index(before), ((read - 1) // STAGES) & 1)
     acc_sent = add_values(p, v_s, before, acc, CONFIG)
-    if len(variant.base()) > 0:
-        m = add_pairs(p, m, fixed(CONFIG, "PARTS"))
     beside = read_beside(x_s, slot, NUMBER, S_LAYOUT, CONFIG)
     if TURNS == 1:
         pass_turn((NUMBER + 1) % CONSUMERS)
@@ -359,12 +357,18 @@ def overlap(
         mbarrier.arrive(v_empty.index(before), count=1)
         acc, late = joined(got, acc, late), (alpha,)
     elif len(variant.base()) > 0:
+        got = acc_sent
+        if CONSUMERS == 3:  # they have no registers for these weights beside those that the product still reads
+            got = arrived(got)
         new = weights_within(x, c, variant.base()[0])
-        if write_lse > 0:  # a branch, which also keeps ptxas from waiting for the values before there are weights
+        if write_lse > 0:  # a branch, which also keeps ptxas from waiting for the product before there are weights
             l = l + lane_sums(new)
-        acc, late, peak = arrived(acc_sent), (), m
-        p_new = in_pairs(new)
+        if CONSUMERS == 2:
+            got = arrived(got)
+        acc, late = got, ()
         mbarrier.arrive(v_empty.index(before), count=1)
+        p_new = in_pairs(new)  # and added before more is sent: sums would wait for all of that
+        peak = add_pairs(p_new, m, fixed(CONFIG, "PARTS"))
     else:
         got = arrived(acc_sent)
         mbarrier.arrive(v_empty.index(before), count=1)
