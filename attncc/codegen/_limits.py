@@ -21,15 +21,17 @@ from ._weights import lanes, spread
 @gluon.constexpr_function
 def _sums_text(pairs, before, after):
     """Of a thread's pairs of weights, in the registers in which the first product left them: four for 16 keys, of two
-    rows in turn. A product has two sums a row, which are alike."""
-    lines = ["{ .reg .f32 a, b, c, d; .reg .b32 ones; mov.b32 ones, 0x3F803F80;"]
-    lines += [f"mov.f32 {to}, {x};" for to, x in zip("abcd", before, strict=True)]
-    lines += [
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-        f"{{a, b, c, d}}, {{{', '.join(pairs[n : n + 4])}}}, {{ones, ones}}, {{a, b, c, d}};"
-        for n in range(0, len(pairs), 4)
-    ]
-    return "\n".join([*lines, *(f"mov.f32 {to}, {x};" for to, x in after), "}"])
+    rows in turn. A product has two sums a row, which are alike; every other one adds to sums of its own, and does not
+    wait for the one before."""
+    lines = ["{ .reg .f32 a, b, c, d, e, f, g, h; .reg .b32 ones; mov.b32 ones, 0x3F803F80;"]
+    lines += [f"mov.f32 {to}, {x};" for to, x in zip("abcdefgh", [*before, *["0f00000000"] * 4], strict=True)]
+    for n in range(0, len(pairs), 4):
+        sums = "{e, f, g, h}" if n // 4 % 2 else "{a, b, c, d}"
+        lines.append(
+            f"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {sums}, {{{', '.join(pairs[n : n + 4])}}}, "
+            f"{{ones, ones}}, {sums};"
+        )
+    return "\n".join([*lines, *(f"add.f32 {to}, {x};" for to, x in after), "}"])
 
 
 @gluon.constexpr_function
@@ -37,20 +39,20 @@ def _tile_text(count):
     """Of so many pairs. Out: sums; in: pairs, sums before; as many of each, of which but two sums count."""
     pairs = [f"${n}" for n in range(count, 2 * count)]
     first, second = f"${2 * count}", f"${2 * count + 1}"
-    return _sums_text(pairs, (first, first, second, second), (("$0", "a"), ("$1", "c")))
+    return _sums_text(pairs, (first, first, second, second), (("$0", "a, e"), ("$1", "c, g")))
 
 
 @gluon.constexpr_function
-def _part_text():
-    """The same of the four pairs of two parts."""
-    return _sums_text(
-        ["$4", "$5", "$6", "$7"], ("$8", "$9", "$10", "$11"), (("$0", "a"), ("$1", "b"), ("$2", "c"), ("$3", "d"))
-    )
+def _part_text(count):
+    """The same of so many tensors of two parts' pairs, four in a thread; sums are four, too."""
+    pairs = [f"${n}" for n in range(4, 4 * count + 4)]
+    before = [f"${n}" for n in range(4 * count + 4, 4 * count + 8)]
+    return _sums_text(pairs, before, (("$0", "a, e"), ("$1", "b, f"), ("$2", "c, g"), ("$3", "d, h")))
 
 
 @gluon.constexpr_function
-def _sides(count):
-    return ",".join(["=&f"] * count + ["r"] * count + ["f"] * count)
+def _sides(out, pairs, sums):
+    return ",".join(["=&f"] * out + ["r"] * pairs + ["f"] * sums)
 
 
 PAIR = gl.constexpr("cvt.rn.bf16x2.f32 $0, $2, $1;")
@@ -114,13 +116,12 @@ def no_sums(p, PARTS: gl.constexpr):
 def add_pairs(p, sums, PARTS: gl.constexpr):
     """Sums of rows with these pairs of weights as well, the same in each of a row's threads."""
     if PARTS:
-        asm: gl.constexpr = _part_text()
-        sides: gl.constexpr = _sides(4)
-        for n in gl.static_range(len(p)):
-            sums = gl.inline_asm_elementwise(asm, sides, (p[n], sums), dtype=gl.float32, is_pure=False, pack=4)
+        asm: gl.constexpr = _part_text(len(p))
+        sides: gl.constexpr = _sides(4, 4 * len(p), 4)
+        made = gl.inline_asm_elementwise(asm, sides, p + (sums,), dtype=gl.float32, is_pure=False, pack=4)
     else:
-        sums = _add_tile(p, sums)
-    return sums
+        made = _add_tile(p, sums)
+    return made
 
 
 @gluon.jit
@@ -128,6 +129,6 @@ def _add_tile(p, sums):
     LAYOUT: gl.constexpr = p.type.layout
     COUNT: gl.constexpr = p.shape[0] * p.shape[1] // 128
     asm: gl.constexpr = _tile_text(COUNT)
-    sides: gl.constexpr = _sides(COUNT)
+    sides: gl.constexpr = _sides(COUNT, COUNT, COUNT)
     given = (p, spread(sums, p.shape[1], LAYOUT))
     return lanes(gl.inline_asm_elementwise(asm, sides, given, dtype=gl.float32, is_pure=False, pack=COUNT))

@@ -40,7 +40,10 @@ def carried_out(text: str, registers: dict[str, Any]) -> dict[str, Any]:
         opcode, rest = line.split(" ", 1)
         if opcode == "mov.f32":
             target, source = rest.split(", ")
-            at[target] = at[source]
+            at[target] = np.zeros(32) if source == "0f00000000" else at[source]
+        elif opcode == "add.f32":
+            target, x, y = rest.split(", ")
+            at[target] = at[x] + at[y]
         elif opcode == "mov.b32":
             assert rest.split(", ") == ["ones", "0x3F803F80"]  # 1 and 1 as bf16
         elif opcode != ".reg":
@@ -66,6 +69,7 @@ def numbered(first: int, registers: list[Any]) -> dict[str, Any]:
     return {f"${first + n}": x for n, x in enumerate(registers)}
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("keys", [64, 128])
 def test_sums_of_a_tile_are_added_in_each_of_a_row_s_threads(limits: Any, keys: int) -> None:
     p, before = WEIGHTS[:, :keys], WEIGHTS[:, -1]
@@ -73,11 +77,13 @@ def test_sums_of_a_tile_are_added_in_each_of_a_row_s_threads(limits: Any, keys: 
     given = numbered(count, pairs_of(p)) | numbered(2 * count, [before[ROW], before[ROW + 8]])
     out = carried_out(plain(limits._tile_text(count)), given)
     assert [same_rows(out[f"${n}"], before + p.sum(1), 8 * n) for n in (0, 1)] == [True, True]
-    assert plain(limits._sides(count)).split(",") == ["=&f"] * count + ["r"] * count + ["f"] * count
+    assert plain(limits._sides(count, count, count)).split(",") == ["=&f"] * count + ["r"] * count + ["f"] * count
 
 
-def test_sums_of_two_parts(limits: Any) -> None:
-    p, before = WEIGHTS[:, :16], WEIGHTS[:, -1]
-    given = numbered(4, pairs_of(p)) | numbered(8, [before[ROW + n // 2 * 8] for n in range(4)])
-    out = carried_out(plain(limits._part_text()), given)
+@pytest.mark.newest
+@pytest.mark.parametrize("count", [1, 5])
+def test_sums_of_parts(limits: Any, count: int) -> None:
+    p, before = WEIGHTS[:, : 16 * count], WEIGHTS[:, -1]
+    given = numbered(4, pairs_of(p)) | numbered(4 * count + 4, [before[ROW + n // 2 * 8] for n in range(4)])
+    out = carried_out(plain(limits._part_text(count)), given)
     assert [same_rows(out[f"${n}"], before + p.sum(1), n // 2 * 8) for n in range(4)] == [True] * 4
