@@ -154,6 +154,10 @@ def finish(m, l, r, s, known, mail, letter, args, DTYPE: gl.constexpr, ROW: gl.c
     if few_bits(DTYPE):  # what only the end needs is heard of again, and takes no registers from the loop
         s_end = known + fetch_own(mail, letter + LETTER, fixed(CONFIG, "FLOATS"))
         factor, lse = variant.finish(m, total * (1.0 / MOST), r[0], s_end, args)
+    elif len(variant.base()) > 0:
+        base = gl.full([ROWS], variant.base()[0], gl.float32, ROW)
+        factor, _ = variant.finish(base, gl.convert_layout(gl.max(m, 1), ROW), r[0], s, args)
+        _, lse = variant.finish(base, total, r[0], s, args)
     else:
         factor, lse = variant.finish(gl.convert_layout(gl.max(m, 1), ROW), total, r[0], s, args)
     return factor, lse
@@ -198,13 +202,13 @@ def consume(NUMBER: gl.constexpr, O, sinks, places, o_s, mail, bars, args, OWN_R
         read += 1
         for t in range(1, cuts):
             p, m, l, acc, late = overlap(
-                q_at, p, m, l, acc, late, t, read, places, bars, mail, letter, known, c, r, s, args,
+                q_at, p, m, l, acc, late, t, read, places, bars, mail, letter, known, c, r, s, args, write_lse,
                 NUMBER, S_LAYOUT, True, CONFIG,
             )  # fmt: skip
             read += 1
         for t in range(gl.maximum(1 - cuts, 0), count - cuts):
             p, m, l, acc, late = overlap(
-                q_at, p, m, l, acc, late, t, read, places, bars, mail, letter, known, c, r, s, args,
+                q_at, p, m, l, acc, late, t, read, places, bars, mail, letter, known, c, r, s, args, write_lse,
                 NUMBER, S_LAYOUT, False, CONFIG,
             )  # fmt: skip
             read += 1

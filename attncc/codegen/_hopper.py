@@ -10,8 +10,8 @@ what a product becomes, and how a row ends. Everything here is about keeping the
 * in its loops a consumer issues Q K(n)^T and P(n-1) V(n-1) together, and then does the softmax of tile n, while
   another consumer has the tensor cores. Key tiles that the mask cuts come first, the first of all fills the pipeline.
   Whole tiles have a loop of their own: their weights are relative to a peak that tiles before had, and no maximum is
-  looked for while that does (`_weights.py`). Where products take less time than weights, these are made while
-  P(n-1) V(n-1) still runs;
+  looked for while that does (`_weights.py`), or at all where scores have limits (`_limits.py`). Where products take
+  less time than weights, these are made while P(n-1) V(n-1) still runs;
 * blocks live as long as the kernel. Each draws its next query tile from a counter, the longest first, so that nobody
   waits for the slowest; or they are dealt out, where all take equally long (`DRAWN`). Consumers hear of a tile by mail:
   the producer puts all that is known of it into shared memory, while they are still busy with the one before.

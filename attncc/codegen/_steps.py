@@ -1,5 +1,5 @@
 """What a consumer of the Hopper engine does with a key tile: products, scores, and with `_weights.py` its weights, or
-with `_softmax.py` those of few bits."""
+with `_limits.py` those of scores that have some, or with `_softmax.py` those of few bits."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -12,6 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from . import hopper as variant
 from ._gluon import ROWS, named
+from ._limits import add_pairs, in_pairs, lane_sums, no_sums, weights_within
 from ._masks import between
 from ._parts import area, part_scores, part_values
 from ._ribbon import read_ribbon
@@ -343,6 +344,10 @@ def fill(q_at, cuts, read, places, bars, c, r, s, args, NUMBER: gl.constexpr, S_
         m = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, S_LAYOUT))
         new, alpha, peak = softmax(x[0], shift, m, c, fixed(CONFIG, "POLY"))
         p, l, late = (rounded(new),), lane_sum(new), (alpha,)
+    elif len(variant.base()) > 0:
+        new = weights_within(x, c, variant.base()[0])
+        p, l, late = in_pairs(new), lane_sums(new), ()
+        peak = add_pairs(p, no_sums(p, fixed(CONFIG, "PARTS")), fixed(CONFIG, "PARTS"))
     else:
         p, l, peak, _, _ = weigh(x, shift, no_peaks(x), c, k_s[0].dtype, False)
         late = ()
@@ -351,11 +356,11 @@ def fill(q_at, cuts, read, places, bars, c, r, s, args, NUMBER: gl.constexpr, S_
 
 @gluon.jit
 def overlap(
-    q_at, p, m, l, acc, late, t, read, places, bars, mail, letter, known, c, r, s, args,
+    q_at, p, m, l, acc, late, t, read, places, bars, mail, letter, known, c, r, s, args, write_lse,
     NUMBER: gl.constexpr, S_LAYOUT: gl.constexpr, IS_CUT: gl.constexpr, CONFIG,
 ):  # fmt: skip
     """A turn of a loop over cut tiles, or of the main one over whole tiles: Q K(n) and P V(n - 1) are issued together,
-    the softmax of n follows."""
+    the softmax of n follows. Where scores have limits, m are sums of weights as products took them."""
     _, _, k_full, k_empty, v_full, v_empty, _, _ = bars
     q_s, k_s, v_s, x_s = places
     CONSUMERS: gl.constexpr = fixed(CONFIG, "CONSUMERS")
@@ -388,6 +393,19 @@ def overlap(
         p_new = (rounded(new),)  # what the next product reads must not be written while this one runs
         mbarrier.arrive(v_empty.index(before), count=1)
         acc, late = joined(got, acc, late), (alpha,)
+    elif len(variant.base()) > 0:
+        got = acc_sent
+        if CONSUMERS == 3:  # they have no registers for these weights beside those that the product still reads
+            got = arrived(got)
+        new = weights_within(x, c, variant.base()[0])
+        if write_lse > 0:  # a branch, which also keeps ptxas from waiting for the product before there are weights
+            l = l + lane_sums(new)
+        if CONSUMERS == 2:
+            got = arrived(got)
+        acc, late = got, ()
+        mbarrier.arrive(v_empty.index(before), count=1)
+        p_new = in_pairs(new)  # and added before more is sent: sums would wait for all of that
+        peak = add_pairs(p_new, m, fixed(CONFIG, "PARTS"))
     else:
         bar = v_empty.index(before)
         got, p_new, sums, peak, alpha, answer = weighed(

@@ -22,6 +22,7 @@ ROLES: Final[Mapping[str, tuple[str, ...]]] = {
     "ramp": ("u", "s", "args"),
     "shift": ("n", "r", "s", "args"),
     "ends": ("r", "s", "args"),
+    "base": (),
     "score": ("qk", "beside", "j", "r", "s", "args"),
     "keep": ("j", "r", "s", "args"),
     "finish": ("m", "total", "r", "s", "args"),
@@ -116,7 +117,7 @@ def _results(engine: Engine, f: Function) -> str:
         case "walk":
             own = len(texts) - len(engine.tile)
             return f"{', '.join(texts[:own])}, ({', '.join(texts[own:])})"
-        case "rows" | "known" | "ramp" | "shift" | "ends":
+        case "rows" | "known" | "ramp" | "shift" | "ends" | "base":
             return f"({', '.join(texts)}{',' * (len(texts) == 1)})"
         case _:
             return ", ".join(texts)

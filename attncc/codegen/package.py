@@ -46,6 +46,7 @@ ENGINE_FILES: Final[Mapping[str, tuple[str, ...]]] = {
         "_ribbon",
         "_masks",
         "_weights",
+        "_limits",
         "_softmax",
         "_parts",
         "_gluon",

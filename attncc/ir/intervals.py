@@ -155,6 +155,16 @@ def _rising(op: str) -> Callable[[Interval], Interval]:
     return lambda a: _each(lambda x: ew(op, x), a)
 
 
+def _rising_within(op: str, least: float, most: float) -> Callable[[Interval], Interval]:
+    """A rising function with limits, which are what is known where nothing is of its argument."""
+
+    def rule(a: Interval) -> Interval:
+        low, high = _rising(op)(a)
+        return const(least) if low is None else low, const(most) if high is None else high
+
+    return rule
+
+
 def _rising_from(op: str, least: float) -> Callable[[Interval], Interval]:
     """A rising function that is a number from `least` on: known only where the argument surely is."""
     return lambda a: _rising(op)(a) if is_at_least(a[0], least) else UNKNOWN
@@ -231,11 +241,11 @@ INTERVALS: Final[dict[str, Callable[..., Interval]]] = {
     "log1p": _rising_from("log1p", -1),
     "sqrt": _rising_from("sqrt", 0),
     "rsqrt": _rsqrt,
-    "sigmoid": _rising("sigmoid"),
-    "tanh": _rising("tanh"),
+    "sigmoid": _rising_within("sigmoid", 0.0, 1.0),
+    "tanh": _rising_within("tanh", -1.0, 1.0),
     "sin": _wave,
     "cos": _wave,
-    "erf": _rising("erf"),
+    "erf": _rising_within("erf", -1.0, 1.0),
     "floor": _rising("floor"),
 }
 

@@ -334,6 +334,28 @@ def test_softcaps_use_the_gpu_s_tanh_unless_they_must_be_exact(numerics: str, he
     assert ("tanh.approx.f32" in text) == (numerics == "fast")
 
 
+@pytest.mark.parametrize(
+    ("score", "base"),
+    [
+        ("softcap(qk * scale, 30)", (30 / np.log(2),)),
+        ("qk * scale", ()),
+        ("softcap(qk * scale, 30) + x[h] * (j - i)", ()),
+    ],
+)
+def test_scores_with_limits_have_a_base_for_all_weights(score: str, base: tuple[float, ...]) -> None:
+    given = "inputs: {x: {shape: [Hq]}}\n" if "x[" in score else ""
+    v = functions(f"{PLAIN}dtype: bf16\n{given}score: {score}\nmask: causal")
+    assert v.base() == pytest.approx(base)
+    if base:  # and rows end with it as they do with a maximum, those that see no key, too
+        weights = np.exp2(np.array([-3.0, 2.5]) - base[0])
+        factor, lse = v.finish(
+            np.full(2, base[0]), np.array([weights.sum(), 0.0]), (np.arange(2),), None, (1, 2, 2, 1.0)
+        )
+        assert lse[0] == pytest.approx(np.log(np.exp2(-3.0) + np.exp2(2.5)))
+        assert (weights * factor[0]).sum() == pytest.approx(1)
+        assert (factor[1], lse[1]) == (1, -np.inf)
+
+
 def test_listed_tiles_are_those_of_the_kernel_that_does_them_again() -> None:
     attn, _ = lowered(f"{PLAIN}inputs: {{on: {{shape: [m, n], dtype: bool}}}}\nmask: on[i // 64, j // 64]")
     config = default_configs(attn, find("sm_90"))[0][-1][1]
@@ -361,7 +383,10 @@ def test_only_elementwise_code_becomes_gluon() -> None:
         f"{PLAIN}inputs: {{on: {{shape: [m, n], dtype: bool}}}}\nmask: on[i // 64, j // 64]",
         f"{PLAIN}inputs: {{x: {{shape: [Hq]}}}}\nscore: qk * scale + x[h] * (j - i)\nmask: causal\nlayout: bshd",
         f"{PLAIN}mask: causal\n{FP8}",
+        pytest.param(f"{PLAIN}score: softcap(qk * scale, 30)\nmask: causal\ndtype: bf16", marks=pytest.mark.newest),
         f"{PLAIN}score: 8 * sigmoid(qk * scale)\nmask: causal\ndtype: bf16",
+        f"{HEADS}dims: 64\nscore: softcap(qk * scale, 50)\nmask: causal & window(90)\ndtype: bf16",
+        f"{HEADS}dims: 256\nscore: softcap(qk * scale, 50)\nmask: causal\ndtype: bf16",
         f"{HEADS}dims: 96\nmask: causal & window(100)\nlayout: bshd\n{FP8}",
     ],
 )

@@ -26,7 +26,7 @@ from attncc.ir.tile import (
     Scratch,
     Statement,
 )
-from attncc.passes.lower import again, classify, quantize, ribbon, skew, stored
+from attncc.passes.lower import again, classify, limits, quantize, ribbon, skew, stored
 from attncc.passes.lower.chains import output, source
 from attncc.passes.lower.fragments import formulas_of, may_hide_values
 from attncc.passes.lower.gap import Gap, first
@@ -178,7 +178,7 @@ def _with_ribbon(attn: Attention, r: ribbon.Ribbon, program: Program, engine: En
 
 def engine(attn: Attention) -> Engine:
     """What the engine asks of a variant."""
-    parts = has_parts(attn)
+    parts, base = has_parts(attn), _base(attn)
     attn, beside = ribbon.split(quantize.with_scales(attn))
     rule = rule_of(attn)
     tensors = [*([CU_Q, CU_K] if is_varlen(attn) else []), *map(input_param, attn.inputs)]
@@ -201,7 +201,7 @@ def engine(attn: Attention) -> Engine:
     tile = (*known, *floats_first(e for e in made.tile if e not in known))
     walk_ = around("walk", b, made.numbers, [name("cuts"), name("wholes"), *tile], WALK)
     known_ = around("known", b, made.numbers, known, "What is known before any query tile is.")
-    functions = (known_, place, walk_, cut, whole, _beside(attn, beside), ramp, shift, ends, *made.functions)
+    functions = (known_, place, walk_, cut, whole, _beside(attn, beside), ramp, shift, ends, base, *made.functions)
     return Engine(
         NAME,
         (),
@@ -305,6 +305,14 @@ def _listed(b: Builder, attn: Attention, t: QueryTile) -> tuple[Function, Functi
     inner = Builder(b.params)
     inner.let("n", read(tiles, listed, last - number) * BN)
     return cut, function("whole", inner, [name("n")], ("BN",), "The first key of whole tile t."), cuts
+
+
+def _base(attn: Attention) -> Function:
+    """Results: none, or one."""
+    b, base = Builder({}), limits.base_of(attn)
+    if base is None:
+        return function("base", b, [], (), f"Nothing does for all weights: {limits.gap(attn)}.")
+    return function("base", b, [b.let("base", const(base))], (), "What all weights are relative to, in units of log 2.")
 
 
 def _beside(attn: Attention, r: ribbon.Ribbon | None) -> Function:

@@ -120,6 +120,12 @@ def ends(r, s, args):
 
 
 @gluon.jit
+def base():
+    """Nothing does for all weights: scores without limits."""
+    return ()
+
+
+@gluon.jit
 def rows(rows, s, args):
     """What the formulas know of rows, [rows] or [rows, 1] each."""
     (

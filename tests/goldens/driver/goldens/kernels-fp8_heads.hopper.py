@@ -121,6 +121,12 @@ def ends(r, s, args):
 
 
 @gluon.jit
+def base():
+    """Nothing does for all weights: weights of another format than bf16."""
+    return ()
+
+
+@gluon.jit
 def rows(rows, s, args):
     """What the formulas know of rows, [rows] or [rows, 1] each."""
     Sq, Sk, offset, c, unit_v, spoilt, last_row, full_end = s

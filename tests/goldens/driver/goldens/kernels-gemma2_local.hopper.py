@@ -126,6 +126,13 @@ def ends(r, s, args):
 
 
 @gluon.jit
+def base():
+    """What all weights are relative to, in units of log 2."""
+    base = 33.13475204444816
+    return (base,)
+
+
+@gluon.jit
 def rows(rows, s, args):
     """What the formulas know of rows, [rows] or [rows, 1] each."""
     c, Sq, Sk, offset, score, last_row, cut_0, lo, full_end, full_start = s

@@ -125,6 +125,12 @@ def ends(r, s, args):
 
 
 @gluon.jit
+def base():
+    """Nothing does for all weights: scores without limits."""
+    return ()
+
+
+@gluon.jit
 def rows(rows, s, args):
     """What the formulas know of rows, [rows] or [rows, 1] each."""
     c, Sq, Sk, offset, last_row, cut_0, full_end_0, cut_1, lo_1, full_end_1, whole_0, full_start_1 = s

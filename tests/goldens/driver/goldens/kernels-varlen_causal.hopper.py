@@ -114,6 +114,12 @@ def ends(r, s, args):
 
 
 @gluon.jit
+def base():
+    """Nothing does for all weights: scores without limits."""
+    return ()
+
+
+@gluon.jit
 def rows(rows, s, args):
     """What the formulas know of rows, [rows] or [rows, 1] each."""
     c, Sq, Sk, last_row, offset, full_end = s
