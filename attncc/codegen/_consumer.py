@@ -7,23 +7,9 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from . import hopper as variant
 from ._gluon import FIRST_ANSWER, ROWS, barrier, store_by_tma
 from ._parts import NARROW, PART, as_blocks, zero_parts
+from ._products import accumulator, add_values, arrived, few_bits, fixed, in_room, joined, tile_of, width_of
 from ._softmax import MOST, lane_sum, scaled
-from ._steps import (
-    LETTER,
-    accumulator,
-    add_values,
-    arrived,
-    fetch,
-    fetch_own,
-    few_bits,
-    fill,
-    fixed,
-    in_room,
-    joined,
-    overlap,
-    tile_of,
-    width_of,
-)
+from ._steps import LETTER, fetch, fetch_own, fill, overlap
 from ._turns import pass_turn
 
 # -- a query tile's end --------------------------------------------------------------------------

@@ -39,7 +39,8 @@ from . import hopper as variant
 from ._consumer import consume, leave
 from ._gluon import ROWS, barriers, load_by_tma
 from ._parts import blocks_of, load_blocks, one_room
-from ._steps import LETTER, few_bits, fixed, in_room
+from ._products import few_bits, fixed, in_room
+from ._steps import LETTER
 
 # -- the producer --------------------------------------------------------------------------------
 

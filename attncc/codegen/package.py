@@ -42,6 +42,7 @@ ENGINE_FILES: Final[Mapping[str, tuple[str, ...]]] = {
         "_hopper",
         "_consumer",
         "_steps",
+        "_products",
         "_turns",
         "_ribbon",
         "_masks",

@@ -404,9 +404,9 @@ def test_engines_pass_the_gate(body: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.gate
-@pytest.mark.parametrize(("dims", "expected"), [("128", True), ("{qk: 192, v: 128}", False)])
-def test_weights_are_made_while_short_products_run(dims: str, expected: bool, tmp_path: Path) -> None:
-    """A tile's exponentials stand between the wait for its scores and that for the product before."""
+@pytest.mark.parametrize(("dims", "expected"), [("128", 2), ("{qk: 192, v: 128}", 0)])
+def test_weights_are_made_while_short_products_run(dims: str, expected: int, tmp_path: Path) -> None:
+    """The exponentials of whole tiles stand between the wait for their scores and that for the product before."""
     from triton import knobs
 
     body = f"{HEADS}dims: {dims}\nmask: causal"
@@ -416,7 +416,7 @@ def test_weights_are_made_while_short_products_run(dims: str, expected: bool, tm
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     under = re.findall(r"gsb0, 0x1 ;(.*?)WARPGROUP.DEPBAR.LE gsb0, 0x0 ;", text, re.S)
     assert len(under) == 4  # two loops of two consumers
-    assert all((x.count("MUFU.EX2") >= 64) == expected for x in under)
+    assert sum(x.count("MUFU.EX2") >= 64 for x in under) == expected  # the other two are over cut tiles
 
 
 def test_an_engine_that_fails_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -463,7 +463,7 @@ def test_loops_over_cut_tiles_may_reload_more(turns: tuple[tuple[int, int], ...]
     assert spills(turns) == expected
 
 
-@pytest.mark.parametrize(("engine", "steps"), [("_hopper", "_steps"), ("_latent", "_latent_steps")])
+@pytest.mark.parametrize(("engine", "steps"), [("_hopper", "_products"), ("_latent", "_latent_steps")])
 def test_what_a_launch_fixes_travels_in_the_order_of_its_names(engine: str, steps: str) -> None:
     """Consumers find each number by its name; the tuples, which stand in the call as Gluon wants it, have them so."""
     folder = Path(driver.__file__).parent / "codegen"
