@@ -13,7 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ._softmax import exp2, lane_sum
-from ._weights import lanes, spread
+from ._weights import evens_and_odds, lanes, spread
 
 # -- assembly ------------------------------------------------------------------------------------
 
@@ -90,8 +90,7 @@ def lane_sums(p):
 def in_pairs(p):
     """Weights as bf16, in the registers in which the first product left them: two neighbours are one number."""
     if len(p) == 1:
-        x = gl.split(gl.reshape(p[0], [p[0].shape[0], p[0].shape[1] // 2, 2]))
-        made = (gl.inline_asm_elementwise(PAIR, "=r,f,f", x, dtype=gl.int32, is_pure=True, pack=1),)
+        made = (gl.inline_asm_elementwise(PAIR, "=r,f,f", evens_and_odds(p[0]), dtype=gl.int32, is_pure=True, pack=1),)
     else:
         made = ()
         sides: gl.constexpr = "=&r,=&r,=&r,=&r,f,f,f,f,f,f,f,f"
@@ -102,25 +101,14 @@ def in_pairs(p):
 
 
 @gluon.jit
-def no_sums(p, PARTS: gl.constexpr):
-    """Those of rows that have seen no key, for such pairs of weights."""
-    if PARTS:
-        like = p[0]
-    else:
-        like = lanes(p[0])
-    LAYOUT: gl.constexpr = like.type.layout
-    return gl.zeros([like.shape[0], like.shape[1]], gl.float32, LAYOUT)
-
-
-@gluon.jit
-def add_pairs(p, sums, PARTS: gl.constexpr):
+def add_pairs(p, sums):
     """Sums of rows with these pairs of weights as well, the same in each of a row's threads."""
-    if PARTS:
+    if len(p) == 1:
+        made = _add_tile(p[0], sums)
+    else:
         asm: gl.constexpr = _part_text(len(p))
         sides: gl.constexpr = _sides(4, 4 * len(p), 4)
         made = gl.inline_asm_elementwise(asm, sides, p + (sums,), dtype=gl.float32, is_pure=False, pack=4)
-    else:
-        made = _add_tile(p[0], sums)
     return made
 
 

@@ -7,13 +7,13 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from . import hopper as variant
 from ._gluon import ROWS
-from ._limits import add_pairs, in_pairs, lane_sums, no_sums, weights_within
+from ._limits import add_pairs, in_pairs, lane_sums, weights_within
 from ._masks import between
 from ._products import add_values, arrived, copied, few_bits, fixed, is_short, joined, product, rounded
 from ._ribbon import read_ribbon
 from ._softmax import LOWEST, lane_sum, per_lane, softmax
 from ._turns import pass_turn, take_turn
-from ._weights import no_peaks, scaled_if, weigh
+from ._weights import of_no_keys, scaled_if, weigh
 
 LETTER = gl.constexpr(8)
 """Numbers that travel by mail before the variant's own."""
@@ -173,9 +173,9 @@ def fill(q_at, cuts, read, places, bars, c, r, s, args, NUMBER: gl.constexpr, S_
     elif len(variant.base()) > 0:
         new = weights_within(x, c, variant.base()[0])
         p, l, late = in_pairs(new), lane_sums(new), ()
-        peak = add_pairs(p, no_sums(p, fixed(CONFIG, "PARTS")), fixed(CONFIG, "PARTS"))
+        peak = add_pairs(p, of_no_keys(x, 0.0))
     else:
-        p, l, peak, _, _ = weigh(x, shift, no_peaks(x), c, k_s[0].dtype, False)
+        p, l, peak, _, _ = weigh(x, shift, of_no_keys(x, LOWEST), c, k_s[0].dtype, False)
         late = ()
     return p, peak, l, late
 
@@ -231,7 +231,7 @@ def overlap(
         acc, late = got, ()
         mbarrier.arrive(v_empty.index(before), count=1)
         p_new = in_pairs(new)  # and added before more is sent: sums would wait for all of that
-        peak = add_pairs(p_new, m, fixed(CONFIG, "PARTS"))
+        peak = add_pairs(p_new, m)
     else:
         bar = v_empty.index(before)
         got, p_new, sums, peak, alpha, answer = weighed(

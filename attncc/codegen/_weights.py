@@ -14,7 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ._gluon import floats
-from ._softmax import LOWEST, per_lane
+from ._softmax import per_lane
 
 HEAVY = gl.constexpr("0f44000000")
 """2**9: more than that a thread's weights of a row may not weigh. A key that outweighs all others by as much has the
@@ -176,15 +176,15 @@ def evens_and_odds(x):
 
 
 @gluon.jit
-def no_peaks(x):
-    """Those of rows that have seen no key, for such scores."""
+def of_no_keys(x, VALUE: gl.constexpr):
+    """What rows have that have seen no key, for such scores: a peak, or a sum."""
     if len(x) == 1:
         even, _ = evens_and_odds(x[0])
         like = lanes(even)
     else:
         like = x[0]
     LAYOUT: gl.constexpr = like.type.layout
-    return gl.full([like.shape[0], like.shape[1]], LOWEST, gl.float32, LAYOUT)
+    return gl.full([like.shape[0], like.shape[1]], VALUE, gl.float32, LAYOUT)
 
 
 # -- weights and accumulators --------------------------------------------------------------------

@@ -22,8 +22,10 @@ def imported(folder: Path, name: str, *others: str) -> Iterator[Any]:
         (folder / f"with{name}" / f"{module}.py").write_text((SOURCE / f"{module}.py").read_text())
     (folder / f"with{name}" / "__init__.py").write_text("")
     sys.path.insert(0, str(folder))
-    yield importlib.import_module(f"with{name}.{name}")
-    sys.path.remove(str(folder))
+    try:
+        yield importlib.import_module(f"with{name}.{name}")
+    finally:
+        sys.path.remove(str(folder))
 
 
 def plain(value: Any) -> Any:
